@@ -1,0 +1,1 @@
+"""The trainer: one plan and one data set -> TRL + PEFT + DeepSpeed."""

@@ -1,0 +1,132 @@
+"""JSON at the edge: strict in both directions, written atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from zplan.errors import ConfigError, MachineError
+
+T = TypeVar("T")
+_MAX_JSON_BYTES = 8 << 20
+"""A configuration is kilobytes; more is a wrong file."""
+
+
+def _adapter(kind: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(kind)
+
+
+def load_json(path: Path | str) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        ConfigError: missing, unreadable, larger than 8 MiB, not UTF-8, not JSON.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        if size > _MAX_JSON_BYTES:
+            raise ConfigError(
+                f"{path} is {size} bytes", because="a configuration file is at most 8 MiB", fix="another file"
+            )
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist", fix="check the path") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON: {error}", fix=f"python -m json.tool {path}") from error
+
+
+def load(kind: type[T], path: Path | str) -> T:
+    """Load a dataclass; unknown keys and wrong types are errors, all named at once.
+
+    Raises:
+        ConfigError: as `load_json`, or the content does not describe a `kind`.
+    """
+    return from_data(kind, load_json(path), name=str(path))
+
+
+def from_data(kind: type[T], data: Any, *, name: str) -> T:
+    """Build a dataclass from parsed JSON. Raises ConfigError with every problem."""
+    unknown = _unknown_keys(kind, data)
+    try:
+        value = _adapter(kind).validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        found = [f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()]
+        raise ConfigError(f"{name} is not a valid {kind.__name__}", problems=tuple(unknown + found)) from error
+    if unknown:
+        raise ConfigError(f"{name} is not a valid {kind.__name__}", problems=tuple(unknown))
+    return value
+
+
+def _unknown_keys(kind: type[Any], data: Any) -> list[str]:
+    """Keys of `data` that a round trip through `kind` would lose. pydantic ignores extras of plain dataclasses."""
+    try:
+        value = _adapter(kind).validate_json(json.dumps(data), strict=True)
+    except ValidationError:
+        return []
+    kept = to_data(value)
+    return sorted(_missing(data, kept, ""))
+
+
+def _missing(given: Any, kept: Any, at: str) -> list[str]:
+    if isinstance(given, dict) and isinstance(kept, dict):
+        found: list[str] = []
+        for key, value in given.items():
+            path = f"{at}.{key}" if at else str(key)
+            found += [f"{path}: unknown key"] if key not in kept else _missing(value, kept[key], path)
+        return found
+    if isinstance(given, list) and isinstance(kept, list):
+        return [
+            line for i, (a, b) in enumerate(zip(given, kept, strict=False)) for line in _missing(a, b, f"{at}[{i}]")
+        ]
+    return []
+
+
+def to_data(value: Any) -> Any:
+    """A dataclass as plain JSON data."""
+    return _adapter(type(value)).dump_python(value, mode="json")
+
+
+def save(value: Any, path: Path | str) -> None:
+    """Write a dataclass as JSON; readers see the old file or the new one, never half of one."""
+    save_json(to_data(value), path)
+
+
+def save_json(data: Any, path: Path | str) -> None:
+    """Write JSON atomically: temporary file in the same folder, fsync, rename.
+
+    Raises:
+        MachineError: no space, no permission.
+    """
+    save_text(json.dumps(data, indent=2, allow_nan=False) + "\n", path)
+
+
+def save_text(text: str, path: Path | str) -> None:
+    """Write text atomically. Raises MachineError when the disk is full or the folder is not writable."""
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
+        ) as stream:
+            temporary = stream.name
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise MachineError(
+            f"{path} cannot be written: {error.strerror or error}", fix="free space, or --out elsewhere"
+        ) from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)

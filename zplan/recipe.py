@@ -1,0 +1,57 @@
+"""Recipe: what the user wants trained; tuning must not change any of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from zplan.errors import ConfigError
+
+Method = Literal["full", "lora", "qlora"]
+DType = Literal["bf16", "fp16", "fp32"]
+Attention = Literal["sdpa", "flash_attention_2", "eager"]
+Loss = Literal["nll", "chunked_nll", "liger", "full"]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "sgd", "lion", "muon"]
+
+DTYPE_BYTES: dict[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
+"""Bytes of one element of the training dtype."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Model, method, data and mathematics of a run. Two runs with one recipe train the same thing."""
+
+    model: str
+    """Catalogue name, Hub id, folder or config.json, as the user gave it (folders absolute)."""
+    dataset: str | None = None
+    """File, folder or Hub id; None while only estimating."""
+    method: Method = "full"
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    lora_target: tuple[str, ...] = ("all-linear",)
+    modules_to_save: tuple[str, ...] = ()
+    max_length: int = 1024
+    """Longest sequence, in tokens; TRL's default."""
+    train_batch_size: int = 8
+    """Global: sequences per optimizer step over all ranks."""
+    optimizer: Optimizer = "adamw"
+    dtype: DType = "bf16"
+    attention: Attention = "sdpa"
+    loss: Loss = "nll"
+    packing: bool = False
+    learning_rate: float = 2e-5
+    max_grad_norm: float = 1.0
+    """Gradient clipping; 0 switches it off."""
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for name in ("lora_r", "lora_alpha", "max_length", "train_batch_size"):
+            value = getattr(self, name)
+            if not 1 <= value <= 1 << 30:
+                raise ConfigError(f"{name} is {value}, not between 1 and 2**30", fix=f"--{name.replace('_', '-')} 8")
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of one element in the training dtype."""
+        return DTYPE_BYTES[self.dtype]

@@ -1,0 +1,73 @@
+"""TrialSpec: one question. TrialResult: one answer. Three backends give it (formula, simulated, real).
+
+`spec.json` and `result.json` are these two values: the only interface between zplan and the trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+from zplan.hardware import Cluster
+from zplan.recipe import Recipe
+from zplan.zero_config import Choice
+
+Evidence = Literal["formula", "simulated", "measured", "calibrated"]
+
+
+class Outcome(StrEnum):
+    """How a trial ended; exactly one."""
+
+    OK = "ok"
+    PRUNED = "pruned"
+    GPU_OOM = "gpu_oom"
+    HOST_OOM = "host_oom"
+    TIMED_OUT = "timed_out"
+    RANK_LOST = "rank_lost"
+    ENV_BROKEN = "env_broken"
+    BAD_CONFIG = "bad_config"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialSpec:
+    """Train `recipe` as `choice` says on `cluster`, for a few timed steps."""
+
+    schema: Literal["zplan.trial/1"] = "zplan.trial/1"
+    recipe: Recipe
+    choice: Choice
+    cluster: Cluster
+    model_path: str
+    """Folder with config.json and tokenizer that the trainer opens; weights only if `weights="real"`."""
+    warmup_steps: int = 1
+    timed_steps: int = 3
+    weights: Literal["random", "real"] = "random"
+    deadline_seconds: float = 600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialResult:
+    """What a backend answers. None is not known."""
+
+    schema: Literal["zplan.result/1"] = "zplan.result/1"
+    outcome: Outcome
+    evidence: Evidence
+    message: str = ""
+    """One line for people: what happened, and what to type where that is known."""
+    gpu_allocated_bytes: int | None = None
+    """Peak per rank, worst rank: torch.cuda.max_memory_allocated; live tensor bytes on CPU ranks."""
+    gpu_reserved_bytes: int | None = None
+    gpu_used_bytes: int | None = None
+    host_resident_bytes: int | None = None
+    """Per node, all ranks."""
+    host_pinned_bytes: int | None = None
+    phases: Mapping[str, int] = field(default_factory=dict)
+    """Phase -> peak allocated bytes on the worst rank: load, init, forward, backward, step, save."""
+    step_seconds: float | None = None
+    """Median of the timed steps (one optimizer step, all micro-batches)."""
+    tokens_per_second: float | None = None
+    """Real, non-padding tokens of all ranks per second of wall clock."""
+    wall_seconds: float | None = None
+    """Whole trial, start of the first process to the end of the last."""
+    versions: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,190 @@
+"""ZeroConfig, BatchSizes and Choice <-> DeepSpeed JSON, key for key, under DeepSpeed's own names and defaults.
+
+Defaults and bounds: deepspeed 0.19.8, runtime/zero/config.py and runtime/zero/offload_config.py. Buckets, thresholds and
+live limits are in elements, as in DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from zplan.errors import ConfigError
+from zplan.recipe import Recipe
+
+OffloadDevice = Literal["none", "cpu", "nvme"]
+Origin = Literal["user", "auto", "default", "tuned"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OffloadParam:
+    """`zero_optimization.offload_param`; acts at stage 3 only."""
+
+    device: OffloadDevice = "none"
+    nvme_path: str | None = None
+    buffer_count: int = 5
+    buffer_size: int = 100_000_000
+    max_in_cpu: int = 1_000_000_000
+    pin_memory: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OffloadOptimizer:
+    """`zero_optimization.offload_optimizer`; acts at stages 1, 2, 3 (nvme: 3 only, plain cpu below)."""
+
+    device: OffloadDevice = "none"
+    nvme_path: str | None = None
+    buffer_count: int = 4
+    pin_memory: bool = True
+    pipeline_read: bool = False
+    pipeline_write: bool = False
+    fast_init: bool = False
+    ratio: float = 1.0
+    super_offload: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ZeroConfig:
+    """The `zero_optimization` section. `overlap_comm=None` is DeepSpeed's own default: true at stage 3 only."""
+
+    stage: Literal[0, 1, 2, 3] = 0
+    contiguous_gradients: bool = True
+    reduce_scatter: bool = True
+    reduce_bucket_size: int = 500_000_000
+    allgather_partitions: bool = True
+    allgather_bucket_size: int = 500_000_000
+    overlap_comm: bool | None = None
+    round_robin_gradients: bool = False
+    offload_optimizer: OffloadOptimizer = OffloadOptimizer()
+    offload_param: OffloadParam = OffloadParam()
+    sub_group_size: int = 1_000_000_000
+    stage3_prefetch_bucket_size: int = 50_000_000
+    stage3_param_persistence_threshold: int = 100_000
+    stage3_model_persistence_threshold: int = sys.maxsize
+    stage3_max_live_parameters: int = 1_000_000_000
+    stage3_max_reuse_distance: int = 1_000_000_000
+    stage3_gather_16bit_weights_on_model_save: bool = False
+    stage3_module_granularity_threshold: int = 0
+    stage3_use_all_reduce_for_fetch_params: bool = False
+    stage3_allgather_sequential: bool = False
+    zero_hpz_partition_size: int = 1
+    zero_quantized_weights: bool = False
+    zero_quantized_nontrainable_weights: bool = False
+    zero_quantized_gradients: bool = False
+
+    def __post_init__(self) -> None:
+        if self.stage not in (0, 1, 2, 3):
+            raise ConfigError(f"stage is {self.stage}", because="ZeRO has the stages 0, 1, 2 and 3", fix="--stage 2")
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if type(value) is int and item.name != "stage":
+                low = 1 if item.name == "reduce_bucket_size" else 0
+                if not low <= value <= sys.maxsize:
+                    raise ConfigError(
+                        f"{item.name} is {value}, below {low}",
+                        because="DeepSpeed's config model refuses it (runtime/zero/config.py)",
+                        fix=f"--set {item.name}=5e8",
+                    )
+
+    @property
+    def overlaps_comm(self) -> bool:
+        """overlap_comm with DeepSpeed's default filled in (config.py, overlap_comm_valid)."""
+        return self.stage == 3 if self.overlap_comm is None else self.overlap_comm
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        return self.stage >= 1 and self.offload_optimizer.device != "none"
+
+    @property
+    def offloads_param(self) -> bool:
+        """offload_param is accepted and ignored below stage 3."""
+        return self.stage == 3 and self.offload_param.device != "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchSizes:
+    """train_batch_size = train_micro_batch_size_per_gpu * gradient_accumulation_steps * world_size."""
+
+    train_micro_batch_size_per_gpu: int
+    gradient_accumulation_steps: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            if getattr(self, item.name) < 1:
+                raise ConfigError(f"{item.name} is {getattr(self, item.name)}, below 1", fix="--micro-batch 1")
+
+    @property
+    def train_batch_size(self) -> int:
+        return self.train_micro_batch_size_per_gpu * self.gradient_accumulation_steps * self.world_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What tuning may change: the ZeRO section, how the global batch is cut, and recomputation."""
+
+    zero: ZeroConfig
+    batch: BatchSizes
+    gradient_checkpointing: bool = True
+
+
+def batch_sizes(recipe: Recipe, *, micro_batch: int, world_size: int) -> BatchSizes:
+    """Cut the global batch into micro-batches.
+
+    Raises:
+        ConfigError: micro_batch * world_size does not divide train_batch_size.
+    """
+    sequences = micro_batch * world_size
+    accumulation, rest = divmod(recipe.train_batch_size, max(sequences, 1))
+    if rest or accumulation < 1:
+        raise ConfigError(
+            f"train_batch_size is {recipe.train_batch_size}, but micro-batch {micro_batch} x world_size {world_size}"
+            f" = {sequences} does not divide it",
+            because="DeepSpeed asserts train_batch_size = micro-batch x accumulation x world_size (runtime/config.py)",
+            fix=f"--train-batch-size {max(accumulation, 1) * sequences}",
+        )
+    return BatchSizes(
+        train_micro_batch_size_per_gpu=micro_batch, gradient_accumulation_steps=accumulation, world_size=world_size
+    )
+
+
+def _section(value: OffloadParam | OffloadOptimizer) -> dict[str, Any]:
+    return {item.name: getattr(value, item.name) for item in fields(value) if getattr(value, item.name) is not None}
+
+
+def zero_section(zero: ZeroConfig) -> dict[str, Any]:
+    """The `zero_optimization` dictionary, complete: every key that zplan knows, no "auto"."""
+    section: dict[str, Any] = {}
+    for item in fields(zero):
+        value = getattr(zero, item.name)
+        if isinstance(value, OffloadParam | OffloadOptimizer):
+            if value.device != "none":
+                section[item.name] = _section(value)
+        elif item.name == "overlap_comm":
+            section[item.name] = zero.overlaps_comm
+        else:
+            section[item.name] = value
+    return section
+
+
+def deepspeed_config(recipe: Recipe, choice: Choice, *, cpu_adam: bool) -> dict[str, Any]:
+    """The complete DeepSpeed configuration of a run, as the trainer hands it to the engine.
+
+    The optimizer is transformers' (no "optimizer" section), so every optimizer of the Trainer works. With offload,
+    `zero_force_ds_cpu_optimizer` decides whether accelerate replaces it by DeepSpeedCPUAdam.
+
+    Args:
+        cpu_adam: use DeepSpeedCPUAdam under offload (needs a compiled op); False keeps torch's AdamW on the host.
+    """
+    return {
+        "train_batch_size": choice.batch.train_batch_size,
+        "train_micro_batch_size_per_gpu": choice.batch.train_micro_batch_size_per_gpu,
+        "gradient_accumulation_steps": choice.batch.gradient_accumulation_steps,
+        "gradient_clipping": recipe.max_grad_norm,
+        "bf16": {"enabled": recipe.dtype == "bf16"},
+        "fp16": {"enabled": recipe.dtype == "fp16"},
+        "zero_force_ds_cpu_optimizer": cpu_adam and choice.zero.offloads_optimizer,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero_section(choice.zero),
+    }
