@@ -1,4 +1,4 @@
-"""A tiny real model and a tiny real dataset, made from nothing: random Llama weights, a byte-level BPE, a ChatML template.
+"""A tiny real model and dataset, made from nothing: random Llama weights, a byte-level BPE, a ChatML template.
 
 No network, no download, under a second to build; small enough that a CPU rank takes a step in a tenth of a second.
 """
@@ -53,7 +53,7 @@ def build_tiny_dataset(folder: Path, num_rows: int = 64) -> Path:
 def build_tiny_model(
     folder: Path, *, hidden_size: int = 64, num_hidden_layers: int = 2, chat_template: bool = True
 ) -> Path:
-    """A folder that `from_pretrained` opens: config.json, model.safetensors, tokenizer; pad equals eos, as in SmolLM2."""
+    """A folder that `from_pretrained` opens: config, safetensors, tokenizer; pad equals eos, as in SmolLM2."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
