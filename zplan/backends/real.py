@@ -1,0 +1,115 @@
+"""RealBackend: a few timed steps of the trainer that later trains, in child processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Literal
+
+from zplan import files
+from zplan.backends.launcher import ColdLauncher, Launcher, Limits
+from zplan.backends.outcome import Observed, classify
+from zplan.errors import ConfigError, MachineError
+from zplan.hardware import Cluster
+from zplan.trial import Outcome, TrialResult, TrialSpec
+from zplan.units import MIB
+
+_PORT_TAKEN = "Address already in use"
+_PORT_ATTEMPTS = 3
+_HOST_FLOOR_SHARE = 0.03
+"""Of the host's memory, kept free by the watchdog (at least 512 MiB): below it Linux starts to thrash, then to kill."""
+
+
+class RealBackend:
+    """Runs trials on this machine: CUDA ranks, or CPU ranks with gloo."""
+
+    evidence: Literal["measured"] = "measured"
+
+    def __init__(self, work_dir: Path | str, launcher: Launcher | None = None) -> None:
+        self._work_dir = Path(work_dir)
+        self._launcher = launcher if launcher is not None else ColdLauncher()
+
+    def run(self, spec: TrialSpec) -> TrialResult:
+        """Write spec.json, run the ranks, read result.json or say why there is none.
+
+        Raises:
+            ConfigError: more ranks than this machine has.
+            MachineError: the trial's folder cannot be written, too little host memory, a process that will not end.
+        """
+        _check_ranks(spec)
+        out_dir = self._new_folder()
+        files.save(spec, out_dir / "spec.json")
+        started = time.monotonic()
+        for attempt in range(1, _PORT_ATTEMPTS + 1):
+            observed = self._launcher.launch(
+                out_dir / "spec.json",
+                out_dir,
+                ranks=spec.choice.batch.world_size,
+                env=trial_environment(spec.cluster),
+                limits=_limits(spec),
+            )
+            outcome, message = classify(observed)
+            if outcome is not Outcome.ENV_BROKEN or _PORT_TAKEN not in message or attempt == _PORT_ATTEMPTS:
+                break
+            _remove_answers(out_dir)
+        wall_seconds = time.monotonic() - started
+        return self._answer(out_dir, observed, outcome, message, wall_seconds)
+
+    def close(self) -> None:
+        """End what the launcher keeps between trials."""
+        self._launcher.close()
+
+    def _new_folder(self) -> Path:
+        try:
+            self._work_dir.mkdir(parents=True, exist_ok=True)
+            return Path(mkdtemp(prefix="trial-", dir=self._work_dir.resolve()))
+        except OSError as error:
+            raise MachineError(
+                f"{self._work_dir} cannot be written: {error.strerror}", fix="free disk space"
+            ) from error
+
+    def _answer(
+        self, out_dir: Path, observed: Observed, outcome: Outcome, message: str, wall_seconds: float
+    ) -> TrialResult:
+        if outcome is Outcome.OK:
+            try:
+                return replace(files.load(TrialResult, out_dir / "result.json"), wall_seconds=wall_seconds)
+            except ConfigError as error:
+                outcome, message = Outcome.RANK_LOST, f"result.json is not readable: {error.what}"
+        return TrialResult(
+            outcome=outcome, evidence="measured", message=f"{message} [logs: {out_dir}]", wall_seconds=wall_seconds
+        )
+
+
+def trial_environment(cluster: Cluster) -> Mapping[str, str]:
+    """What every rank of a trial has in its environment besides torch's own variables."""
+    env = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+    if cluster.gpu.kind == "cpu":
+        threads = max(1, cluster.host.num_cpus // cluster.gpus_per_node)
+        # Ranks that wait for each other must not spin on the cores that the others compute on.
+        env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    return env
+
+
+def _limits(spec: TrialSpec) -> Limits:
+    floor = max(512 * MIB, int(spec.cluster.host.total_bytes * _HOST_FLOOR_SHARE))
+    return Limits(deadline_seconds=spec.deadline_seconds, host_floor_bytes=floor)
+
+
+def _check_ranks(spec: TrialSpec) -> None:
+    ranks, here = spec.choice.batch.world_size, spec.cluster.gpus_per_node
+    if ranks > here:
+        raise ConfigError(
+            f"a trial needs {ranks} ranks, but this node has {here}",
+            because="trials run on one node; torchrun, the deepspeed launcher or SLURM start runs on several",
+            fix="--nodes 1",
+        )
+
+
+def _remove_answers(out_dir: Path) -> None:
+    for path in out_dir.iterdir():
+        if path.name != "spec.json":
+            path.unlink()
