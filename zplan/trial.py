@@ -16,6 +16,25 @@ from zplan.zero_config import Choice
 
 Evidence = Literal["formula", "simulated", "measured", "calibrated"]
 
+SPEC_FILE = "spec.json"
+RESULT_FILE = "result.json"
+"""Written by rank 0, atomically, after every rank has reported."""
+
+
+def error_file(rank: int) -> str:
+    """What a rank that failed writes before it ends: type, message, phase, traceback."""
+    return f"error_{rank}.json"
+
+
+def progress_file(rank: int) -> str:
+    """Touched by a rank when it enters a phase and at the end of every step; its mtime is the heartbeat."""
+    return f"progress_{rank}"
+
+
+def log_file(rank: int) -> str:
+    """stdout and stderr of a rank."""
+    return f"log_{rank}.txt"
+
 
 class Outcome(StrEnum):
     """How a trial ended; exactly one."""
