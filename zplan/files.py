@@ -17,8 +17,14 @@ _MAX_JSON_BYTES = 8 << 20
 """A configuration is kilobytes; more is a wrong file."""
 
 
+_adapters: dict[Any, TypeAdapter[Any]] = {}
+"""Building one takes milliseconds, and a search converts thousands of values."""
+
+
 def _adapter(kind: type[T]) -> TypeAdapter[T]:
-    return TypeAdapter(kind)
+    if kind not in _adapters:
+        _adapters[kind] = TypeAdapter(kind)
+    return _adapters[kind]
 
 
 def load_json(path: Path | str) -> Any:

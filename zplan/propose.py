@@ -1,0 +1,265 @@
+"""What to try next: the baseline, the diverse best of the ranking, then what promises the most gain."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from math import log
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import ExperimentalWarning
+from optuna.trial import TrialState, create_trial
+
+from zplan.ledger import Origin, Record, Running, out_of_memory
+from zplan.model_shape import ModelShape
+from zplan.recipe import Recipe
+from zplan.screen import Screen, Screened
+from zplan.space import (
+    Draft,
+    Elements,
+    Options,
+    Range,
+    Share,
+    Space,
+    Suggester,
+    Value,
+    nearest_micro_batch,
+    world_sizes,
+)
+from zplan.surrogate import Observation, Surrogate, features, share_of
+from zplan.trial import Outcome, TrialResult
+from zplan.zero_config import BatchSizes, Choice, OffloadOptimizer, OffloadParam, ZeroConfig
+
+_SEEDS = 4
+"""Trials from the baseline and the ranking before the model takes over."""
+_TPE_SUGGESTIONS, _RANDOM_SUGGESTIONS, _NEIGHBOURS = 16, 24, 12
+_TRAINER_MICRO_BATCH = 8
+"""per_device_train_batch_size of transformers' TrainingArguments."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """The next trial, why, and what is expected of it."""
+
+    choice: Choice
+    origin: Origin
+    predicted: TrialResult | None = None
+    simulated: TrialResult | None = None
+    expected_gain: float | None = None
+    """Expected improvement over the best so far, as a fraction; None for seeds."""
+
+
+class Proposer:
+    """Turns the trials so far into the next one."""
+
+    def __init__(self, screen: Screen, shape: ModelShape, ranking: Sequence[Choice], *, seed: int) -> None:
+        self._screen, self._space = screen, screen.space
+        self._ranking = [screen.look(choice) for choice in ranking]
+        self._baseline = first_fitting(screen, baselines(shape, screen.template.recipe, screen.space))
+        self._random = random.Random(seed)
+        self._seed = seed
+
+    def next(self, records: Sequence[Record], running: Sequence[Running]) -> Proposal | None:
+        """The next trial; None if everything that can fit has been tried."""
+        taken = {record.key for record in records} | {trial.key for trial in running} | self._screen.refused
+        seed = self._next_seed(taken, started=len(records) + len(running))
+        if seed is not None:
+            return seed
+        return self._next_by_model(records, running, taken)
+
+    def _next_seed(self, taken: set[str], *, started: int) -> Proposal | None:
+        if self._baseline is not None and self._baseline.key not in taken:
+            return self._proposal(self._baseline, "baseline")
+        if started >= _SEEDS:
+            return None
+        for item in diverse(self._ranking, _SEEDS):
+            if item.promising and item.key not in taken:
+                proposal = self._proposal(item, "ranking")
+                if item.key not in self._screen.refused:
+                    return proposal
+        return None
+
+    def _next_by_model(self, records: Sequence[Record], running: Sequence[Running], taken: set[str]) -> Proposal | None:
+        model = Surrogate([self._observe(record) for record in records])
+        pool = {item.key: item for item in self._candidates(records) if item.promising and item.key not in taken}
+        gains = {key: self._gain(model, item) for key, item in pool.items()}
+        for key in sorted(pool, key=lambda key: (-gains[key], key)):
+            proposal = self._proposal(pool[key], "search", expected_gain=gains[key] if model.best is not None else None)
+            if key not in self._screen.refused:
+                return proposal
+        return None
+
+    def propose(self, choice: Choice, origin: Origin) -> Proposal:
+        """A configuration that is already decided."""
+        return self._proposal(self._screen.look(choice), origin)
+
+    def _proposal(self, item: Screened, origin: Origin, expected_gain: float | None = None) -> Proposal:
+        return Proposal(
+            choice=item.choice, origin=origin, predicted=item.predicted, simulated=self._screen.confirm(item),
+            expected_gain=expected_gain,
+        )  # fmt: skip
+
+    def _gain(self, model: Surrogate, item: Screened) -> float:
+        point = features(self._space.knobs, self._space.draft(item.choice))
+        return model.gain(point, _log_speed(item.predicted), self._log_share(item.predicted))
+
+    def _observe(self, record: Record) -> Observation:
+        predicted = self._screen.look(record.choice).predicted
+        measured = record.result.tokens_per_second
+        return Observation(
+            point=features(self._space.knobs, self._space.draft(record.choice)),
+            log_predicted=_log_speed(predicted),
+            log_measured=log(measured) if measured and record.result.outcome is Outcome.OK else None,
+            log_share=self._log_share(predicted),
+            out_of_memory=out_of_memory(record.result),
+        )
+
+    def _log_share(self, predicted: TrialResult) -> float:
+        cluster = self._screen.template.cluster
+        return share_of(
+            {
+                cluster.gpu.free_bytes: predicted.gpu_used_bytes or 0,
+                cluster.host.available_bytes: predicted.host_resident_bytes or 0,
+            }
+        )
+
+    def _candidates(self, records: Sequence[Record]) -> Iterable[Screened]:
+        """The ranking, neighbours of the best trials, TPE's suggestions and random ones."""
+        yield from self._ranking
+        suggesters: list[Suggester] = [Rolls(self._random) for _ in range(_RANDOM_SUGGESTIONS)]
+        suggesters += tpe_suggestions(self._space, records, _TPE_SUGGESTIONS, seed=self._seed + len(records))
+        ran = [record for record in records if record.result.outcome is Outcome.OK]
+        for record in sorted(ran, key=lambda record: -(record.result.tokens_per_second or 0.0))[:3]:
+            draft = self._space.draft(record.choice)
+            suggesters += [Neighbour(draft, self._random) for _ in range(_NEIGHBOURS)]
+        for suggester in suggesters:
+            yield self._screen.look(self._space.suggest(suggester))
+
+
+def _log_speed(predicted: TrialResult) -> float:
+    return log(predicted.tokens_per_second) if predicted.tokens_per_second else 0.0
+
+
+class Rolls:
+    """Random values, where `optuna.Trial` would suggest."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self._rng.choice(list(choices))
+
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
+        value: float = low * (high / low) ** self._rng.random()
+        return min(high, max(low, round(value)))
+
+    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None) -> float:
+        steps = round((high - low) / step) if step else 1
+        return low + self._rng.randint(0, steps) * (step or high - low)
+
+
+class Neighbour(Rolls):
+    """A finished configuration with about two knobs rolled again."""
+
+    def __init__(self, draft: Draft, rng: random.Random) -> None:
+        super().__init__(rng)
+        self._draft = draft
+
+    def _keep(self, name: str) -> bool:
+        return name in self._draft and self._rng.random() > 2 / max(len(self._draft), 3)
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self._draft[name] if self._keep(name) else super().suggest_categorical(name, choices)
+
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
+        return int(self._draft[name]) if self._keep(name) else super().suggest_int(name, low, high, log=log)
+
+    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None) -> float:
+        return float(self._draft[name]) if self._keep(name) else super().suggest_float(name, low, high, step=step)
+
+
+def tpe_suggestions(space: Space, records: Sequence[Record], count: int, *, seed: int) -> list[Suggester]:
+    """Optuna's TPE, shown the finished trials with their memory constraint, asked for `count` suggestions."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # group=True: the documented way for conditional spaces
+        sampler = optuna.samplers.TPESampler(multivariate=True, group=True, constant_liar=True, seed=seed)
+        study = optuna.create_study(direction="maximize", sampler=sampler)
+        for record in records:
+            study.add_trial(_as_optuna(space, record))
+        return [study.ask() for _ in range(count)]
+
+
+def _as_optuna(space: Space, record: Record) -> optuna.trial.FrozenTrial:
+    draft = space.draft(record.choice)
+    ranges = {knob.name: knob.range for knob in space.knobs}
+    return create_trial(
+        state=TrialState.COMPLETE,
+        value=record.result.tokens_per_second or 0.0,
+        params=draft,
+        distributions={name: _distribution(ranges[name], value) for name, value in draft.items()},
+        constraints={"memory": 1.0 if record.result.outcome is not Outcome.OK else -1.0},
+    )
+
+
+def _distribution(allowed: Range, value: Value) -> BaseDistribution:
+    """The knob's distribution, widened to a value from outside its range (a trial from before the user narrowed it)."""
+    match allowed:
+        case Options(values):
+            return CategoricalDistribution(values if value in values else (*values, value))
+        case Elements(low, high):
+            return IntDistribution(min(low, int(value)), max(high, int(value)), log=True)
+        case Share(low, high):
+            return FloatDistribution(low, high, step=0.1)
+
+
+def baselines(shape: ModelShape, recipe: Recipe, space: Space) -> list[Choice]:
+    """What a user of transformers' "auto" would have run: the documentation's examples, from fast to small.
+
+    Source: transformers 5.23, integrations/deepspeed.py (trainer_config_finalize): bucket = h^2, prefetch = 0.9 h^2,
+    persistence = 10 h; docs/source/en/deepspeed.md, "Selecting a ZeRO stage".
+    """
+    hidden = shape.hidden_size
+    auto = ZeroConfig(
+        overlap_comm=True,
+        reduce_bucket_size=hidden**2,
+        stage3_prefetch_bucket_size=int(0.9 * hidden**2),
+        stage3_param_persistence_threshold=10 * hidden,
+    )
+    cpu, param = OffloadOptimizer(device="cpu"), OffloadParam(device="cpu")
+    steps = (
+        replace(auto, stage=2),
+        replace(auto, stage=2, offload_optimizer=cpu),
+        replace(auto, stage=3),
+        replace(auto, stage=3, offload_optimizer=cpu, offload_param=param),
+    )
+    world = max(world_sizes(recipe, space.problem.cluster))
+    choices = []
+    for wanted in (_TRAINER_MICRO_BATCH, 1):
+        micro_batch = nearest_micro_batch(recipe, world, wanted)
+        accumulation = recipe.train_batch_size // (world * micro_batch)
+        batch = BatchSizes(
+            train_micro_batch_size_per_gpu=micro_batch, gradient_accumulation_steps=accumulation, world_size=world
+        )
+        choices += [Choice(zero=zero, batch=batch) for zero in steps]
+    return choices
+
+
+def first_fitting(screen: Screen, choices: Iterable[Choice]) -> Screened | None:
+    """The first that the formula says fits and that the user's narrowing allows."""
+    allowed = (screen.look(choice) for choice in choices if screen.space.contains(choice))
+    return next((item for item in allowed if item.promising), None)
+
+
+def diverse(ranking: Sequence[Screened], count: int) -> list[Screened]:
+    """The best of the ranking, at most one of each kind first: stage, offload and recomputation make the kind."""
+    first: dict[tuple[Any, ...], Screened] = {}
+    for item in ranking:
+        zero, batch = item.choice.zero, item.choice.batch
+        kind = (zero.stage, zero.offload_optimizer.device, zero.offload_param.device)
+        first.setdefault((*kind, item.choice.gradient_checkpointing, batch.world_size), item)
+    chosen = list(first.values())[:count]
+    return chosen + [item for item in ranking if item not in chosen][: count - len(chosen)]

@@ -1,0 +1,66 @@
+"""Which suggestions are worth a trial: those that fit by formula, and that a simulation, if there is one, confirms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from zplan.backends.base import Backend
+from zplan.space import Space
+from zplan.trial import Outcome, TrialResult, TrialSpec
+from zplan.zero_config import Choice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Screened:
+    """One configuration, its canonical key, and what is known about it before any trial."""
+
+    choice: Choice
+    key: str
+    predicted: TrialResult
+
+    @property
+    def promising(self) -> bool:
+        """The formula's upper bound fits."""
+        return self.predicted.outcome is Outcome.OK
+
+
+@dataclass
+class Screen:
+    """Asks the formula about every suggestion (once per key) and the simulator about the few that win."""
+
+    space: Space
+    formula: Backend
+    template: TrialSpec
+    """Everything of a trial but its choice."""
+    simulator: Backend | None = None
+    refused: set[str] = field(default_factory=set)
+    """Keys that the simulation says do not fit."""
+    _seen: dict[str, Screened] = field(default_factory=dict)
+    _simulated: dict[str, TrialResult] = field(default_factory=dict)
+
+    def spec(self, choice: Choice) -> TrialSpec:
+        """The question about one configuration."""
+        t = self.template
+        return TrialSpec(
+            recipe=t.recipe, choice=choice, cluster=t.cluster, model_path=t.model_path, warmup_steps=t.warmup_steps,
+            timed_steps=t.timed_steps, weights=t.weights, deadline_seconds=t.deadline_seconds,
+        )  # fmt: skip
+
+    def look(self, choice: Choice) -> Screened:
+        """The formula's answer; duplicates that differ only in dead knobs share it."""
+        choice = self.space.canonical(choice)
+        key = self.space.key(choice)
+        if key not in self._seen:
+            self._seen[key] = Screened(choice=choice, key=key, predicted=self.formula.run(self.spec(choice)))
+        return self._seen[key]
+
+    def confirm(self, item: Screened) -> TrialResult | None:
+        """The simulation's answer, None without a simulator; what does not fit there is refused from now on."""
+        if self.simulator is None:
+            return None
+        if item.key not in self._simulated:
+            self._simulated[item.key] = self.simulator.run(self.spec(item.choice))
+        result = self._simulated[item.key]
+        if result.outcome in (Outcome.GPU_OOM, Outcome.HOST_OOM, Outcome.BAD_CONFIG):
+            self.refused.add(item.key)
+        return result

@@ -1,0 +1,287 @@
+"""The tuner: propose, screen, run, record, until the trials are used up or no gain is left; resume by running again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from zplan import files
+from zplan.backends.base import Backend
+from zplan.backends.formula import FormulaBackend
+from zplan.errors import MachineError
+from zplan.hardware import Cluster
+from zplan.ledger import Ledger, Question, Record, Running, open_ledger
+from zplan.model_shape import ModelShape
+from zplan.narrowing import narrow
+from zplan.plan import Plan
+from zplan.planner import Fixed, rank_candidates
+from zplan.propose import Proposal, Proposer
+from zplan.recipe import Recipe
+from zplan.screen import Screen
+from zplan.space import Problem, Space
+from zplan.trial import Outcome, TrialResult, TrialSpec
+from zplan.winner import make_plan, rank_records
+from zplan.zero_config import Choice
+
+_LEAST_GAIN = 0.01
+"""Expected improvement, as a fraction, below which another trial is not worth its time."""
+_PATIENCE = 3
+"""Proposals in a row that expect less."""
+_LEAST_TRIALS = 6
+"""Trials that ran before the model's expectation is trusted to stop a search."""
+_CONFIRM_TOLERANCE = 0.10
+"""A confirmation this much slower than its first run is told to the user: the machine is not quiet."""
+
+
+class Observer(Protocol):
+    """How the tuner tells what it does; the command line draws it."""
+
+    def trial_started(self, trial: Running, proposal: Proposal) -> None: ...
+
+    def trial_finished(self, record: Record, progress: Progress) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Where the study stands after a trial."""
+
+    num_finished: int
+    n_trials: int
+    best: Record | None
+    remaining_seconds: float | None
+    """By the mean duration of this run's trials."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyOutcome:
+    """What a run of the tuner ended with."""
+
+    records: tuple[Record, ...]
+    """All trials of the study, earlier runs' included."""
+    best: Record | None
+    plan: Plan | None
+    stop_reason: str
+    num_resumed: int
+    """Trials that the study had before this run."""
+
+
+class Silent:
+    """The observer of those who do not look."""
+
+    def trial_started(self, trial: Running, proposal: Proposal) -> None:
+        return None
+
+    def trial_finished(self, record: Record, progress: Progress) -> None:
+        return None
+
+    def message(self, text: str) -> None:
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How much a search may cost."""
+
+    n_trials: int
+    timeout_seconds: float | None = None
+    warmup_steps: int = 1
+    timed_steps: int = 3
+    deadline_seconds: float = 600.0
+
+
+def run_study(
+    *,
+    recipe: Recipe,
+    shape: ModelShape,
+    cluster: Cluster,
+    model_path: str,
+    backend: Backend,
+    n_trials: int,
+    study_path: str,
+    plan_path: Path | str | None = None,
+    fixed: Fixed | None = None,
+    observer: Observer | None = None,
+    timeout_seconds: float | None = None,
+    seed: int = 0,
+    timed_steps: int = 3,
+    warmup_steps: int = 1,
+    deadline_seconds: float = 600.0,
+    simulator: Backend | None = None,
+    formula: Backend | None = None,
+) -> StudyOutcome:
+    """Search for the fastest choice that fits, and write it to `plan_path`. Running it again resumes the study.
+
+    Args:
+        model_path: folder that the trials open.
+        backend: answers the trials.
+        n_trials: trials that the study has when it is done, earlier runs' included, confirmations not.
+        study_path: journal file, or a database URL.
+        deadline_seconds: of one trial.
+        simulator: confirms a suggestion before it costs a trial; None skips that.
+        formula: predicts; FormulaBackend unless given.
+
+    Raises:
+        ConfigError: the study belongs to another recipe or cluster, a knob that does not exist.
+        MachineError: the machine is broken, or the study cannot be written.
+    """
+    fixed = fixed if fixed is not None else Fixed()
+    question = Question(recipe=recipe, cluster=cluster, evidence=backend.evidence)
+    ledger = open_ledger(study_path, question)
+    narrowing = narrow(fixed)
+    space = Space(Problem(shape=shape, recipe=recipe, cluster=cluster), narrowing.ranges, narrowing.base)
+    ranking = tuple(candidate.choice for candidate in rank_candidates(shape, recipe, cluster, fixed=narrowing.fixed))
+    effort = Effort(
+        n_trials=n_trials, timeout_seconds=timeout_seconds, warmup_steps=warmup_steps, timed_steps=timed_steps,
+        deadline_seconds=deadline_seconds,
+    )  # fmt: skip
+    search = Search(
+        question=question, ledger=ledger, space=space, shape=shape, ranking=ranking, backend=backend,
+        formula=formula if formula is not None else FormulaBackend(shape), simulator=simulator, effort=effort,
+        model_path=model_path, observer=observer if observer is not None else Silent(), seed=seed,
+    )  # fmt: skip
+    num_resumed = len(ledger.records())
+    stop_reason = search.run()
+    confirmed = search.confirm_winner()
+    records = ledger.records()
+    plan = make_plan(question, records, model_path=model_path, study_path=study_path)
+    if plan is not None and plan_path is not None:
+        files.save(plan, plan_path)
+    ranked = rank_records(records)
+    return StudyOutcome(
+        records=records, best=ranked[0] if ranked else None, plan=plan,
+        stop_reason="; ".join(text for text in (stop_reason, confirmed) if text), num_resumed=num_resumed,
+    )  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Search:
+    """One run of the tuner over an open study."""
+
+    question: Question
+    ledger: Ledger
+    space: Space
+    shape: ModelShape
+    ranking: Sequence[Choice]
+    backend: Backend
+    formula: Backend
+    simulator: Backend | None
+    effort: Effort
+    model_path: str
+    observer: Observer
+    seed: int
+
+    def __post_init__(self) -> None:
+        template = self._spec(self.space.choice({"world_size": 1, "stage": 0}))
+        screen = Screen(self.space, self.formula, template, self.simulator)
+        self._proposer = Proposer(screen, self.shape, self.ranking, seed=self.seed)
+        self._started = time.monotonic()
+        self._durations: list[float] = []
+
+    def run(self) -> str:
+        """Trial after trial; returns why it ended."""
+        hopeless = 0
+        while True:
+            reason = self._budget_ends()
+            if reason:
+                return reason
+            proposal = self._next()
+            if proposal is None:
+                return "every configuration that can fit has been tried"
+            low = proposal.expected_gain is not None and proposal.expected_gain < _LEAST_GAIN
+            hopeless = hopeless + 1 if low else 0
+            ran = sum(record.result.outcome is Outcome.OK for record in self.ledger.records())
+            if hopeless >= _PATIENCE and ran >= _LEAST_TRIALS:
+                return (
+                    f"the best untried configuration promises only {proposal.expected_gain:.1%} more, "
+                    f"{_PATIENCE} times in a row"
+                )
+            self._run_one(proposal)
+
+    def _budget_ends(self) -> str:
+        finished = sum(record.origin != "confirm" for record in self.ledger.records())
+        if finished + len(self.ledger.running()) >= self.effort.n_trials:
+            return f"{finished} trials are done"
+        timeout = self.effort.timeout_seconds
+        if timeout is not None and time.monotonic() - self._started + self._mean_duration() > timeout:
+            return "the time is used up"
+        return ""
+
+    def _mean_duration(self) -> float:
+        return sum(self._durations) / len(self._durations) if self._durations else 0.0
+
+    def _next(self) -> Proposal | None:
+        interrupted = self.ledger.interrupted()
+        if interrupted:
+            self.observer.message("a trial that was interrupted is run again")
+            return self._proposer.propose(interrupted[0], "search")
+        return self._proposer.next(self.ledger.records(), self.ledger.running())
+
+    def _run_one(self, proposal: Proposal) -> Record:
+        trial = self.ledger.begin(self.space, proposal.choice, origin=proposal.origin)
+        self.observer.trial_started(trial, proposal)
+        try:
+            result = self.backend.run(self._spec(proposal.choice))
+        except BaseException:
+            self.ledger.abandon(trial)
+            raise
+        if result.outcome is Outcome.ENV_BROKEN:
+            self.ledger.abandon(trial)
+            raise MachineError(
+                f"trial {trial.number} met a broken machine: {result.message}",
+                because="no other configuration can do better until this is mended; finished trials are kept",
+                fix="mend it and run the same command again: it resumes",
+            )
+        record = self.ledger.finish(trial, self._record(trial, proposal, result))
+        self._durations.append(record.finished - record.started)
+        self.observer.trial_finished(record, self._progress())
+        return record
+
+    def _record(self, trial: Running, proposal: Proposal, result: TrialResult) -> Record:
+        return Record(
+            key=trial.key, origin=proposal.origin, choice=proposal.choice, result=result,
+            predicted=proposal.predicted, simulated=proposal.simulated, started=trial.started, finished=time.time(),
+        )  # fmt: skip
+
+    def _progress(self) -> Progress:
+        records = self.ledger.records()
+        finished = sum(record.origin != "confirm" for record in records)
+        left = max(0, self.effort.n_trials - finished)
+        ranked = rank_records(records)
+        return Progress(
+            num_finished=finished, n_trials=self.effort.n_trials, best=ranked[0] if ranked else None,
+            remaining_seconds=left * self._mean_duration() if self._durations else None,
+        )  # fmt: skip
+
+    def confirm_winner(self) -> str:
+        """Run the fastest once more; if it fails this time it is no winner, and the next one is confirmed instead."""
+        while True:
+            records = self.ledger.records()
+            ranked = rank_records(records)
+            if not ranked or self.question.evidence != "measured":
+                return ""
+            runs = [record for record in records if record.key == ranked[0].key]
+            if len(runs) > 1:
+                return _confirmation(runs)
+            choice = ranked[0].choice
+            proposal = self._proposer.propose(choice, "confirm")
+            self._run_one(proposal)
+
+    def _spec(self, choice: Choice) -> TrialSpec:
+        return TrialSpec(
+            recipe=self.question.recipe, choice=choice, cluster=self.question.cluster, model_path=self.model_path,
+            warmup_steps=self.effort.warmup_steps, timed_steps=self.effort.timed_steps,
+            deadline_seconds=self.effort.deadline_seconds,
+        )  # fmt: skip
+
+
+def _confirmation(runs: Sequence[Record]) -> str:
+    first, last = (run.result.tokens_per_second or 0.0 for run in (runs[0], runs[-1]))
+    change = last / first - 1 if first else 0.0
+    if abs(change) > _CONFIRM_TOLERANCE:
+        return f"the winner ran again, but {change:+.0%} tokens/s: this machine is not quiet"
+    return f"the winner ran again: {change:+.1%} tokens/s"

@@ -1,0 +1,101 @@
+"""The study's answer: the fastest configuration that fits, as a Plan with a ladder of safer, smaller ones under it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from zplan.ledger import Question, Record
+from zplan.plan import Plan, Rung
+from zplan.trial import Outcome
+from zplan.units import format_bytes
+from zplan.zero_config import Choice, deepspeed_config
+
+_RUNGS = 3
+_LIBRARIES = ("zplan", "torch", "deepspeed", "transformers", "trl", "peft", "accelerate", "optuna")
+
+
+def rank_records(records: Sequence[Record]) -> list[Record]:
+    """The trials that ran, fastest first; one per configuration, by the mean over its runs."""
+    by_key: dict[str, list[Record]] = {}
+    for record in records:
+        by_key.setdefault(record.key, []).append(record)
+    whole = [runs for runs in by_key.values() if all(run.result.outcome is Outcome.OK for run in runs)]
+    return [runs[-1] for runs in sorted(whole, key=lambda runs: -_mean_speed(runs))]
+
+
+def _mean_speed(runs: Sequence[Record]) -> float:
+    return sum(run.result.tokens_per_second or 0.0 for run in runs) / len(runs)
+
+
+def peak_bytes(record: Record) -> int | None:
+    """GPU bytes of a trial by the best evidence there is: used, else allocated; measured before predicted."""
+    for result in (record.result, record.simulated, record.predicted):
+        if result is not None:
+            found = result.gpu_used_bytes if result.gpu_used_bytes is not None else result.gpu_allocated_bytes
+            if found is not None:
+                return found
+    return None
+
+
+def make_plan(question: Question, records: Sequence[Record], *, model_path: str, study_path: str) -> Plan | None:
+    """The plan of the fastest trial that ran every time it was tried; None if none did."""
+    ranked = rank_records(records)
+    if not ranked:
+        return None
+    winner = ranked[0]
+    is_simulated = question.evidence == "simulated"
+    return Plan(
+        model_path=model_path,
+        recipe=question.recipe,
+        choice=winner.choice,
+        deepspeed=_deepspeed(question, winner.choice),
+        cluster=question.cluster,
+        predicted=winner.predicted,
+        simulated=winner.result if is_simulated else winner.simulated,
+        measured=winner.result if question.evidence == "measured" else None,
+        ladder=make_ladder(question, ranked),
+        study=study_path,
+        trial=winner.number,
+        versions=library_versions(),
+    )
+
+
+def make_ladder(question: Question, ranked: Sequence[Record]) -> tuple[Rung, ...]:
+    """Runner-ups, each with a smaller peak than the rung above: where training steps down to when memory runs out."""
+    rungs: list[Rung] = []
+    ceiling = peak_bytes(ranked[0])
+    for record in ranked[1:]:
+        peak = peak_bytes(record)
+        if ceiling is None or peak is None or peak >= ceiling or len(rungs) == _RUNGS:
+            continue
+        speed = record.result.tokens_per_second or 0.0
+        best = ranked[0].result.tokens_per_second or speed or 1.0
+        rungs.append(
+            Rung(
+                choice=record.choice,
+                deepspeed=_deepspeed(question, record.choice),
+                reason=f"{format_bytes(ceiling - peak)} less per GPU than the one above, {speed / best:.0%} of the "
+                f"fastest's speed (trial {record.number})",
+                predicted=record.predicted,
+                measured=record.result if question.evidence == "measured" else None,
+            )
+        )
+        ceiling = peak
+    return tuple(rungs)
+
+
+def _deepspeed(question: Question, choice: Choice) -> dict[str, object]:
+    # CPU ranks keep torch's AdamW: DeepSpeedCPUAdam is a compiled op that brings nothing where there is no GPU.
+    return deepspeed_config(question.recipe, choice, cpu_adam=question.cluster.gpu.kind == "cuda")
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of what decides a trial's numbers."""
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
