@@ -1,0 +1,207 @@
+"""The inside of a trial: build the trainer as the training does, run a few steps, measure them on every rank."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, set_seed
+
+from sft import build, data
+from sft.meter import CpuMeter, CudaMeter, make_meter, measure_pinned_bytes, measure_used_bytes, peak_resident_bytes
+from sft.ranks import Rank
+from zplan.trial import Outcome, TrialResult, TrialSpec
+from zplan.zero_config import deepspeed_config
+
+if TYPE_CHECKING:
+    from sft.trial import Progress
+
+_VERSIONED = ("torch", "deepspeed", "transformers", "trl", "peft", "accelerate", "zplan")
+_COLLECTIVE_SECONDS = 300.0
+"""A rank that waits longer for its peers gives up; the launcher's deadline is usually shorter."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankReport:
+    """What one rank measured."""
+
+    allocated_bytes: int
+    reserved_bytes: int | None
+    used_bytes: int | None
+    resident_bytes: int
+    pinned_bytes: int | None
+    phases: dict[str, int]
+    tokens: int
+    local_world_size: int
+
+
+class StepClock(TrainerCallback):  # type: ignore[misc]
+    """Switches the detailed measurement off after the warm-up and times the steps that follow."""
+
+    def __init__(self, spec: TrialSpec, meter: CpuMeter | CudaMeter, progress: Progress) -> None:
+        self.spec = spec
+        self.meter = meter
+        self.progress = progress
+        self.trainer: build.PlanTrainer | None = None
+        self.ends: list[float] = []
+        self.tokens_before: Any = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """DeepSpeed's engine exists now; its optimizer step is a phase of its own."""
+        assert self.trainer is not None
+        engine = self.trainer.model_wrapped
+        inner_step, meter = engine.step, self.meter
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            meter.enter("step")
+            return inner_step(*args, **kwargs)
+
+        engine.step = step
+        self.progress.enter("steps")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the warm-up, or the timed step."""
+        assert self.trainer is not None
+        self.progress.beat()
+        if state.global_step < self.spec.warmup_steps:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if state.global_step == self.spec.warmup_steps:
+            self.finish_warmup()
+            if dist.is_initialized():
+                dist.barrier()
+        self.ends.append(time.perf_counter())
+
+    def finish_warmup(self) -> None:
+        """From here on nothing but the clock runs beside the trainer."""
+        assert self.trainer is not None
+        self.meter.finish_phases()
+        self.trainer.meter = None
+        self.tokens_before = self.trainer.seen_tokens
+
+    @property
+    def step_seconds(self) -> list[float]:
+        return [after - before for before, after in zip(self.ends, self.ends[1:], strict=False)]
+
+
+def measure_trial(spec: TrialSpec, out_dir: Path, place: Rank, progress: Progress) -> TrialResult | None:
+    """Train for warm-up and timed steps; the result on rank 0, None on the others."""
+    kind = spec.cluster.gpu.kind
+    recipe, choice = spec.recipe, spec.choice
+    progress.enter("init")
+    build.check_world(choice, place.world_size)
+    build.init_process_group(kind, timeout_seconds=_COLLECTIVE_SECONDS)
+    if kind == "cuda":
+        torch.cuda.set_device(place.local_rank)
+    meter = make_meter(kind, place.local_rank)
+    meter.enter("load")
+    args = build.sft_config(
+        recipe,
+        choice,
+        deepspeed_config(recipe, choice, cpu_adam=build.wants_cpu_adam(kind)),
+        build.Run(
+            output_dir=out_dir,
+            max_steps=spec.warmup_steps + spec.timed_steps,
+            learning_rate=recipe.learning_rate,
+            seed=recipe.seed,
+            keep_order=True,
+        ),
+        kind,
+    )
+    set_seed(recipe.seed)
+    tokenizer = build.load_tokenizer(spec.model_path)
+    progress.enter("load")
+    model = build.load_model(spec.model_path, recipe, weights=spec.weights)
+    rows = _rows(spec, tokenizer, vocab_size=model.config.get_text_config().vocab_size)
+    meter.enter("init")
+    progress.enter("init")
+    clock = StepClock(spec, meter, progress)
+    trainer = build.build_trainer(recipe, args, model, tokenizer, rows, callbacks=[clock], meter=meter)
+    clock.trainer = trainer
+    del model
+    trainer.train()
+    return _gather(spec, trainer, clock, meter, place)
+
+
+def _rows(spec: TrialSpec, tokenizer: Any, *, vocab_size: int) -> Any:
+    recipe = spec.recipe
+    examples: tuple[data.Example, ...] = ()
+    if recipe.dataset is not None:
+        options = data.DataOptions(max_length=recipe.max_length, seed=recipe.seed)
+        examples = data.load_data(recipe.dataset, tokenizer, options).train
+    return data.to_dataset(
+        data.trial_examples(
+            examples,
+            warmup=spec.warmup_steps * recipe.train_batch_size,
+            timed=spec.timed_steps * recipe.train_batch_size,
+            max_length=recipe.max_length,
+            vocab_size=vocab_size,
+            seed=recipe.seed,
+            packing=recipe.packing,
+        )
+    )
+
+
+def _gather(
+    spec: TrialSpec, trainer: build.PlanTrainer, clock: StepClock, meter: CpuMeter | CudaMeter, place: Rank
+) -> TrialResult | None:
+    kind = spec.cluster.gpu.kind
+    report = RankReport(
+        allocated_bytes=meter.allocated_bytes,
+        reserved_bytes=meter.reserved_bytes if isinstance(meter, CudaMeter) else None,
+        used_bytes=measure_used_bytes(kind, place.local_rank),
+        resident_bytes=peak_resident_bytes(),
+        pinned_bytes=measure_pinned_bytes(kind),
+        phases=dict(meter.phases),
+        tokens=int(trainer.seen_tokens) - int(clock.tokens_before),
+        local_world_size=place.local_world_size,
+    )
+    gathered: list[Any] = [None] * place.world_size
+    dist.all_gather_object(gathered, asdict(report))
+    dist.destroy_process_group()
+    if not place.is_first:
+        return None
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return summarise(
+        [RankReport(**item) for item in gathered],
+        clock.step_seconds,
+        message=f"loss {losses[0]:.4f} to {losses[-1]:.4f}",
+    )
+
+
+def summarise(reports: list[RankReport], step_seconds: list[float], *, message: str) -> TrialResult:
+    """Worst rank for device bytes, sum over a node's ranks for host bytes, all ranks' tokens for speed."""
+    elapsed = sum(step_seconds)
+    node = reports[: reports[0].local_world_size]
+    phases = sorted({phase for report in reports for phase in report.phases})
+    return TrialResult(
+        outcome=Outcome.OK,
+        evidence="measured",
+        message=message,
+        gpu_allocated_bytes=max(report.allocated_bytes for report in reports),
+        gpu_reserved_bytes=_largest([report.reserved_bytes for report in reports]),
+        gpu_used_bytes=_largest([report.used_bytes for report in reports]),
+        host_resident_bytes=sum(report.resident_bytes for report in node),
+        host_pinned_bytes=_total([report.pinned_bytes for report in node]),
+        phases={phase: max(report.phases.get(phase, 0) for report in reports) for phase in phases},
+        step_seconds=statistics.median(step_seconds) if step_seconds else None,
+        tokens_per_second=sum(report.tokens for report in reports) / elapsed if elapsed else None,
+        versions={name: version(name) for name in _VERSIONED},
+    )
+
+
+def _largest(values: list[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return max(known) if known else None
+
+
+def _total(values: list[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
