@@ -1,4 +1,4 @@
-"""A small known world for tests of the search: a shape, two clusters, a formula and a noisy truth that disagree a little."""
+"""A small known world for tests of the search: a shape, a cluster, a formula, and a noisy truth."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ TOY_RECIPE = Recipe(model="toy", train_batch_size=64, max_length=1024)
 
 @dataclass
 class Oracle:
-    """A backend in arithmetic. `error` is how far one kind of configuration is from the formula, `noise` how far runs scatter."""
+    """A backend in arithmetic: `error` is how far a kind of configuration is from the formula, `noise` the scatter."""
 
     shape: ModelShape
     evidence: Evidence = "measured"

@@ -20,6 +20,7 @@ import psutil
 from zplan.backends.host_memory import available_host_bytes, count_oom_kills
 from zplan.backends.outcome import Observed, RankError, RankExit, Watchdog
 from zplan.errors import MachineError
+from zplan.trial import RESULT_FILE, error_file, log_file
 from zplan.units import MIB, format_bytes, format_seconds
 
 _POLL_SECONDS = 0.05
@@ -86,7 +87,7 @@ class ColdLauncher:
 
 
 def _start(command: Sequence[str], env: Mapping[str, str], out_dir: Path, rank: int) -> subprocess.Popen[bytes]:
-    with open(out_dir / f"log_{rank}.txt", "wb") as log:
+    with open(out_dir / log_file(rank), "wb") as log:
         return subprocess.Popen(
             command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             start_new_session=True, preexec_fn=die_with_parent,
@@ -148,17 +149,23 @@ class Watch:
         beats = [path.stat().st_mtime for path in self._out_dir.glob("progress_*")]
         return time.time() - max(beats) if beats else None
 
-    def observed(self, exits: tuple[RankExit, ...]) -> Observed:
-        """Exit statuses together with what the ranks left in the trial's folder."""
-        tails = {item.rank: read_tail(self._out_dir / f"log_{item.rank}.txt") for item in exits}
-        errors = {item.rank: read_error(self._out_dir / f"error_{item.rank}.json") for item in exits}
+    def observed(
+        self,
+        exits: tuple[RankExit, ...],
+        *,
+        more_errors: Mapping[int, RankError] | None = None,
+        more_tails: Mapping[int, str] | None = None,
+    ) -> Observed:
+        """Exit statuses with what the ranks left in the folder, and what the launcher knows besides."""
+        tails = {item.rank: read_tail(self._out_dir / log_file(item.rank)) for item in exits}
+        errors = {item.rank: read_error(self._out_dir / error_file(item.rank)) for item in exits}
         return Observed(
             exits=exits,
             watchdog=self.verdict,
             watchdog_detail=self.detail,
-            errors={rank: error for rank, error in errors.items() if error is not None},
-            log_tails=tails,
-            has_result=(self._out_dir / "result.json").exists(),
+            errors={rank: error for rank, error in errors.items() if error is not None} | dict(more_errors or {}),
+            log_tails=tails | dict(more_tails or {}),
+            has_result=(self._out_dir / RESULT_FILE).exists(),
             host_oom_kills=count_oom_kills() - self._oom_kills,
             lowest_available_bytes=self._lowest_bytes,
             host_floor_bytes=self.limits.host_floor_bytes,
@@ -211,14 +218,14 @@ def _signal_group(group: int, signal_number: int) -> bool:
     return True
 
 
-def end_marked(mark: str, grace_seconds: float) -> None:
+def end_marked(mark: str, grace_seconds: float, *, but: int | None = None) -> None:
     """Kill whoever still carries the trial's mark, sessions of its own or not.
 
     Raises:
         MachineError: a process does not end even by SIGKILL (it is stuck in the kernel or a driver).
     """
     deadline = time.monotonic() + grace_seconds
-    left = marked_processes(mark)
+    left = marked_processes(mark, but=but)
     while left and time.monotonic() < deadline:
         for process in left:
             try:
@@ -226,7 +233,7 @@ def end_marked(mark: str, grace_seconds: float) -> None:
             except psutil.NoSuchProcess:
                 continue
         time.sleep(_POLL_SECONDS)
-        left = marked_processes(mark)
+        left = marked_processes(mark, but=but)
     if left:
         raise MachineError(
             f"processes {[process.pid for process in left]} of a trial do not end, even by SIGKILL",
@@ -235,12 +242,14 @@ def end_marked(mark: str, grace_seconds: float) -> None:
         )
 
 
-def marked_processes(mark: str) -> list[psutil.Process]:
-    """Every living process whose environment carries this trial's mark."""
+def marked_processes(mark: str, *, but: int | None = None) -> list[psutil.Process]:
+    """Every living process (`but` one) whose environment carries this trial's mark."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(TRIAL_MARK) == mark:
+            if process.pid == but or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            if process.environ().get(TRIAL_MARK) == mark:
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
             continue

@@ -14,7 +14,7 @@ from zplan.backends.launcher import ColdLauncher, Launcher, Limits
 from zplan.backends.outcome import Observed, classify
 from zplan.errors import ConfigError, MachineError
 from zplan.hardware import Cluster
-from zplan.trial import Outcome, TrialResult, TrialSpec
+from zplan.trial import RESULT_FILE, SPEC_FILE, Outcome, TrialResult, TrialSpec
 from zplan.units import MIB
 
 _PORT_TAKEN = "Address already in use"
@@ -41,11 +41,11 @@ class RealBackend:
         """
         _check_ranks(spec)
         out_dir = self._new_folder()
-        files.save(spec, out_dir / "spec.json")
+        files.save(spec, out_dir / SPEC_FILE)
         started = time.monotonic()
         for attempt in range(1, _PORT_ATTEMPTS + 1):
             observed = self._launcher.launch(
-                out_dir / "spec.json",
+                out_dir / SPEC_FILE,
                 out_dir,
                 ranks=spec.choice.batch.world_size,
                 env=trial_environment(spec.cluster),
@@ -76,7 +76,7 @@ class RealBackend:
     ) -> TrialResult:
         if outcome is Outcome.OK:
             try:
-                return replace(files.load(TrialResult, out_dir / "result.json"), wall_seconds=wall_seconds)
+                return replace(files.load(TrialResult, out_dir / RESULT_FILE), wall_seconds=wall_seconds)
             except ConfigError as error:
                 outcome, message = Outcome.RANK_LOST, f"result.json is not readable: {error.what}"
         return TrialResult(
@@ -111,5 +111,5 @@ def _check_ranks(spec: TrialSpec) -> None:
 
 def _remove_answers(out_dir: Path) -> None:
     for path in out_dir.iterdir():
-        if path.name != "spec.json":
+        if path.name != SPEC_FILE:
             path.unlink()
