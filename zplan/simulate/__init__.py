@@ -1,1 +1,1 @@
-"""See docs in the modules."""
+"""The simulated GPU: the installed DeepSpeed engine and trainer code on fake tensors and a fake process group."""

@@ -1,0 +1,111 @@
+"""SimulatedBackend: a dry run of the installed engine, in a child process, as a TrialResult."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from zplan.errors import ConfigError
+from zplan.hardware import Cluster
+from zplan.model_shape import ModelShape
+from zplan.recipe import Recipe
+from zplan.simulate.client import SimulationTimeoutError, WorkerClient, shared_worker
+from zplan.simulate.report import SimulationError, SimulationReport
+from zplan.simulate.request import SimulationRequest
+from zplan.trial import Outcome, TrialResult, TrialSpec
+from zplan.zero_config import Choice
+
+
+def simulate(
+    shape: ModelShape,
+    recipe: Recipe,
+    choice: Choice,
+    cluster: Cluster,
+    *,
+    steps: int = 2,
+    trace: Path | str | None = None,
+    layers: int | None = None,
+    deadline_seconds: float = 600.0,
+    worker: WorkerClient | None = None,
+) -> SimulationReport:
+    """Run the engine on simulated devices, in a child process that stays warm for the next question.
+
+    Args:
+        trace: file for a Chrome / Perfetto trace.
+        layers: this many layers instead of the model's.
+
+    Raises:
+        SimulationError: names the module and the operation that could not run; the formula still answers.
+        MachineError: the child process does not start.
+    """
+    request = SimulationRequest(
+        config=with_layers(shape, layers),
+        recipe=recipe,
+        choice=choice,
+        cluster=cluster,
+        steps=steps,
+        trace=str(Path(trace).absolute()) if trace is not None else None,
+    )
+    return (worker or shared_worker()).ask(request, deadline_seconds=deadline_seconds)
+
+
+def with_layers(shape: ModelShape, layers: int | None) -> Mapping[str, Any]:
+    """config.json of the model, or of a shorter one."""
+    if not shape.config:
+        raise ConfigError(
+            f"{shape.name} comes without its config.json", because="the simulation builds the model from it",
+            fix="--model FOLDER",
+        )  # fmt: skip
+    if layers is None:
+        return shape.config
+    config = {**shape.config, "num_hidden_layers": layers}
+    if config.get("layer_types"):
+        config["layer_types"] = list(config["layer_types"])[:layers]
+    return config
+
+
+class SimulatedBackend:
+    """Answers from a dry run of the installed engine. Seconds per step are not simulated."""
+
+    evidence: Literal["simulated"] = "simulated"
+
+    def __init__(self, shape: ModelShape, *, worker: WorkerClient | None = None) -> None:
+        self.shape = shape
+        self.worker = worker
+
+    def run(self, spec: TrialSpec) -> TrialResult:
+        """Bytes by simulation; what could not be simulated is an outcome that says why.
+
+        Raises:
+            MachineError: the child process does not start.
+        """
+        try:
+            report = simulate(
+                self.shape, spec.recipe, spec.choice, spec.cluster,
+                deadline_seconds=spec.deadline_seconds, worker=self.worker,
+            )  # fmt: skip
+        except SimulationTimeoutError as error:
+            return TrialResult(outcome=Outcome.TIMED_OUT, evidence="simulated", message=error.what)
+        except SimulationError as error:
+            outcome = Outcome.ENV_BROKEN if error.broken else Outcome.BAD_CONFIG
+            return TrialResult(outcome=outcome, evidence="simulated", message=error.what)
+        return as_result(report, spec)
+
+
+def as_result(report: SimulationReport, spec: TrialSpec) -> TrialResult:
+    """A report as the answer that the tuner compares."""
+    ranks = min(spec.cluster.gpus_per_node, spec.choice.batch.world_size)
+    pinned = max(report.pinned_phases.values(), default=0)
+    return TrialResult(
+        outcome=Outcome.GPU_OOM if report.oom_message else Outcome.OK,
+        evidence="simulated",
+        message=report.oom_message,
+        gpu_allocated_bytes=report.gpu_allocated_bytes,
+        gpu_reserved_bytes=report.gpu_reserved_bytes,
+        host_resident_bytes=report.host_tensor_bytes * ranks,
+        host_pinned_bytes=pinned * ranks,
+        phases=dict(report.allocated_phases),
+        wall_seconds=report.wall_seconds,
+        versions=dict(report.versions),
+    )

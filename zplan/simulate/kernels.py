@@ -1,0 +1,163 @@
+"""What a CUDA kernel does that a fake one does not: scratch memory, answers read on the host, shapes that depend on data."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from zplan.simulate.tracker import Tracker
+
+aten = torch.ops.aten
+Handler = Callable[["Tracker", Any, Any, Any], Any]
+
+
+def _run(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
+    out = func(*args, **kwargs)
+    for item in out if isinstance(out, (list, tuple)) else (out,):
+        if isinstance(item, torch.Tensor):
+            tracker.track(item)
+    return out
+
+
+def read_on_host(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
+    """A device value read by Python. What DeepSpeed reads are overflow and mismatch counts (none) and norms; what others
+    read asks for the common case, such as a mask without padding (yes)."""
+    dtype = args[0].dtype
+    if dtype.is_floating_point:
+        return 1.0
+    answer = not _asked_by_deepspeed()
+    return answer if dtype == torch.bool else int(answer)
+
+
+def _asked_by_deepspeed() -> bool:
+    frame: Any = sys._getframe(3)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if "/torch/" not in path and "/zplan/simulate/" not in path:
+            return "/deepspeed/" in path
+        frame = frame.f_back
+    return False
+
+
+def same_values(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> bool:
+    """`torch.equal`: every rank agrees."""
+    return True
+
+
+def index(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
+    """`x[mask]` with every position true: the largest result, and what a batch of the longest sequences gives."""
+    source, indices = args
+    masks = [i for i in indices if i is not None and i.dtype == torch.bool]
+    if not masks:
+        return _run(tracker, func, args, kwargs)
+    mask = masks[0]
+    positions = torch.empty((mask.numel(), mask.dim()), dtype=torch.int64, device=mask.device)
+    tracker.track(positions)
+    out = source.new_empty((mask.numel(), *source.shape[mask.dim() :]))
+    tracker.track(out)
+    return out
+
+
+def index_put(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
+    """The gradient of `x[mask]`: in place, with the positions as scratch."""
+    target, indices, *_ = args
+    masks = [i for i in indices if i is not None and i.dtype == torch.bool]
+    if not masks:
+        return _run(tracker, func, args, kwargs)
+    positions = torch.empty((masks[0].numel(), masks[0].dim()), dtype=torch.int64, device=masks[0].device)
+    tracker.track(positions)
+    if func is aten.index_put_.default or func is aten._index_put_impl_.default:
+        return target
+    out = torch.empty_like(target)
+    tracker.track(out)
+    return out
+
+
+def masked_scatter_backward(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
+    """The selected gradients, all positions true."""
+    gradient, _, sizes = args
+    out = gradient.new_empty(tuple(sizes))
+    tracker.track(out)
+    return out
+
+
+def flash_forward(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
+    out = _run(tracker, func, args, kwargs)
+    tracker.count_flops(_attention_flops(args[0], args[1], products=2))
+    return out
+
+
+def flash_backward(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
+    """FlashAttention-2's backward takes softmax_d and a float32 dq, and dk, dv per query head under grouped queries.
+
+    Source: torch 2.13, aten/native/transformers/cuda/flash_attn/flash_api.cpp (mha_bwd).
+    """
+    query, key = args[1], args[2]
+    out = _run(tracker, func, args, kwargs)
+    batch, heads, tokens, dim = query.shape
+    rows, width = _round_up(tokens, 128), _round_up(dim, 32)
+    sizes = [batch * heads * rows * 4, batch * rows * heads * width * 4]
+    if key.shape[1] != heads:
+        sizes += [batch * key.shape[2] * heads * dim * query.element_size()] * 2
+    if tracker.kinds.get(query.device.type) == "gpu" and query.device.type != "cpu":
+        tracker.scratch(sizes)
+    tracker.count_flops(_attention_flops(query, key, products=5))
+    return out
+
+
+def _attention_flops(query: torch.Tensor, key: torch.Tensor, *, products: int) -> int:
+    """Causal attention: half of each of the `products` square matrix products is skipped."""
+    batch, heads, tokens, dim = query.shape
+    return products * 2 * batch * heads * tokens * key.shape[2] * dim // 2
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return (value + multiple - 1) // multiple * multiple
+
+
+def matmul(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
+    out = _run(tracker, func, args, kwargs)
+    left, right = (args[1], args[2]) if len(args) > 2 else (args[0], args[1])
+    tracker.count_flops(2 * prod(left.shape) * right.shape[-1])
+    return out
+
+
+def copy_into(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
+    target, source = args[0], args[1]
+    if source.device.type != target.device.type:
+        tracker.copy(source.device.type, target.device.type, target.numel() * target.element_size())
+    return func(*args, **kwargs)
+
+
+def copy_to(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
+    source = args[0]
+    out = func(*args, **kwargs)
+    tracker.track(out, pinned=bool(kwargs.get("pin_memory")))
+    if source.device.type != out.device.type:
+        tracker.copy(source.device.type, out.device.type, out.numel() * source.element_size())
+    return out
+
+
+SPECIAL: dict[Any, Handler] = {
+    aten._local_scalar_dense.default: read_on_host,
+    aten.equal.default: same_values,
+    aten.index.Tensor: index,
+    aten.index_put.default: index_put,
+    aten.index_put_.default: index_put,
+    aten._index_put_impl_.default: index_put,
+    aten.masked_scatter_backward.default: masked_scatter_backward,
+    aten._scaled_dot_product_flash_attention.default: flash_forward,
+    aten._scaled_dot_product_flash_attention_backward.default: flash_backward,
+    aten.mm.default: matmul,
+    aten.bmm.default: matmul,
+    aten.addmm.default: matmul,
+    aten.copy_.default: copy_into,
+    aten._to_copy.default: copy_to,
+}
+COUNTED = frozenset({aten.mm.default, aten.bmm.default, aten.addmm.default, aten.copy_.default, aten._to_copy.default})
+"""Handlers that only count, and so run over real tensors too."""

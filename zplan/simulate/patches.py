@@ -1,0 +1,284 @@
+"""Every change that the simulation makes to other libraries: in one place, one line of reason each, undone on exit."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable
+from types import SimpleNamespace, TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
+
+from zplan.simulate.collectives import COLLECTIVES, CollectiveRecorder
+from zplan.simulate.device import DEVICE
+from zplan.simulate.ops import StandInOp
+from zplan.simulate.tracker import Tracker
+
+aten = torch.ops.aten
+MISSING = object()
+
+
+class Patches:
+    """Replaced attributes, restored in reverse order on exit."""
+
+    def __init__(self) -> None:
+        self._undo = contextlib.ExitStack()
+        self.applied: list[tuple[Any, str]] = []
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        before = vars(owner).get(name, MISSING)
+        self._undo.callback(delattr, owner, name) if before is MISSING else self._undo.callback(
+            setattr, owner, name, before
+        )
+        setattr(owner, name, value)
+        self.applied.append((owner, name))
+
+    def __enter__(self) -> Patches:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._undo.close()
+
+
+def install_fake_tensor_patches(patches: Patches, tracker: Tracker) -> None:
+    """What fake tensors lack to live through DeepSpeed."""
+    # with a device's own dispatch keys, `.data =` could not move a parameter between host and device as it does for real
+    patches.set(FakeTensor, "__new__", _new_fake_tensor)
+    # torch swaps `.data` without the fake device, and DeepSpeed moves every parameter by `.data =`
+    patches.set(torch.Tensor, "data", _data_property())
+    # resizing a storage is not dispatched, so the tracker would miss it
+    patches.set(torch.UntypedStorage, "resize_", _tracked_resize(tracker))
+    # DeepSpeed keys parameters by address and asserts alignment; a fake tensor has no address
+    patches.set(torch.Tensor, "data_ptr", _distinct_data_ptr())
+    # no stream ever delays a free here
+    patches.set(torch.Tensor, "record_stream", lambda self, stream: None)
+    # a build without CUDA cannot pin; the tracker keeps which bytes are pinned
+    patches.set(torch.Tensor, "pin_memory", _pin_memory(tracker))
+    patches.set(torch.Tensor, "is_pinned", _is_pinned(tracker))
+    # torch refuses `.data =` and swap_tensors on fake parameters, where real ones keep their identity
+    patches.set(torch.nn.Module, "_apply", _module_apply)
+    # data from Python goes through a real CPU tensor, which a device without kernels cannot take
+    constructor = _tensor_constructor(torch.tensor)
+    patches.set(torch, "tensor", constructor)
+    patches.set(torch, "empty", _empty_constructor(torch.empty, tracker))
+    partition = importlib.import_module("deepspeed.runtime.zero.partition_parameters")
+    # zero.Init restores these two on exit
+    patches.set(partition, "_orig_torch_tensor", constructor)
+    patches.set(partition, "_orig_torch_empty", torch.empty)
+    # transformers takes a fake tensor for a sign of tracing and then builds masks that training does not build
+    patches.set(importlib.import_module("transformers.utils.import_utils"), "is_fake_tensor", lambda x: False)
+
+
+def install_gpu_patches(patches: Patches, tracker: Tracker) -> None:
+    """Choices that libraries make by asking for a device called "cuda"."""
+    # the kernel that CUDA would choose; the choice for other devices is the math kernel
+    patches.set(F, "scaled_dot_product_attention", _attention(F.scaled_dot_product_attention))
+    chunked = importlib.import_module("trl.kernels.chunked_logprob")
+    # TRL takes its Triton kernels on CUDA only; they work in place and allocate nothing
+    for name in ("trl.kernels.chunked_logprob", "trl.trainer.utils"):
+        patches.set(importlib.import_module(name), "_use_triton", lambda device: device.type == DEVICE)
+    patches.set(chunked, "_forward_kernel", InPlaceKernel())
+    patches.set(chunked, "_backward_kernel", InPlaceKernel())
+    patches.set(chunked, "triton", SimpleNamespace(cdiv=lambda a, b: -(-a // b)))
+    # addmm into float32 is one cuBLAS call on CUDA and two casts elsewhere
+    patches.set(chunked, "_addmm_fp32", _addmm_fp32(tracker))
+
+
+def install_deepspeed_patches(patches: Patches, recorder: CollectiveRecorder) -> None:
+    """DeepSpeed's collectives, compiled ops and cross-rank checks."""
+    backend = importlib.import_module("deepspeed.comm.torch").TorchBackend
+    for name in COLLECTIVES:
+        if hasattr(backend, name):
+            patches.set(backend, name, recorder.instead_of(name))
+    builder = importlib.import_module("deepspeed.ops.op_builder.builder").OpBuilder
+    # compiled kernels dereference addresses
+    patches.set(builder, "load", lambda self, verbose=True: StandInOp(self.name))
+    patches.set(builder, "jit_load", lambda self, verbose=True: StandInOp(self.name))
+    # the probe of every op starts compilers
+    patches.set(importlib.import_module("deepspeed.ops"), "__compatible_ops__", {})
+    zero_utils = importlib.import_module("deepspeed.runtime.zero.utils")
+    # rank 0 would compare its own values with what it received from itself
+    patches.set(zero_utils, "get_lst_from_rank0", list)
+    for module in ("stage3", "partition_parameters", "partitioned_param_coordinator", "utils"):
+        owner = importlib.import_module(f"deepspeed.runtime.zero.{module}")
+        for check in ("assert_ints_same_as_other_ranks", "assert_lst_len_same_as_other_ranks"):
+            if check in vars(owner):
+                patches.set(owner, check, lambda values: None)
+
+
+def install_recorder(patches: Patches, recorder: CollectiveRecorder) -> None:
+    """The real counterpart: collectives run, and are counted."""
+    backend = importlib.import_module("deepspeed.comm.torch").TorchBackend
+    for name in COLLECTIVES:
+        if name in vars(backend):
+            patches.set(backend, name, recorder.around(name, getattr(backend, name)))
+
+
+_KEYS_DEVICE = torch.device("cpu")
+
+
+def _new_fake_tensor(
+    cls: type[FakeTensor], fake_mode: Any, elem: torch.Tensor, device: torch.device, constant: Any = None,
+    real_tensor: Any = None, pytype: Any = None, dispatch_keys: Any = None, *,
+    requires_grad: bool | None = None, _is_param: bool = False,
+) -> FakeTensor:  # fmt: skip
+    """FakeTensor.__new__ without its argument checks, and with the CPU's dispatch keys on every device."""
+    self: Any = torch.Tensor._make_subclass(  # type: ignore[attr-defined]
+        cls, elem, elem.requires_grad if requires_grad is None else requires_grad,
+        dispatch_device=True, device_for_backend_keys=_KEYS_DEVICE,
+    )  # fmt: skip
+    torch._C._set_throw_on_mutable_data_ptr(self)
+    self.fake_device = device
+    self.fake_mode = fake_mode
+    self.constant = constant
+    self.pytype = pytype
+    self.dispatch_keys = dispatch_keys
+    self.real_tensor = real_tensor
+    self.nonzero_memo = self.item_memo = self.unique_memo = None
+    self.unique_consecutive_memo = self.nested_int_memo = None
+    if _is_param:
+        self._is_param = _is_param
+    return self  # type: ignore[no-any-return]
+
+
+def _data_property() -> property:
+    base = torch._C.TensorBase.data  # type: ignore[attr-defined]
+
+    def set_data(self: torch.Tensor, value: torch.Tensor) -> None:
+        base.__set__(self, value)
+        if isinstance(self, FakeTensor) and isinstance(value, FakeTensor):
+            self.fake_device = value.fake_device
+            self.constant = None
+
+    return property(lambda self: base.__get__(self), set_data)
+
+
+def _tracked_resize(tracker: Tracker) -> Callable[..., Any]:
+    original = torch.UntypedStorage.resize_
+
+    def resize_(self: torch.UntypedStorage, size: int) -> Any:
+        out = original(self, size)
+        tracker.resized(self)
+        return out
+
+    return resize_
+
+
+def _distinct_data_ptr() -> Callable[[torch.Tensor], int]:
+    original = torch.Tensor.data_ptr
+
+    def data_ptr(self: torch.Tensor) -> int:
+        if not isinstance(self, FakeTensor):
+            return original(self)
+        storage = self.untyped_storage()
+        return storage._cdata * 4096 + self.storage_offset() * self.element_size() if storage.nbytes() else 0
+
+    return data_ptr
+
+
+def _pin_memory(tracker: Tracker) -> Callable[..., torch.Tensor]:
+    original = torch.Tensor.pin_memory
+
+    def pin_memory(self: torch.Tensor, *args: Any) -> torch.Tensor:
+        if not isinstance(self, FakeTensor):
+            return original(self, *args)
+        return self if tracker.is_pinned(self) else tracker.pinned_empty(tuple(self.shape), self.dtype)
+
+    return pin_memory
+
+
+def _is_pinned(tracker: Tracker) -> Callable[..., bool]:
+    original = torch.Tensor.is_pinned
+
+    def is_pinned(self: torch.Tensor, *args: Any) -> bool:
+        return tracker.is_pinned(self) if isinstance(self, FakeTensor) else original(self, *args)
+
+    return is_pinned
+
+
+def _module_apply(self: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    if recurse:
+        for child in self.children():
+            child._apply(fn)
+    for parameter in self._parameters.values():
+        if parameter is not None:
+            with torch.no_grad():
+                parameter.data = fn(parameter)
+                if parameter.grad is not None:
+                    parameter.grad.data = fn(parameter.grad)
+    for name, buffer in self._buffers.items():
+        if buffer is not None:
+            self._buffers[name] = fn(buffer)
+    return self
+
+
+def _on_simulated_device(device: Any) -> bool:
+    return device is not None and torch.device(device).type == DEVICE
+
+
+def _tensor_constructor(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def tensor(data: Any, *, dtype: Any = None, device: Any = None, requires_grad: bool = False, **kwargs: Any) -> Any:
+        if not _on_simulated_device(device):
+            return original(data, dtype=dtype, device=device, requires_grad=requires_grad, **kwargs)
+        if isinstance(data, torch.Tensor):
+            return data.detach().to(device=device, dtype=dtype or data.dtype)
+        values = np.asarray(data)
+        inferred = {"f": torch.get_default_dtype(), "i": torch.int64, "b": torch.bool}[values.dtype.kind]
+        return torch.empty(values.shape, dtype=dtype or inferred, device=device, requires_grad=requires_grad)
+
+    return tensor
+
+
+def _empty_constructor(original: Callable[..., torch.Tensor], tracker: Tracker) -> Callable[..., torch.Tensor]:
+    def empty(*size: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        if not pin_memory:
+            return original(*size, **kwargs)
+        shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+        return tracker.pinned_empty(tuple(shape), kwargs.get("dtype") or torch.get_default_dtype())
+
+    return empty
+
+
+class InPlaceKernel:
+    """A Triton kernel that writes where it is told and allocates nothing: `kernel[grid](...)`."""
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def _addmm_fp32(tracker: Tracker) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
+    def addmm(acc: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        tracker.count_flops(2 * a.numel() * b.shape[-1])
+
+    return addmm
+
+
+def _attention(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """torch's own order on CUDA: flash for half precision without a mask, memory-efficient next, math last.
+
+    Source: torch 2.13, aten/native/transformers/cuda/sdp_utils.cpp (select_sdp_backend).
+    """
+
+    def attention(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        half = query.dtype in (torch.float16, torch.bfloat16)
+        if half and attn_mask is None and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0:
+            return aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, return_debug_mask=False, scale=scale
+            )[0]
+        if not enable_gqa:
+            needs_gradient = query.requires_grad or key.requires_grad or value.requires_grad
+            return aten._scaled_dot_product_efficient_attention(
+                query, key, value, attn_mask, needs_gradient, dropout_p, is_causal, scale=scale
+            )[0]
+        return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+    return attention

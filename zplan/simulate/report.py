@@ -1,0 +1,106 @@
+"""SimulationReport: what a dry run of the engine answers. Imports no torch, so that every command can read it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from zplan.errors import ExitCode, ZplanError
+
+MemoryKind = Literal["gpu", "host", "pinned"]
+Category = Literal["parameters", "gradients", "master", "optimizer", "activations", "buckets", "gathered", "temporary"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allocation:
+    """One storage that was alive at the peak, or several of one call site."""
+
+    bytes: int
+    count: int
+    category: Category
+    site: str
+    """File, line and function that asked for it, or the autograd node that did."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectiveTotal:
+    """All calls of one collective on one rank."""
+
+    name: str
+    count: int
+    bytes: int
+    """Of the full (gathered or reduced) tensor, summed over the calls."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One point of the memory timeline."""
+
+    operation: int
+    """How many operations had been dispatched."""
+    phase: str
+    gpu_bytes: int
+    host_bytes: int
+    pinned_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulationReport:
+    """One rank's run of the installed engine on simulated devices."""
+
+    gpu_allocated_bytes: int
+    """Whole-run peak, as torch.cuda.max_memory_allocated counts (512-byte blocks)."""
+    gpu_reserved_bytes: int
+    """Whole-run peak of the replayed caching allocator, as torch.cuda.max_memory_reserved."""
+    allocated_phases: Mapping[str, int]
+    """Phase -> peak allocated bytes: load, init, forward, backward, step."""
+    reserved_phases: Mapping[str, int]
+    host_phases: Mapping[str, int]
+    """Phase -> peak pageable host bytes of this rank's tensors."""
+    pinned_phases: Mapping[str, int]
+    categories: Mapping[Category, int]
+    """What was alive at the allocated peak; adds up to `gpu_allocated_bytes`."""
+    top_allocations: tuple[Allocation, ...]
+    peak_phase: str
+    collectives: tuple[CollectiveTotal, ...]
+    host_to_device_bytes: int
+    device_to_host_bytes: int
+    nvme_read_bytes: int
+    nvme_written_bytes: int
+    flops: int
+    """Matrix products and attention of the last optimizer step, multiply and add counted apart."""
+    samples: tuple[Sample, ...]
+    oom_message: str
+    """PyTorch's wording when the simulated card was full; empty when it was not."""
+    wall_seconds: float
+    worker_rss_bytes: int
+    num_operations: int
+    versions: Mapping[str, str]
+    replaced: tuple[str, ...]
+    """The pieces of the trainer that did not run as they are, one line each."""
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def host_tensor_bytes(self) -> int:
+        """Peak of one rank's host tensors, pinned ones included, by phase; Python and libraries not included."""
+        return max(
+            (self.host_phases[phase] + self.pinned_phases.get(phase, 0) for phase in self.host_phases), default=0
+        )
+
+
+class SimulationError(ZplanError):
+    """The dry run could not answer: the model, an operation or a version is in the way.
+
+    It travels as text from the child process; `module` and `operation` say where, when that is known.
+    """
+
+    def __init__(self, what: str, *, module: str = "", operation: str = "", broken: bool = False) -> None:
+        super().__init__(
+            what, because="the simulation runs the installed libraries on fake tensors", fix="zplan estimate"
+        )
+        self.module = module
+        self.operation = operation
+        self.broken = broken
+        """True: a version of this machine is in the way; False: this model or configuration."""
+        self.exit_code = ExitCode.BROKEN_MACHINE if broken else ExitCode.MALFORMED

@@ -1,0 +1,153 @@
+"""simulate_run: one configuration, start to end, in this process. The worker calls it in a forked child."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.metadata
+import logging
+import resource
+import time
+import warnings
+from collections.abc import Iterator
+
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator, set_accelerator
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from zplan.simulate import analysis, trainer
+from zplan.simulate.accelerator import SimulatedCpuAccelerator, SimulatedGpuAccelerator
+from zplan.simulate.allocator import AllocatorOptions, CachingAllocator
+from zplan.simulate.collectives import CollectiveRecorder, join_fake_group
+from zplan.simulate.device import DEVICE, register_device
+from zplan.simulate.errors import explained
+from zplan.simulate.patches import (
+    Patches,
+    install_deepspeed_patches,
+    install_fake_tensor_patches,
+    install_gpu_patches,
+)
+from zplan.simulate.report import CollectiveTotal, SimulationReport
+from zplan.simulate.request import SimulationRequest
+from zplan.simulate.selfcheck import check_seams
+from zplan.simulate.tracker import Tracker
+from zplan.simulate.trainer import REPLACED, Run
+from zplan.zero_config import deepspeed_config
+
+VERSIONED = ("torch", "deepspeed", "transformers", "trl", "peft", "accelerate")
+
+
+def simulate_run(request: SimulationRequest) -> SimulationReport:
+    """Run the engine on simulated devices.
+
+    Raises:
+        SimulationError: names the module and the operation that could not run, or the seam that moved.
+    """
+    check_seams()
+    started = time.monotonic()
+    gpu = request.cluster.gpu.kind == "cuda"
+    tracker = Tracker({DEVICE: "gpu", "cpu": "host"} if gpu else {"cpu": "gpu"}, fake=True)
+    recorder = CollectiveRecorder()
+    recorder.clock = lambda: tracker.num_operations
+    run = Run(
+        model_config=dict(request.config),
+        recipe=request.recipe,
+        choice=request.choice,
+        deepspeed_config=deepspeed_config(request.recipe, request.choice, cpu_adam=request.cpu_adam and gpu),
+        device=DEVICE if gpu else "cpu",
+        steps=request.steps,
+    )
+    with simulated_machine(request, tracker, recorder):
+        with explained(tracker), FakeTensorMode(allow_non_fake_inputs=True), tracker:
+            trainer.train(run, tracker)
+    report = make_report(request, tracker, recorder, wall_seconds=time.monotonic() - started)
+    if request.trace:
+        from zplan.simulate.trace import write_trace
+
+        write_trace(request.trace, tracker, recorder)
+    return report
+
+
+@contextlib.contextmanager
+def simulated_machine(request: SimulationRequest, tracker: Tracker, recorder: CollectiveRecorder) -> Iterator[None]:
+    """Device, accelerator, process group and patches of a simulated cluster; everything but the device's name is undone."""
+    cluster = request.cluster
+    world_size = request.choice.batch.world_size
+    gpu = cluster.gpu.kind == "cuda"
+    before = get_accelerator()
+    with Patches() as patches, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        if gpu:
+            register_device()
+            accelerator: SimulatedCpuAccelerator = SimulatedGpuAccelerator(
+                tracker, num_devices=cluster.gpus_per_node, total_bytes=cluster.gpu.total_bytes
+            )
+        else:
+            accelerator = SimulatedCpuAccelerator(
+                tracker, asynchronous=request.cuda_answers, communication="fake", total_bytes=cluster.gpu.total_bytes
+            )
+        set_accelerator(accelerator)
+        install_fake_tensor_patches(patches, tracker)
+        install_deepspeed_patches(patches, recorder)
+        if gpu:
+            install_gpu_patches(patches, tracker)
+        join_fake_group(world_size=world_size, local_size=min(cluster.gpus_per_node, world_size))
+        try:
+            yield
+        finally:
+            leave_group()
+            set_accelerator(before)
+            logging.disable(logging.NOTSET)
+
+
+def leave_group() -> None:
+    """Forget the process group, and DeepSpeed's handle of it."""
+    import deepspeed.comm.comm as deepspeed_comm
+
+    deepspeed_comm.cdb = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def make_report(
+    request: SimulationRequest, tracker: Tracker, recorder: CollectiveRecorder, *, wall_seconds: float
+) -> SimulationReport:
+    """Everything that the run left in the tracker and the recorder."""
+    gc.collect()
+    peaks = analysis.find_peaks(tracker)
+    alive = analysis.alive_at(tracker, peaks.gpu_index)
+    options = AllocatorOptions(expandable_segments=request.expandable_segments)
+    unlimited = CachingAllocator(options=options)
+    reserved, _ = analysis.replay(tracker, unlimited)
+    gpu, oom = request.cluster.gpu, ""
+    if gpu.kind == "cuda" and unlimited.peak_reserved_bytes > gpu.free_bytes:
+        card = CachingAllocator(capacity_bytes=gpu.free_bytes, total_bytes=gpu.total_bytes, options=options)
+        _, oom = analysis.replay(tracker, card)
+    return SimulationReport(
+        gpu_allocated_bytes=peaks.gpu_bytes,
+        gpu_reserved_bytes=unlimited.peak_reserved_bytes,
+        allocated_phases=peaks.phases["gpu"],
+        reserved_phases=reserved,
+        host_phases=peaks.phases["host"],
+        pinned_phases=peaks.phases["pinned"],
+        categories=analysis.categories(alive),
+        top_allocations=analysis.top_allocations(alive),
+        peak_phase=peaks.gpu_phase,
+        collectives=tuple(
+            CollectiveTotal(name=name, count=count, bytes=total)
+            for name, (count, total) in sorted(recorder.totals.items())
+        ),
+        host_to_device_bytes=analysis.copied_bytes(tracker, "cpu", DEVICE),
+        device_to_host_bytes=analysis.copied_bytes(tracker, DEVICE, "cpu"),
+        nvme_read_bytes=0,
+        nvme_written_bytes=0,
+        flops=tracker.flops.get(request.steps - 1, 0),
+        samples=peaks.samples,
+        oom_message=oom,
+        wall_seconds=wall_seconds,
+        worker_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        num_operations=tracker.num_operations,
+        versions={name: importlib.metadata.version(name) for name in VERSIONED},
+        replaced=REPLACED,
+    )

@@ -1,0 +1,197 @@
+"""Tracker: every storage that comes and goes, per kind of memory, with the phase, the category and the call that asked for it.
+
+It sits above the fake tensors as a dispatch mode, so it sees what a real device would be asked for, and nothing of how
+fake tensors work inside. The same class counts real tensors, which is how the simulation is checked.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from zplan.simulate import kernels
+from zplan.simulate.report import Category, MemoryKind
+
+aten = torch.ops.aten
+SITE_BYTES = 1 << 16
+"""Smaller storages carry no call site: finding one costs more than such a storage is worth."""
+ALLOCATE, FREE, EMPTY_CACHE = 1, -1, 0
+
+
+@dataclass(slots=True)
+class Block:
+    """One storage, or one size of a storage that was resized."""
+
+    kind: MemoryKind
+    requested_bytes: int
+    counted_bytes: int
+    stream: int
+    phase: str
+    site: str
+    category: Category | None = None
+
+
+class Tracker(TorchDispatchMode):
+    """Counts bytes per kind of memory and keeps the whole stream of allocations and frees.
+
+    Args:
+        kinds: device type -> kind of memory; `{"simgpu": "gpu", "cpu": "host"}`, or `{"cpu": "gpu"}` for CPU ranks.
+        fake: answers host reads of device values, which fake tensors do not have.
+    """
+
+    def __init__(self, kinds: dict[str, MemoryKind], *, fake: bool) -> None:
+        super().__init__()
+        self.kinds = kinds
+        self.fake = fake
+        self.phase = "load"
+        self.stream = 0
+        self.num_operations = 0
+        self.current: dict[MemoryKind, int] = {"gpu": 0, "host": 0, "pinned": 0}
+        self.events: list[tuple[int, Block | None, int]] = []
+        """(ALLOCATE | FREE | EMPTY_CACHE, block, number of the operation)."""
+        self.marks: list[tuple[int, str]] = []
+        """(index into events, phase that starts there)."""
+        self.live: dict[int, tuple[Block, Any]] = {}
+        self.copied: dict[tuple[str, str], int] = {}
+        self.flops: dict[int, int] = {}
+        """Optimizer step -> floating point operations."""
+        self.step_index = 0
+        self.host_reads: dict[str, int] = {}
+        self.operation = ""
+        self._pin_next = False
+        self.enter_phase("load")
+
+    def enter_phase(self, phase: str) -> None:
+        self.phase = phase
+        self.marks.append((len(self.events), phase))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num_operations += 1
+        special = kernels.SPECIAL.get(func)
+        if special is not None and (self.fake or func in kernels.COUNTED):
+            return special(self, func, args, kwargs or {})
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        if type(out) is FakeTensor or isinstance(out, torch.Tensor):
+            self.track(out, pinned=bool(kwargs) and bool(kwargs.get("pin_memory")))
+        elif isinstance(out, (list, tuple)):
+            for item in out:
+                if isinstance(item, torch.Tensor):
+                    self.track(item)
+        return out
+
+    def track(self, tensor: torch.Tensor, *, pinned: bool = False) -> None:
+        """Count the storage of a tensor that an operation returned, if it is new."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.live:
+            return
+        kind = self.kinds.get(tensor.device.type)
+        if kind is None:
+            return
+        if (pinned or self._pin_next) and kind == "host":
+            kind = "pinned"
+        block = self._allocate(kind, storage.nbytes())
+        self.live[key] = (block, weakref.ref(storage, lambda _, key=key: self._forget(key)))
+
+    def _allocate(self, kind: MemoryKind, requested: int) -> Block:
+        counted = (requested + 511) & ~511 if kind == "gpu" else requested
+        site = call_site() if counted >= SITE_BYTES else ""
+        block = Block(kind, requested, counted, self.stream, self.phase, site)
+        if requested:
+            self.current[kind] += counted
+            self.events.append((ALLOCATE, block, self.num_operations))
+        return block
+
+    def _release(self, block: Block) -> None:
+        if block.requested_bytes:
+            self.current[block.kind] -= block.counted_bytes
+            self.events.append((FREE, block, self.num_operations))
+
+    def _forget(self, key: int) -> None:
+        entry = self.live.pop(key, None)
+        if entry is not None:
+            self._release(entry[0])
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """`UntypedStorage.resize_` is not dispatched; a resize frees the old size and allocates the new one."""
+        entry = self.live.get(storage._cdata)
+        if entry is None or entry[0].requested_bytes == storage.nbytes():
+            return
+        old, reference = entry
+        self._release(old)
+        self.live[storage._cdata] = (self._allocate(old.kind, storage.nbytes()), reference)
+
+    def scratch(self, sizes: list[int]) -> None:
+        """Memory that a kernel takes from the caching allocator and gives back before it returns."""
+        blocks = [self._allocate("gpu", size) for size in sizes]
+        for block in blocks:
+            block.category = "temporary"
+        for block in reversed(blocks):
+            self._release(block)
+
+    def categorise(self, tensor: Any, category: Category, *, overwrite: bool = True) -> None:
+        """Say what a tensor's storage is for; the last word counts."""
+        if not isinstance(tensor, torch.Tensor):
+            return
+        entry = self.live.get(tensor.untyped_storage()._cdata)
+        if entry is not None and (overwrite or entry[0].category is None):
+            entry[0].category = category
+
+    def block_of(self, tensor: torch.Tensor) -> Block | None:
+        entry = self.live.get(tensor.untyped_storage()._cdata)
+        return entry[0] if entry else None
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        block = self.block_of(tensor)
+        return block is not None and block.kind == "pinned"
+
+    def pinned_empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Page-locked host memory; on CPU ranks nothing can be pinned and it is plain memory."""
+        self._pin_next = True
+        try:
+            return torch.zeros(shape, dtype=dtype, device="cpu")
+        finally:
+            self._pin_next = False
+
+    def copy(self, source: str, target: str, num_bytes: int) -> None:
+        self.copied[(source, target)] = self.copied.get((source, target), 0) + num_bytes
+
+    def count_flops(self, flops: int) -> None:
+        self.flops[self.step_index] = self.flops.get(self.step_index, 0) + flops
+
+    def empty_cache(self) -> None:
+        self.events.append((EMPTY_CACHE, None, self.num_operations))
+
+
+_SKIPPED = ("/torch/", "/contextlib.py", "/functools.py", "/zplan/simulate/", "/deepspeed/utils/nvtx", "/comm/")
+_PACKAGES = ("deepspeed/", "transformers/", "trl/", "peft/", "accelerate/")
+
+
+def call_site() -> str:
+    """`file:line function` of the innermost frame that is not torch's or ours; in a plain backward, the autograd node."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if not any(part in path for part in _SKIPPED):
+            break
+        frame = frame.f_back
+    if frame is None:
+        node = torch._C._current_autograd_node()
+        return f"autograd {node.name()}" if node is not None else ""
+    name = frame.f_code.co_name
+    if name == "backward" and "/deepspeed/" in path:
+        node = torch._C._current_autograd_node()
+        if node is not None:
+            return f"autograd {node.name()}"
+    for package in _PACKAGES:
+        position = path.rfind("/" + package)
+        if position >= 0:
+            path = path[position + 1 :]
+            break
+    return f"{path}:{frame.f_lineno} {name}"

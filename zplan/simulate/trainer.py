@@ -1,0 +1,248 @@
+"""The training run itself, as transformers, TRL, PEFT, accelerate and DeepSpeed perform it, with the phases marked.
+
+Every step is the libraries' own call. The same code runs on fake tensors and, to check the simulation, on real CPU ranks.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import deepspeed
+import torch
+import transformers
+import trl.trainer.utils as trl_utils
+from accelerate.utils.deepspeed import map_pytorch_optim_to_deepspeed
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer
+from transformers.initialization import no_init_weights
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+from trl import SFTTrainer
+
+from zplan.recipe import Recipe
+from zplan.simulate.report import SimulationError
+from zplan.simulate.tracker import Tracker
+from zplan.zero_config import Choice
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+OPTIMIZERS: dict[str, Any] = {
+    "adamw": lambda groups, lr: torch.optim.AdamW(groups, lr=lr, fused=True),
+    "sgd": lambda groups, lr: torch.optim.SGD(groups, lr=lr),
+}
+"""As Trainer.get_optimizer_cls_and_kwargs makes them; the others need kernels that fake tensors do not have."""
+REPLACED = (
+    "weights are not read and not initialised (no_init_weights)",
+    "the data loader: every batch holds sequences of max_length tokens, no padding, every label counted",
+    "Trainer's loop: TRL's compute_loss, accelerate's backward and step in Trainer's order, without callbacks or logging",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One training run to perform."""
+
+    model_config: dict[str, Any]
+    recipe: Recipe
+    choice: Choice
+    deepspeed_config: dict[str, Any]
+    device: str
+    """`simgpu` or `cpu`."""
+    steps: int
+
+
+def train(run: Run, tracker: Tracker) -> None:
+    """Build, initialise and step; the tracker sees everything."""
+    # transformers keeps a weak reference to it, and asks it whether to build under zero.Init
+    hf_config = HfDeepSpeedConfig(run.deepspeed_config)
+    try:
+        tracker.enter_phase("load")
+        model = build_model(run)
+        tracker.enter_phase("init")
+        engine = build_engine(run, model, tracker)
+        trainer = trainer_stand_in(run, engine)
+        for step in range(run.steps):
+            tracker.step_index = step
+            optimizer_step(run, engine, trainer, tracker)
+            if step == 0:
+                label_states(engine, tracker)
+    finally:
+        unset_hf_deepspeed_config()
+        del hf_config
+
+
+def build_model(run: Run) -> Any:
+    """The model as SFTTrainer prepares it: adapters, checkpointing, fused LM head."""
+    recipe = run.recipe
+    if recipe.method == "qlora":
+        raise SimulationError("qlora needs bitsandbytes kernels, which do not run on fake tensors", operation="bnb")
+    config = model_config(run.model_config)
+    with no_init_weights():
+        model: Any = AutoModelForCausalLM.from_config(
+            config, dtype=DTYPES[recipe.dtype], attn_implementation=recipe.attention
+        )
+    lora = recipe.method == "lora"
+    if lora:
+        model = get_peft_model(model, lora_config(recipe), **_adapter_dtype(run))
+    if run.choice.gradient_checkpointing:
+        reentrant = lora and run.choice.zero.stage == 3
+        model.activation_checkpointing_enable({"use_reentrant": True} if reentrant else None)
+        if lora:
+            model.enable_input_require_grads()
+    trl_utils.add_fused_lm_head(model.get_base_model() if lora else model, outputs=("log_probs", "entropy", "is_top1"))
+    model.train()
+    return model
+
+
+def _adapter_dtype(run: Run) -> dict[str, bool]:
+    return {"autocast_adapter_dtype": False} if run.choice.zero.stage == 3 else {}
+
+
+def model_config(values: dict[str, Any]) -> Any:
+    """config.json -> transformers' config; a family that is not in transformers would need its author's code."""
+    model_type = values.get("model_type", "")
+    if model_type not in transformers.CONFIG_MAPPING:
+        raise SimulationError(
+            f"model_type {model_type!r} is not in transformers {transformers.__version__}: its code comes with the"
+            " model (trust_remote_code), and the simulation runs no downloaded code",
+            module=str(values.get("auto_map", {}).get("AutoModelForCausalLM", model_type)),
+        )
+    config = AutoConfig.for_model(**values)
+    config.use_cache = False
+    return config
+
+
+def lora_config(recipe: Recipe) -> LoraConfig:
+    targets = recipe.lora_target
+    return LoraConfig(
+        r=recipe.lora_r,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+        modules_to_save=list(recipe.modules_to_save) or None,
+        task_type="CAUSAL_LM",
+    )
+
+
+def build_engine(run: Run, model: Any, tracker: Tracker) -> Any:
+    """deepspeed.initialize as accelerate calls it (accelerator.py, _prepare_deepspeed)."""
+    label_parameters(model, tracker)
+    optimizer = build_optimizer(run, model)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config_params=run.deepspeed_config)
+    label_parameters(model, tracker)
+    label_states(engine, tracker)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: label_gradient(p, tracker))
+    return engine
+
+
+def build_optimizer(run: Run, model: Any) -> Any:
+    """Trainer.create_optimizer: two groups, with and without weight decay; DeepSpeedCPUAdam if the config forces it."""
+    if run.recipe.optimizer not in OPTIMIZERS:
+        raise SimulationError(
+            f"optimizer {run.recipe.optimizer} has no simulated counterpart", operation=run.recipe.optimizer
+        )
+    decayed = set(Trainer.get_decay_parameter_names(None, model))
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in trainable if name in decayed], "weight_decay": 0.0},
+        {"params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0},
+    ]
+    optimizer = OPTIMIZERS[run.recipe.optimizer](groups, run.recipe.learning_rate)
+    forced = run.deepspeed_config.get("zero_force_ds_cpu_optimizer", True)
+    if run.choice.zero.offloads_optimizer and forced:
+        return map_pytorch_optim_to_deepspeed(optimizer)
+    return optimizer
+
+
+def trainer_stand_in(run: Run, engine: Any) -> Any:
+    """What SFTTrainer.compute_loss reads from its trainer."""
+    world = run.choice.batch.world_size
+    accelerator = SimpleNamespace(
+        parallelism_config=None,
+        num_processes=world,
+        gather_for_metrics=lambda value: value.new_empty((world,)) if world > 1 else value,
+    )
+    return SimpleNamespace(
+        model=engine.module,
+        aux_loss_enabled=False,
+        accelerator=accelerator,
+        compute_loss_func=None,
+        label_smoother=None,
+        args=SimpleNamespace(loss_type="nll", average_tokens_across_devices=True),
+        get_tp_size=lambda: 1,
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+
+
+def batch(run: Run) -> dict[str, torch.Tensor]:
+    """One micro-batch of the longest sequences."""
+    shape = (run.choice.batch.train_micro_batch_size_per_gpu, run.recipe.max_length)
+    make = lambda: torch.ones(shape, dtype=torch.int64, device=run.device)  # noqa: E731
+    return {"input_ids": make(), "attention_mask": make(), "labels": make()}
+
+
+def optimizer_step(run: Run, engine: Any, trainer: Any, tracker: Tracker) -> None:
+    """One optimizer step as Trainer._run_epoch, SFTTrainer.compute_loss and accelerate's DeepSpeedEngineWrapper do it."""
+    tracker.enter_phase("forward")
+    accumulation = run.choice.batch.gradient_accumulation_steps
+    batches = [batch(run) for _ in range(accumulation)]
+    num_items = torch.ones((), dtype=torch.int64, device=run.device)
+    for number in range(accumulation):
+        inputs = batches[number]
+        last = number == accumulation - 1
+        tracker.enter_phase("forward")
+        loss = compute_loss(run, engine, trainer, dict(inputs), num_items)
+        tracker.enter_phase("backward")
+        engine.set_gradient_accumulation_boundary(is_boundary=last)
+        engine.backward(loss, scale_wrt_gas=False)
+        if last:
+            tracker.enter_phase("step")
+            engine.step()
+        del loss
+    engine.zero_grad()
+
+
+def compute_loss(run: Run, engine: Any, trainer: Any, inputs: dict[str, Any], num_items: torch.Tensor) -> torch.Tensor:
+    """TRL's own loss, or transformers' plain one over full logits."""
+    if run.recipe.loss == "full":
+        loss: torch.Tensor = engine(**inputs, use_cache=False).loss
+        return loss
+    if run.recipe.loss == "liger":
+        raise SimulationError("liger's Triton kernels do not run on fake tensors", operation="liger_kernel")
+    loss = SFTTrainer.compute_loss(trainer, engine, inputs, num_items_in_batch=num_items)
+    return loss
+
+
+def label_parameters(model: Any, tracker: Tracker) -> None:
+    for parameter in model.parameters():
+        tracker.categorise(parameter, "parameters")
+        tracker.categorise(getattr(parameter, "ds_tensor", None), "parameters")
+
+
+def label_gradient(parameter: torch.Tensor, tracker: Tracker) -> None:
+    """A gradient that autograd has made; one that DeepSpeed has moved into a bucket by then stays the bucket's."""
+    if parameter.grad is not None:
+        block = tracker.block_of(parameter.grad)
+        if block is not None and not block.site.startswith("deepspeed/"):
+            block.category = "gradients"
+
+
+def label_states(engine: Any, tracker: Tracker) -> None:
+    """Master weights and optimizer states, by where DeepSpeed's optimizers keep them."""
+    optimizer = engine.optimizer
+    inner = getattr(optimizer, "optimizer", optimizer)
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            if parameter.dtype == torch.float32:
+                tracker.categorise(parameter, "master")
+    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):
+        for tensor in getattr(optimizer, name, None) or ():
+            tracker.categorise(tensor, "master")
+    for state in inner.state.values():
+        for value in state.values():
+            tracker.categorise(value, "optimizer")

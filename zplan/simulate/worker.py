@@ -1,0 +1,103 @@
+"""`python -m zplan.simulate.worker`: one JSON request per line on stdin, one JSON answer per line on stdout.
+
+The libraries are imported once; every request runs in a fork of this process, so that no run leaves anything behind
+for the next. It ends when stdin does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+from typing import IO, Any
+
+ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
+}
+"""No real GPU, no network, one core; set before torch is imported."""
+
+
+def main() -> None:
+    """Serve until stdin ends."""
+    os.environ.update(ENVIRONMENT)
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is no answer
+    _import_libraries()
+    answers.write(json.dumps({"ready": os.getpid()}) + "\n")
+    answers.flush()
+    for line in sys.stdin:
+        if line.strip():
+            _answer_in_child(line, answers)
+
+
+def _import_libraries() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    from zplan.simulate.device import register_device
+
+    register_device()
+
+
+def _answer_in_child(line: str, answers: IO[str]) -> None:
+    """Fork, run, and say how it ended if the child cannot."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            _refuse_network()
+            answers.write(json.dumps(answer(json.loads(line))) + "\n")
+            answers.flush()
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code != 0:
+        how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        answers.write(json.dumps({"error": {"what": f"the simulation ended with {how}", "broken": True}}) + "\n")
+        answers.flush()
+
+
+def answer(data: dict[str, Any]) -> dict[str, Any]:
+    """One request -> `{"report": ...}` or `{"error": ...}`."""
+    from zplan import files
+    from zplan.errors import ZplanError
+    from zplan.simulate.report import SimulationError
+    from zplan.simulate.request import SimulationRequest
+    from zplan.simulate.run import simulate_run
+
+    try:
+        request = files.from_data(SimulationRequest, data, name="request")
+        return {"report": files.to_data(simulate_run(request))}
+    except SimulationError as error:
+        traceback.print_exc()
+        return {
+            "error": {
+                "what": error.what, "module": error.module, "operation": error.operation, "broken": error.broken
+            }
+        }  # fmt: skip
+    except ZplanError as error:
+        return {"error": {"what": str(error)}}
+
+
+def _refuse_network() -> None:
+    """A dry run has nothing to fetch."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError("the simulation opens no network")
+
+    socket.socket.connect = refuse  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    main()
