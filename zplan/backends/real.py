@@ -15,12 +15,12 @@ from zplan.backends.outcome import Observed, classify
 from zplan.errors import ConfigError, MachineError
 from zplan.hardware import Cluster
 from zplan.trial import RESULT_FILE, SPEC_FILE, Outcome, TrialResult, TrialSpec
-from zplan.units import MIB
+from zplan.units import GIB, MIB
 
 _PORT_TAKEN = "Address already in use"
 _PORT_ATTEMPTS = 3
-_HOST_FLOOR_SHARE = 0.03
-"""Of the host's memory, kept free by the watchdog (at least 512 MiB): below it Linux starts to thrash, then to kill."""
+_HOST_FLOOR_SHARE, _HOST_FLOOR_LEAST, _HOST_FLOOR_MOST = 0.03, 512 * MIB, 2 * GIB
+"""Of the host's memory, kept free by the watchdog: below it Linux starts to thrash, then to kill."""
 
 
 class RealBackend:
@@ -95,7 +95,8 @@ def trial_environment(cluster: Cluster) -> Mapping[str, str]:
 
 
 def _limits(spec: TrialSpec) -> Limits:
-    floor = max(512 * MIB, int(spec.cluster.host.total_bytes * _HOST_FLOOR_SHARE))
+    floor = int(spec.cluster.host.total_bytes * _HOST_FLOOR_SHARE)
+    floor = min(max(floor, _HOST_FLOOR_LEAST), _HOST_FLOOR_MOST)
     return Limits(deadline_seconds=spec.deadline_seconds, host_floor_bytes=floor)
 
 
