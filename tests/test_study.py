@@ -1,0 +1,262 @@
+"""The search in a small known world, and its survival: killed, doubled, damaged, out of disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.oracle import TOY_RECIPE, Oracle, toy_cluster
+from tests.tuner_process import SHAPE, tune
+from zplan import files
+from zplan.errors import ConfigError, MachineError
+from zplan.ledger import load_study
+from zplan.plan import Plan
+from zplan.trial import Outcome, TrialResult, TrialSpec
+
+ROOT = Path(__file__).parents[1]
+
+
+def _study(tmp_path: Path) -> str:
+    return str(tmp_path / "study.journal")
+
+
+def test_the_best_fits_and_becomes_a_plan(tmp_path: Path) -> None:
+    outcome = tune(_study(tmp_path), 8, plan_path=tmp_path / "best.json")
+    plan = files.load(Plan, tmp_path / "best.json")
+    assert outcome.plan == plan
+    assert outcome.best is not None
+    assert plan.choice == outcome.best.choice
+    assert plan.measured is not None
+    assert plan.measured.evidence == "measured"
+    assert plan.predicted is not None
+    assert plan.predicted.evidence == "formula"
+    assert plan.deepspeed["train_batch_size"] == TOY_RECIPE.train_batch_size
+    assert "auto" not in json.dumps(plan.deepspeed)
+
+
+def test_the_ladder_only_goes_down(tmp_path: Path) -> None:
+    plan = tune(_study(tmp_path), 10).plan
+    assert plan is not None
+    assert plan.measured is not None
+    peaks = [plan.measured.gpu_used_bytes] + [rung.measured.gpu_used_bytes for rung in plan.ladder if rung.measured]
+    assert peaks == sorted(peaks, reverse=True)
+    assert len(set(peaks)) == len(peaks)
+
+
+def test_the_first_trial_is_what_a_user_would_have_taken(tmp_path: Path) -> None:
+    first = tune(_study(tmp_path), 1).records[0]
+    assert first.origin == "baseline"
+    assert first.choice.zero.reduce_bucket_size == SHAPE.hidden_size**2
+    assert first.choice.gradient_checkpointing
+
+
+def test_the_winner_is_run_again(tmp_path: Path) -> None:
+    outcome = tune(_study(tmp_path), 5)
+    assert outcome.best is not None
+    runs = [record for record in outcome.records if record.key == outcome.best.key]
+    assert len(runs) == 2
+    assert runs[-1].origin == "confirm"
+    assert "ran again" in outcome.stop_reason
+
+
+def test_no_configuration_is_tried_twice_but_the_winner(tmp_path: Path) -> None:
+    keys = [record.key for record in tune(_study(tmp_path), 12).records if record.origin != "confirm"]
+    assert len(set(keys)) == len(keys)
+
+
+def test_running_again_resumes(tmp_path: Path) -> None:
+    first = tune(_study(tmp_path), 3)
+    again = tune(_study(tmp_path), 6)
+    assert again.num_resumed == len(first.records)
+    assert again.records[: len(first.records)] == first.records
+    assert sum(record.origin != "confirm" for record in again.records) == 6
+    backend = Oracle(SHAPE)
+    tune(_study(tmp_path), 6, backend=backend)
+    assert backend.calls <= 1  # nothing left to do but, perhaps, to confirm
+
+
+def test_a_study_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    tune(_study(tmp_path), 1)
+    with pytest.raises(ConfigError, match="another question") as caught:
+        tune(_study(tmp_path), 2, recipe=replace(TOY_RECIPE, max_length=2048))
+    assert "max_length: 1024 in the study, 2048 now" in str(caught.value)
+
+
+def test_free_memory_may_change_between_runs(tmp_path: Path) -> None:
+    tune(_study(tmp_path), 1)
+    cluster = toy_cluster()
+    less = replace(cluster, gpu=replace(cluster.gpu, free_bytes=cluster.gpu.free_bytes - 1))
+    assert len(tune(_study(tmp_path), 2, cluster=less).records) >= 2
+
+
+def test_the_search_learns_where_memory_ends(tmp_path: Path) -> None:
+    """Everything takes 1.4x what the formula says: at most a few trials pay for learning it, and the best fits."""
+    backend = Oracle(SHAPE, memory_error=1.4)
+    outcome = tune(_study(tmp_path), 14, backend=backend)
+    failed = [record for record in outcome.records if record.result.outcome is Outcome.GPU_OOM]
+    assert outcome.best is not None
+    assert outcome.best.result.outcome is Outcome.OK
+    assert len(failed) <= 5
+    assert failed == [] or failed[-1].number < outcome.records[-1].number
+
+
+class Broken:
+    """A machine without a compiler."""
+
+    evidence = "measured"
+
+    def run(self, spec: TrialSpec) -> TrialResult:
+        return TrialResult(outcome=Outcome.ENV_BROKEN, evidence="measured", message="no ninja; try: pip install ninja")
+
+
+def test_a_broken_machine_stops_the_study_and_leaves_it_usable(tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match="pip install ninja"):
+        tune(_study(tmp_path), 5, backend=Broken())
+    assert len(tune(_study(tmp_path), 2).records) >= 2
+
+
+def test_nothing_that_does_not_fit_by_formula_costs_a_trial(tmp_path: Path) -> None:
+    backend = Oracle(SHAPE, memory_error=1.0)
+    outcome = tune(_study(tmp_path), 10, backend=backend)
+    assert all(record.result.outcome is Outcome.OK for record in outcome.records)
+
+
+def test_a_simulation_that_says_no_saves_the_trial(tmp_path: Path) -> None:
+    simulator = Oracle(SHAPE, evidence="simulated", memory_error=1.4)
+    outcome = tune(_study(tmp_path), 8, backend=Oracle(SHAPE, memory_error=1.4), simulator=simulator)
+    searched = [record for record in outcome.records if record.origin == "search"]
+    assert searched
+    assert all(record.result.outcome is Outcome.OK for record in searched)
+
+
+def test_the_time_limit_ends_the_search(tmp_path: Path) -> None:
+    outcome = tune(_study(tmp_path), 50, 0.05, timeout_seconds=0.2)
+    assert "time is used up" in outcome.stop_reason
+    assert len(outcome.records) < 20
+
+
+def _start(study: str, n_trials: int, seconds: float, *, limit_bytes: int | None = None) -> subprocess.Popen[str]:
+    def limit() -> None:
+        if limit_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.tuner_process", study, str(n_trials), str(seconds)],
+        stdout=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=limit, env={**os.environ, "PYTHONPATH": _path()},
+    )  # fmt: skip
+
+
+def _path() -> str:
+    return os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+
+
+def _read_until(process: subprocess.Popen[str], word: str, count: int) -> list[str]:
+    lines: list[str] = []
+    assert process.stdout is not None
+    while sum(line.startswith(word) for line in lines) < count:
+        line = process.stdout.readline()
+        assert line, f"ended early: {lines}"
+        lines.append(line.strip())
+    return lines
+
+
+def _finish(process: subprocess.Popen[str]) -> list[str]:
+    text, _ = process.communicate(timeout=120)
+    return text.splitlines()
+
+
+def test_a_tuner_killed_in_a_trial_loses_only_that_trial_and_runs_it_again(tmp_path: Path) -> None:
+    process = _start(_study(tmp_path), 6, 0.4)
+    lines = _read_until(process, "started", 3)
+    process.send_signal(signal.SIGKILL)
+    _finish(process)
+    _, before = load_study(_study(tmp_path))
+    assert len(before) == 2
+    interrupted = lines[-1].split()[2]
+    outcome = tune(_study(tmp_path), 4)
+    assert outcome.records[:2] == before
+    assert outcome.records[2].key == interrupted
+
+
+def test_ctrl_c_leaves_a_study_that_resumes(tmp_path: Path) -> None:
+    process = _start(_study(tmp_path), 6, 0.4)
+    lines = _read_until(process, "started", 2)
+    process.send_signal(signal.SIGINT)
+    _finish(process)
+    assert process.returncode == 130
+    outcome = tune(_study(tmp_path), 3)
+    assert outcome.records[1].key == lines[-1].split()[2]
+
+
+def test_two_tuners_share_one_study(tmp_path: Path) -> None:
+    tuners = [_start(_study(tmp_path), 8, 0.3) for _ in range(2)]
+    outputs = [_finish(tuner) for tuner in tuners]
+    assert all(tuner.returncode == 0 for tuner in tuners)
+    finished = [[line for line in lines if line.startswith("finished")] for lines in outputs]
+    assert all(lines for lines in finished)
+    _, records = load_study(_study(tmp_path))
+    searched = [record.key for record in records if record.origin != "confirm"]
+    assert 8 <= len(searched) <= 9
+    assert len(set(searched)) >= len(searched) - 1  # both may take the same one in the same millisecond
+
+
+def test_a_study_cut_short_while_writing_loses_no_finished_trial(tmp_path: Path) -> None:
+    before = tune(_study(tmp_path), 3).records
+    with open(_study(tmp_path), "ab") as stream:
+        stream.write(b'{"op_code": 6, "worker_id": "x", "trial')
+    assert tune(_study(tmp_path), 4).records[: len(before)] == before
+
+
+def test_a_study_damaged_in_the_middle_keeps_its_readable_trials(tmp_path: Path) -> None:
+    before = tune(_study(tmp_path), 3).records
+    path = Path(_study(tmp_path))
+    lines = path.read_bytes().splitlines(keepends=True)
+    records = [number for number, line in enumerate(lines) if b'"record"' in line]
+    lines[records[0]] = b"\x00\xff garbage\n"
+    path.write_bytes(b"".join(lines))
+    outcome = tune(_study(tmp_path), 4)
+    assert {record.key for record in before[1:]} <= {record.key for record in outcome.records}
+    assert list(tmp_path.glob("study.journal.damaged-*"))
+
+
+def test_a_file_that_is_no_study_is_refused_and_kept(tmp_path: Path) -> None:
+    Path(_study(tmp_path)).write_text("my notes\n")
+    with pytest.raises(ConfigError, match="is not a study"):
+        tune(_study(tmp_path), 1)
+    assert Path(_study(tmp_path)).read_text() == "my notes\n"
+
+
+def test_a_full_disk_ends_the_tuner_but_loses_no_finished_trial(tmp_path: Path) -> None:
+    tune(_study(tmp_path), 1)
+    size = Path(_study(tmp_path)).stat().st_size
+    process = _start(_study(tmp_path), 20, 0.0, limit_bytes=size + 9_000)
+    lines = _finish(process)
+    assert process.returncode == 4
+    assert any("cannot be read or written" in line for line in lines)
+    finished = {line.split()[2] for line in lines if line.startswith("finished")}
+    outcome = tune(_study(tmp_path), 20)
+    assert finished <= {record.key for record in outcome.records}
+
+
+def test_a_stale_lock_is_broken(tmp_path: Path) -> None:
+    tune(_study(tmp_path), 1)
+    os.symlink(_study(tmp_path), _study(tmp_path) + ".lock")
+    started = time.monotonic()
+    assert len(tune(_study(tmp_path), 2).records) >= 2
+    assert time.monotonic() - started < 40
+
+
+def test_a_database_url_works_too(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    first = tune(url, 2)
+    assert tune(url, 3).records[: len(first.records)] == first.records

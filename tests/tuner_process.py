@@ -1,0 +1,65 @@
+"""A tuner in a process of its own: `python -m tests.tuner_process STUDY N_TRIALS SECONDS_PER_TRIAL`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+
+import zplan.study
+from tests.oracle import TOY_RECIPE, Oracle, toy_cluster, toy_shape
+from zplan.errors import ZplanError
+from zplan.ledger import Record, Running
+from zplan.propose import Proposal
+from zplan.study import Progress, StudyOutcome, run_study
+from zplan.trial import TrialResult, TrialSpec
+
+SHAPE = toy_shape(2048, 24)
+
+
+@dataclass
+class SlowOracle(Oracle):
+    """Takes its time."""
+
+    seconds: float = 0.0
+
+    def run(self, spec: TrialSpec) -> TrialResult:
+        time.sleep(self.seconds)
+        return super().run(spec)
+
+
+class Printer:
+    """One line an event."""
+
+    def trial_started(self, trial: Running, proposal: Proposal) -> None:
+        print("started", trial.number, trial.key, flush=True)
+
+    def trial_finished(self, record: Record, progress: Progress) -> None:
+        print("finished", record.number, record.key, flush=True)
+
+    def message(self, text: str) -> None:
+        print("message", text, flush=True)
+
+
+def tune(study_path: str, n_trials: int, seconds: float = 0.0, **more: object) -> StudyOutcome:
+    """A search in the toy world, without a ranking."""
+    zplan.study.rank_candidates = lambda *args, **kwargs: ()
+    arguments: dict[str, object] = {
+        "backend": SlowOracle(SHAPE, error=0.3, noise=0.02, seconds=seconds),
+        "formula": Oracle(SHAPE, evidence="formula"),
+        "cluster": toy_cluster(),
+        "recipe": TOY_RECIPE,
+        "observer": Printer(),
+    }
+    return run_study(shape=SHAPE, model_path="toy", n_trials=n_trials, study_path=study_path, **(arguments | more))  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    try:
+        outcome = tune(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))
+        print("done", len(outcome.records), flush=True)
+    except ZplanError as error:
+        print(f"error {error.what}", flush=True)
+        sys.exit(int(error.exit_code))
+    except KeyboardInterrupt:
+        sys.exit(130)
