@@ -1,0 +1,209 @@
+"""Host memory of one node by phase: processes, loading, offloaded states, pinned buffers, saving; NVMe bytes.
+
+Legend: L ranks of the node, b bytes of the training dtype, S offloaded trainable elements of one rank, W elements of
+the whole model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from zplan.hardware import Cluster
+from zplan.memory.states import optimizer_state_bytes
+from zplan.memory.terms import PHASES, HostEstimate, NvmeEstimate, Phase, Term, Verdict
+from zplan.memory.trainable import Layout
+from zplan.recipe import Recipe
+from zplan.units import MIB
+from zplan.zero_config import Choice
+
+FP32 = 4
+PROCESS_CUDA = 1800 * MIB
+"""RSS of a rank that has imported torch, transformers, trl, deepspeed and started CUDA: 1.5 to 2.2 GB, about 1 GB of
+it the CUDA libraries."""
+PROCESS_CPU = 700 * MIB
+"""RSS of a rank with the same imports on a CPU build of torch."""
+STEADY: tuple[Phase, ...] = ("init", "forward", "backward", "step", "save")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostBytes:
+    """Terms of one node, and how many of the bytes are pinned."""
+
+    terms: tuple[Term, ...]
+    pinned_bytes: int
+    nvme_bytes: int
+
+
+def estimate_host(
+    layout: Layout, recipe: Recipe, choice: Choice, cluster: Cluster, *, partition_numel: int, rank_bytes: int
+) -> tuple[HostEstimate, NvmeEstimate]:
+    """Resident and pinned bytes of one node.
+
+    Args:
+        partition_numel: trainable elements of one rank (S), padding included.
+        rank_bytes: tensor bytes of one rank that live in host memory anyway (CPU ranks), 0 on GPUs.
+    """
+    found = host_bytes(layout, recipe, choice, cluster, partition_numel=partition_numel, rank_bytes=rank_bytes)
+    phases = {phase: sum(term.bytes for term in found.terms if phase in term.phases) for phase in PHASES}
+    resident = max(phases.values())
+    verdict, short = _host_verdict(resident, found.pinned_bytes, cluster)
+    host = HostEstimate(
+        resident_bytes=resident,
+        pinned_bytes=found.pinned_bytes,
+        phases=phases,
+        terms=found.terms,
+        verdict=verdict,
+        short_bytes=short,
+    )
+    free = cluster.host.nvme_free_bytes
+    lacks = found.nvme_bytes > 0 and (free is None or free < found.nvme_bytes)
+    return host, NvmeEstimate(bytes=found.nvme_bytes, verdict="does_not_fit" if lacks else "fits")
+
+
+def _host_verdict(resident: int, pinned: int, cluster: Cluster) -> tuple[Verdict, int]:
+    host = cluster.host
+    free = host.available_bytes
+    if host.cgroup_limit_bytes is not None:
+        free = min(free, host.cgroup_limit_bytes)
+    short = max(0, resident - free)
+    if host.memlock_bytes is not None and cluster.gpu.kind == "cpu":
+        return ("does_not_fit" if short else "fits"), short
+    if short:
+        return "does_not_fit", short
+    return ("tight" if resident * 1.1 > free else "fits"), 0
+
+
+def host_bytes(
+    layout: Layout, recipe: Recipe, choice: Choice, cluster: Cluster, *, partition_numel: int, rank_bytes: int
+) -> HostBytes:
+    """All terms of the node."""
+    ranks, zero, b = cluster.gpus_per_node, choice.zero, recipe.weight_bytes
+    on_cpu = cluster.gpu.kind == "cpu"
+    terms = [_processes(ranks, on_cpu)]
+    pinned = nvme = 0
+    if rank_bytes:
+        terms.append(
+            _term("tensors of all ranks", ranks * rank_bytes, STEADY, f"{ranks} ranks x {rank_bytes}", "CPU ranks")
+        )
+    terms.append(_loading(layout, recipe, choice, ranks))
+    if zero.offloads_optimizer:
+        states, pins, disk = _optimizer(layout, recipe, choice, ranks, partition_numel, on_cpu)
+        terms.extend(states)
+        pinned, nvme = pinned + pins, nvme + disk
+    if zero.offloads_param:
+        states, pins, disk = _parameters(layout, choice, ranks, b)
+        terms.extend(states)
+        pinned, nvme = pinned + pins, nvme + disk
+    terms.append(_saving(layout, choice))
+    return HostBytes(
+        terms=tuple(term for term in terms if term.bytes), pinned_bytes=0 if on_cpu else pinned, nvme_bytes=nvme
+    )
+
+
+def _term(name: str, num_bytes: int, phases: tuple[Phase, ...], formula: str, source: str) -> Term:
+    return Term(name=name, bytes=num_bytes, phases=phases, formula=formula, source=source)
+
+
+def _processes(ranks: int, on_cpu: bool) -> Term:
+    each = PROCESS_CPU if on_cpu else PROCESS_CUDA
+    return _term(
+        "processes",
+        ranks * each,
+        PHASES,
+        f"{ranks} ranks x {each} (Python, libraries, CUDA)",
+        "model constant, host.py",
+    )
+
+
+def _loading(layout: Layout, recipe: Recipe, choice: Choice, ranks: int) -> Term:
+    """Every rank holds its own copy until the engine moves it; under ZeRO-3's zero.Init only one shard of the file.
+
+    Source: transformers 5.23.0, modeling_utils.py (from_pretrained on the CPU; _load_state_dict_into_zero3_model).
+    """
+    whole = layout.stored_bytes
+    if choice.zero.stage == 3:
+        shard = min(whole, 5 * 10**9)
+        return _term(
+            "loading", ranks * shard, ("load",), f"{ranks} ranks x one checkpoint shard", "transformers 5.23.0"
+        )
+    return _term("loading", ranks * whole, ("load", "init"), f"{ranks} ranks x {whole}", "transformers 5.23.0")
+
+
+def _optimizer(
+    layout: Layout, recipe: Recipe, choice: Choice, ranks: int, numel: int, on_cpu: bool
+) -> tuple[list[Term], int, int]:
+    """Offloaded master weights, gradients and states of all ranks of the node.
+
+        stages 1, 2:  ranks * (4 S + 4 S + 8 S + b S + b largest)
+        stage 3:      ranks * (4 S + 4 S + 8 S + b S)
+
+    Source: deepspeed 0.19.8, stage_1_and_2.py:463 (cpu_offload buffers), stage3.py (_create_fp32_partitions).
+    """
+    zero, b = choice.zero, recipe.weight_bytes
+    states = optimizer_state_bytes(recipe.optimizer, numel)
+    master, gradients, low = FP32 * numel, FP32 * numel, b * numel
+    extra = b * layout.largest_trainable if zero.stage < 3 else 0
+    if zero.stage == 2 and choice.batch.gradient_accumulation_steps > 1:
+        extra += b * numel
+    source = "deepspeed 0.19.8, stage_1_and_2.py, stage3.py"
+    if zero.offload_optimizer.device == "nvme":
+        count = zero.offload_optimizer.buffer_count
+        swap = ranks * count * FP32 * min(numel, zero.sub_group_size)
+        disk = ranks * (master + states)
+        buffers = _term("NVMe swap buffers", swap, STEADY, f"{ranks} ranks x {count} buffers", source)
+        rest = _term("offloaded gradients", ranks * (gradients + low), STEADY, f"{ranks} x (4 + {b}) S", source)
+        return [buffers, rest], swap, disk
+    total = ranks * (master + gradients + states + low + extra)
+    formula = f"{ranks} ranks x (4 S + 4 S + states + {b} S), S = {numel}"
+    terms = [_term("offloaded optimizer", total, STEADY, formula, source)]
+    pinned = ranks * (master + gradients + low + extra) if zero.offload_optimizer.pin_memory and not on_cpu else 0
+    if pinned:
+        doubled = ranks * FP32 * numel
+        terms.append(
+            _term(
+                "second copy while pinning",
+                doubled,
+                ("init",),
+                f"{ranks} ranks x 4 S",
+                "deepspeed 0.19.8, pin_memory(torch.zeros())",
+            )
+        )
+    return terms, pinned, 0
+
+
+def _parameters(layout: Layout, choice: Choice, ranks: int, b: int) -> tuple[list[Term], int, int]:
+    """Partitions of all parameters on the host, or the swap buffers in front of the NVMe.
+
+    Source: deepspeed 0.19.8, partition_parameters.py (_partition_param), swap_tensor/partitioned_param_swapper.py.
+    """
+    config = choice.zero.offload_param
+    shard = ceil(layout.stored_bytes / choice.batch.world_size)
+    source = "deepspeed 0.19.8, partition_parameters.py"
+    if config.device == "nvme":
+        swap = ranks * config.buffer_count * config.buffer_size * b
+        kept = ranks * min(shard, config.max_in_cpu * b)
+        terms = [
+            _term(
+                "parameter swap buffers",
+                swap,
+                STEADY,
+                f"{ranks} x {config.buffer_count} x {config.buffer_size} x {b}",
+                source,
+            ),
+            _term("parameters kept on the host", kept, STEADY, "max_in_cpu", source),
+        ]
+        return terms, swap, ranks * shard
+    total = ranks * shard
+    term = _term("offloaded parameters", total, STEADY, f"{ranks} ranks x {shard}", source)
+    return [term], total if config.pin_memory else 0, 0
+
+
+def _saving(layout: Layout, choice: Choice) -> Term:
+    """The 16-bit state dict that rank 0 gathers to save.
+
+    Source: deepspeed 0.19.8, runtime/engine.py (_zero3_consolidated_16bit_state_dict).
+    """
+    gathers = choice.zero.stage == 3 and choice.zero.stage3_gather_16bit_weights_on_model_save
+    size = layout.stored_bytes if gathers else 0
+    return _term("gathered weights on rank 0", size, ("save",), f"{size}", "deepspeed 0.19.8, runtime/engine.py")

@@ -1,0 +1,119 @@
+"""The loss path: logits, their tiles and their gradients, by loss, by trainability of the head, on GPU and CPU.
+
+Legend: T tokens, h hidden size, V vocabulary, b bytes of the training dtype.
+Source: trl 1.16.0, trl/kernels/chunked_logprob.py and trl/trainer/utils.py (add_fused_lm_head); transformers 5.23.0,
+loss/loss_utils.py (ForCausalLMLoss).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zplan.model_shape import ModelShape
+from zplan.recipe import Loss
+
+FP32 = 4
+INT64 = 8
+VOCAB_TILE = 32_768
+"""trl/trainer/utils.py (_CHUNKED_LOGPROB_CHUNK_SIZE): the buffer is this wide even for smaller vocabularies."""
+TOKEN_TILE = 4_096
+"""trl/kernels/chunked_logprob.py (TOKEN_CHUNK_SIZE)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossCost:
+    """Bytes of the loss around the final hidden states."""
+
+    forward: int
+    """Live at most while the loss is computed."""
+    kept: int
+    """Saved for backward."""
+    backward: int
+    """Live at most in its backward, without `kept`, before the head's gradient leaves."""
+    hidden_gradient: int
+    """Gradient of the final hidden states that goes on to the last norm."""
+    spread: int = 0
+    """Temporaries while that gradient is scattered to all positions."""
+
+
+def loss_cost(
+    loss: Loss, shape: ModelShape, *, micro_batch: int, length: int, itemsize: int, head_trains: bool, on_cpu: bool
+) -> LossCost:
+    """The bytes of one micro-batch's loss, all tokens supervised.
+
+    Args:
+        head_trains: the output weight gets a gradient.
+        on_cpu: tiles are folded by torch operations instead of the Triton kernel.
+    """
+    if loss in ("nll", "chunked_nll"):
+        return _tiled(shape, micro_batch, length, itemsize, head_trains, on_cpu)
+    if loss == "liger":
+        return _liger(shape, micro_batch * length, itemsize, head_trains)
+    return _full(shape, micro_batch * length, itemsize, head_trains)
+
+
+def _tiled(shape: ModelShape, micro_batch: int, length: int, b: int, head_trains: bool, on_cpu: bool) -> LossCost:
+    """TRL's tiles.
+
+        tile = min(T, 4096) * 32768 * b;  backward adds 4 T h, and 4 V h (+ b V h) if the head trains
+
+    On a GPU the supervised positions are copied out first and their gradient is scattered back; elsewhere every
+    position is scored and torch operations fold a tile through fp32 copies (3 forward, 7.25 backward).
+    """
+    tokens, width, vocab = micro_batch * max(length - 1, 1), shape.hidden_size, shape.vocab_size
+    rows, columns = min(tokens, TOKEN_TILE), min(vocab, VOCAB_TILE)
+    tile = rows * VOCAB_TILE * b
+    vectors = 7 * tokens * FP32
+    copies = on_cpu and micro_batch == 1
+    scored = 0 if copies else tokens * width * b
+    kept = scored + tokens * (INT64 + 2 * FP32)
+    fold_forward = 3 * FP32 * rows * columns if on_cpu else 0
+    fold_backward = 29 * rows * columns if on_cpu else 0
+    gradients = tokens * width * FP32 + (vocab * width * FP32 if head_trains else 0)
+    products = (b != FP32) * FP32 * (rows * columns + columns * width) if on_cpu else 0
+    cast = (b != FP32) * b * (tokens * width + (vocab * width if head_trains else 0))
+    hidden = micro_batch * length * width * b
+    return LossCost(
+        forward=kept + tile + vectors + fold_forward,
+        kept=kept,
+        backward=gradients + tile + max(fold_backward, products, cast - 0),
+        hidden_gradient=hidden,
+        spread=0 if copies else hidden,
+    )
+
+
+def _full(shape: ModelShape, tokens: int, b: int, head_trains: bool) -> LossCost:
+    """Full logits: b V, fp32 copy, log-softmax kept; backward: two fp32 gradients beside both.
+
+    backward = T V (b + 4 + 4 + 4)
+    """
+    logits = tokens * shape.vocab_size
+    copy = FP32 if b != FP32 else 0
+    hidden = tokens * shape.hidden_size * b
+    weight = shape.vocab_size * shape.hidden_size * b if head_trains else 0
+    return LossCost(
+        forward=logits * (b + copy + FP32),
+        kept=logits * (b + FP32),
+        backward=max(2 * FP32 * logits, FP32 * logits + copy * logits // 2 + hidden + weight),
+        hidden_gradient=hidden,
+    )
+
+
+def _liger(shape: ModelShape, tokens: int, b: int, head_trains: bool) -> LossCost:
+    """Liger's fused linear cross entropy: gradients are made in forward, logits one chunk at a time.
+
+        chunk = next power of two of T / ceil(V / h)
+
+    Source: liger-kernel, ops/fused_linear_cross_entropy.py.
+    """
+    increments = -(-shape.vocab_size // shape.hidden_size)
+    chunk = 1 << max(0, (-(-tokens // increments) - 1).bit_length())
+    hidden = tokens * shape.hidden_size * b
+    weight = shape.vocab_size * shape.hidden_size * b if head_trains else 0
+    rows = min(chunk, tokens)
+    return LossCost(
+        forward=hidden + weight + rows * shape.vocab_size * (b + FP32),
+        kept=hidden + weight,
+        backward=hidden,
+        hidden_gradient=hidden,
+    )

@@ -1,0 +1,255 @@
+"""What each module of a transformer keeps for its backward, written as operations on a tape.
+
+Legend: B micro-batch, S sequence length, T = B * S tokens, b bytes of the training dtype.
+Source: transformers 5.23.0, models/llama/modeling_llama.py and its siblings; torch 2.13.0, derivatives.yaml.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from zplan.memory.tape import Tape, Value
+from zplan.memory.trainable import LaidBlock, Weight
+from zplan.recipe import Attention
+
+FP32 = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """The numbers that activations depend on."""
+
+    micro_batch: int
+    length: int
+    itemsize: int
+    attention: Attention
+    on_cpu: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.micro_batch * self.length
+
+    def bytes(self, width: int) -> int:
+        """T x width in the training dtype."""
+        return self.tokens * width * self.itemsize
+
+    def fp32_bytes(self, width: int) -> int:
+        return self.tokens * width * FP32
+
+
+@dataclass(slots=True)
+class Modules:
+    """A laid block's weights by module, and the numbers that events carry."""
+
+    weights: dict[str, list[tuple[int, Weight]]] = field(default_factory=dict)
+    numbers: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, laid: LaidBlock) -> Modules:
+        modules = cls()
+        for index, weight in enumerate(laid.weights):
+            modules.weights.setdefault(weight.module, []).append((index, weight))
+        return modules
+
+    def number(self, name: str) -> int:
+        """The number of a module in events, in the order of first use."""
+        return self.numbers.setdefault(name, len(self.numbers))
+
+    def owner_of(self, name: str) -> list[tuple[int, Weight]]:
+        return self.weights.get(name, [])
+
+
+def gradients_of(owned: list[tuple[int, Weight]]) -> tuple[tuple[int, int], ...]:
+    """(weight index, gradient bytes) of the trainable ones."""
+    return tuple((index, weight.itemsize * weight.numel) for index, weight in owned if weight.trainable)
+
+
+def linear(tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, *, transposed: bool = False) -> Value:
+    """A linear module, with its adapter if it has one.
+
+    The input is kept only for the weight's gradient: a frozen base keeps nothing, lora_A keeps the input, lora_B the
+    r-wide middle (peft 0.21.2, tuners/lora/layer.py, Linear.forward).
+
+    Args:
+        transposed: weight stored as (in, out), as GPT-2's Conv1D.
+    """
+    owned = modules.owner_of(name)
+    matrix = next(weight for _, weight in owned if len(weight.shape) == 2)
+    in_features, out_features = matrix.shape if transposed else reversed(matrix.shape)
+    adapted = modules.owner_of(f"{name}.lora_A.default")
+    path = f"{name}.base_layer" if adapted else name
+    if adapted:
+        tape.enter(modules.number(name))
+    out = _matmul(tape, modules, sizes, path, owned, x, in_features, out_features)
+    if not adapted:
+        return out
+    middle = _matmul(tape, modules, sizes, f"{name}.lora_A.default", adapted, x, in_features, adapted[0][1].shape[0])
+    second = modules.owner_of(f"{name}.lora_B.default")
+    wide = _matmul(tape, modules, sizes, f"{name}.lora_B.default", second, middle, adapted[0][1].shape[0], out_features)
+    tape.drop(middle)
+    scaled = tape.apply(sizes.bytes(out_features), [(wide, sizes.bytes(out_features))])
+    tape.drop(wide)
+    added = tape.apply(sizes.bytes(out_features), [(out, None), (scaled, None)])
+    tape.drop(scaled, out)
+    tape.exit(modules.number(name))
+    return added
+
+
+def _matmul(
+    tape: Tape,
+    modules: Modules,
+    sizes: Sizes,
+    path: str,
+    owned: list[tuple[int, Weight]],
+    x: Value,
+    in_features: int,
+    out_features: int,
+) -> Value:
+    number = modules.number(path)
+    tape.enter(number)
+    dequantised = sum(sizes.itemsize * weight.numel for _, weight in owned if weight.itemsize == 0)
+    out = tape.apply(
+        sizes.bytes(out_features),
+        [(x, sizes.bytes(in_features))],
+        saves=(x,) if any(weight.trainable and len(weight.shape) == 2 for _, weight in owned) else (),
+        weights=gradients_of(owned),
+        temporary=dequantised,
+        forward_temporary=dequantised,
+    )
+    tape.exit(number)
+    return out
+
+
+def rms_norm(tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, width: int) -> Value:
+    """RMSNorm in fp32, cast back before the weight (LlamaRMSNorm): keeps the fp32 input and the normalised output.
+
+    In an fp32 run the casts are no operations and the input itself is kept.
+    """
+    owned = modules.owner_of(name)
+    number = modules.number(name)
+    small, large, fine = sizes.bytes(width), sizes.fp32_bytes(width), sizes.fp32_bytes(1)
+    casts = sizes.itemsize != FP32
+    tape.enter(number)
+    wide = tape.apply(large, [(x, small)]) if casts else x
+    square = tape.apply(large, [(wide, large)], saves=(wide,), temporary=2 * large)
+    mean = tape.apply(fine, [(square, large)])
+    tape.drop(square)
+    root = tape.apply(fine, [(mean, fine)], saves_output=True)
+    tape.drop(mean)
+    normal = tape.apply(large, [(wide, large), (root, fine)], saves=(wide, root), temporary=large)
+    tape.drop(root)
+    if casts:
+        tape.drop(wide)
+    back = tape.apply(small, [(normal, large)]) if casts else normal
+    trains = any(weight.trainable for _, weight in owned)
+    out = tape.apply(
+        small,
+        [(back, small)],
+        saves=(back,) if trains else (),
+        weights=gradients_of(owned),
+        temporary=small if trains else 0,
+    )
+    tape.drop(normal)
+    if casts:
+        tape.drop(back)
+    tape.exit(number)
+    return out
+
+
+def layer_norm(tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, width: int) -> Value:
+    """torch's fused LayerNorm: keeps its input, mean and reciprocal deviation.
+
+    Source: torch 2.13.0, derivatives.yaml (native_layer_norm).
+    """
+    owned = modules.owner_of(name)
+    number = modules.number(name)
+    tape.enter(number)
+    out = tape.apply(
+        sizes.bytes(width),
+        [(x, sizes.bytes(width))],
+        saves=(x,),
+        extra_saved=2 * sizes.fp32_bytes(1),
+        weights=gradients_of(owned),
+    )
+    tape.exit(number)
+    return out
+
+
+def norm(tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, width: int) -> Value:
+    """The norm that its parameters show: with a bias it is LayerNorm."""
+    with_bias = any(weight.name.endswith("bias") for _, weight in modules.owner_of(name))
+    return (layer_norm if with_bias else rms_norm)(tape, modules, sizes, name, x, width)
+
+
+def rotary(tape: Tape, sizes: Sizes, x: Value, width: int) -> Value:
+    """x * cos + rotate_half(x) * sin: cos and sin need no gradient, so nothing of x is kept."""
+    whole, half = sizes.bytes(width), sizes.bytes(width) // 2
+    straight = tape.apply(whole, [(x, whole)])
+    negative = tape.apply(half, [(x, whole)], temporary=half)
+    turned = tape.apply(whole, [(negative, None), (x, whole)])
+    tape.drop(negative)
+    rotated = tape.apply(whole, [(turned, whole)])
+    tape.drop(turned)
+    out = tape.apply(whole, [(straight, None), (rotated, None)])
+    tape.drop(straight, rotated)
+    return out
+
+
+def fused_attention(
+    tape: Tape, sizes: Sizes, q: Value, k: Value, v: Value, *, num_heads: int, q_width: int, k_width: int, v_width: int
+) -> Value:
+    """sdpa and flash attention: keep q, k, v, the output and one fp32 logsumexp per token and head.
+
+    Limits: the kernel's own workspace in backward is not counted (it is in `high`).
+    Source: torch 2.13.0, derivatives.yaml (_scaled_dot_product_flash_attention).
+    """
+    out_width = num_heads * (v_width // max(k_width // max(q_width // num_heads, 1), 1)) if v_width else q_width
+    return tape.apply(
+        sizes.bytes(out_width),
+        [(q, sizes.bytes(q_width)), (k, sizes.bytes(k_width)), (v, sizes.bytes(v_width))],
+        saves=(q, k, v),
+        saves_output=True,
+        extra_saved=sizes.fp32_bytes(num_heads),
+    )
+
+
+def eager_attention(
+    tape: Tape, sizes: Sizes, q: Value, k: Value, v: Value, *, num_heads: int, q_width: int, k_width: int, v_width: int
+) -> Value:
+    """Attention with the S x S matrix: repeated keys and values, fp32 softmax kept, its cast kept for values.
+
+    Source: transformers 5.23.0, models/llama/modeling_llama.py (eager_attention_forward).
+    """
+    scores = sizes.micro_batch * num_heads * sizes.length * sizes.length
+    small, large = scores * sizes.itemsize, scores * FP32
+    wide = sizes.bytes(q_width)
+    repeats = k_width != q_width
+    keys = tape.apply(wide, [(k, sizes.bytes(k_width))], temporary=wide) if repeats else k
+    values = tape.apply(wide, [(v, sizes.bytes(v_width))], temporary=wide) if repeats else v
+    product = tape.apply(small, [(q, wide), (keys, wide)], saves=(q, keys))
+    scaled = tape.apply(small, [(product, small)])
+    tape.drop(product)
+    masked = tape.apply(small, [(scaled, None)])
+    tape.drop(scaled)
+    soft = tape.apply(large, [(masked, small)], saves_output=True, temporary=large, forward_temporary=large - small)
+    cast = tape.apply(small, [(soft, large)]) if small != large else soft
+    tape.drop(masked)
+    if cast is not soft:
+        tape.drop(soft)
+    out = tape.apply(wide, [(cast, small), (values, wide)], saves=(cast, values))
+    if repeats:
+        tape.drop(keys, values)
+    flat = tape.apply(wide, [(out, wide)])
+    tape.drop(out, cast)
+    return flat
+
+
+def activation(tape: Tape, sizes: Sizes, x: Value, width: int, hidden_act: str) -> Value:
+    """The MLP's nonlinearity: one operation that keeps its input, or GPT-2's tanh formula, which keeps its pieces."""
+    whole = sizes.bytes(width)
+    if hidden_act == "relu":
+        return tape.apply(whole, [(x, whole)], saves_output=True)
+    if hidden_act in ("gelu_new", "gelu_fast", "relu2"):
+        pieces = 4 if hidden_act != "relu2" else 1
+        return tape.apply(whole, [(x, whole)], saves=(x,), extra_saved=pieces * whole, temporary=2 * whole)
+    return tape.apply(whole, [(x, whole)], saves=(x,))

@@ -1,0 +1,121 @@
+"""Terms that stay: parameters, masters, optimizer states, permanent buffers; and the peak while they are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zplan.memory.stage3 import Shards
+from zplan.memory.stage12 import Partitions
+from zplan.memory.states import FP32, optimizer_state_bytes, step_temporary_bytes
+from zplan.memory.terms import Phase, Term
+from zplan.memory.trainable import Layout
+from zplan.recipe import Recipe
+from zplan.zero_config import Choice
+
+AFTER_LOAD: tuple[Phase, ...] = ("init", "forward", "backward", "step", "save")
+STEPS: tuple[Phase, ...] = ("forward", "backward", "step", "save")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resident:
+    """What a rank holds between steps, as terms."""
+
+    terms: tuple[Term, ...]
+    partition_numel: int
+    """Trainable elements whose state this rank holds, padding included."""
+
+
+def resident(laid: Layout, recipe: Recipe, choice: Choice, cut: Partitions | None, shards: Shards | None) -> Resident:
+    """The permanent terms of the configured stage."""
+    if shards is not None:
+        return _stage3(recipe, choice, shards)
+    if cut is not None:
+        return _stage12(laid, recipe, choice, cut)
+    return _stage0(laid, recipe)
+
+
+def _term(name: str, num_bytes: int, phases: tuple[Phase, ...], formula: str, source: str) -> Term:
+    return Term(name=name, bytes=num_bytes, phases=phases, formula=formula, source=source)
+
+
+def _stage0(laid: Layout, recipe: Recipe) -> Resident:
+    """Everything on every rank: b per parameter, and 4 + states per trainable one (no master in fp32)."""
+    numel = laid.trainable_numel
+    source = "deepspeed 0.19.8, runtime/fp16/unfused_optimizer.py:72"
+    terms = [
+        _term("parameters", laid.stored_bytes, ("load", *AFTER_LOAD), f"{laid.stored_bytes} bytes, replicated", source),
+        _term(
+            "optimizer states", optimizer_state_bytes(recipe.optimizer, numel), AFTER_LOAD, f"{numel} elements", source
+        ),
+    ]
+    if recipe.weight_bytes != FP32:
+        terms.append(_term("master weights", FP32 * numel, AFTER_LOAD, f"4 x {numel}", source))
+        terms.append(_term("zero gradients at initialize", FP32 * numel, ("init",), f"4 x {numel}", source))
+    return Resident(terms=tuple(terms), partition_numel=numel)
+
+
+def _stage12(laid: Layout, recipe: Recipe, choice: Choice, cut: Partitions) -> Resident:
+    """b PAD + frozen + 4 S + states(S); with optimizer offload b PAD + frozen + b largest parameter.
+
+    Source: deepspeed 0.19.8, stage_1_and_2.py (__init__: flatten, clone().float(), temp_grad_buffer_for_gpu_offload).
+    """
+    b, numel, padded = recipe.weight_bytes, sum(cut.sizes), sum(cut.padded)
+    source = "deepspeed 0.19.8, runtime/zero/stage_1_and_2.py"
+    flat = b * padded + laid.frozen_bytes
+    terms = [
+        _term("parameters", laid.stored_bytes, ("load",), f"{laid.stored_bytes} bytes, replicated", source),
+        _term("parameters", flat, AFTER_LOAD, f"{b} x {padded} flat + {laid.frozen_bytes} frozen", source),
+    ]
+    states = optimizer_state_bytes(recipe.optimizer, numel, num_tensors=len(cut.sizes))
+    after = [_term("offload staging", b * cut.largest_numel, AFTER_LOAD, f"{b} x {cut.largest_numel}", source)]
+    if not choice.zero.offloads_optimizer:
+        after = [
+            _term("master weights", FP32 * numel, AFTER_LOAD, f"4 x {numel}", source),
+            _term("optimizer states", states, AFTER_LOAD, f"{recipe.optimizer} on {numel} elements", source),
+        ]
+    made = sum(term.bytes for term in after)
+    zeros = 0 if choice.zero.offloads_optimizer else FP32 * numel
+    flattening = b * max(cut.padded)
+    extra = max(zeros, flattening - made)
+    name = "flattening" if flattening - made > zeros else "zero gradients at initialize"
+    formula = f"max(4 x {numel}, {b} x {max(cut.padded)} flattened while the old copy lives)"
+    return Resident(terms=(*terms, *after, _term(name, extra, ("init",), formula, source)), partition_numel=numel)
+
+
+def _stage3(recipe: Recipe, choice: Choice, shards: Shards) -> Resident:
+    """b P + 4 P + states(P) + b P gradients + the bucket + persistent parameters, less what is offloaded.
+
+    Source: deepspeed 0.19.8, stage3.py (_create_fp16_partitions, _create_fp32_partitions, grad_partitions_flat_buffer,
+    setup_ipg), parameter_offload.py (mark_persistent_parameters).
+    """
+    b, numel, zero = recipe.weight_bytes, shards.trainable_numel, choice.zero
+    source = "deepspeed 0.19.8, runtime/zero/stage3.py"
+    terms = []
+    if not zero.offloads_param:
+        terms.append(
+            _term(
+                "parameters", shards.stored_bytes, ("load", *AFTER_LOAD), f"{shards.stored_bytes} partitioned", source
+            )
+        )
+    if not zero.offloads_optimizer:
+        states = optimizer_state_bytes(recipe.optimizer, numel, num_tensors=len(shards.sub_groups))
+        terms += [
+            _term("master weights", FP32 * numel, AFTER_LOAD, f"4 x {numel}", source),
+            _term("optimizer states", states, AFTER_LOAD, f"{recipe.optimizer} on {numel} elements", source),
+            _term("gradient partitions", b * numel, AFTER_LOAD, f"{b} x {numel}", source),
+            _term(
+                "zero gradients at initialize",
+                FP32 * max(shards.sub_groups),
+                ("init",),
+                "4 x largest sub-group",
+                source,
+            ),
+        ]
+    if zero.contiguous_gradients:
+        bucket = b * zero.reduce_bucket_size
+        terms.append(_term("reduce bucket", bucket, STEPS, f"{b} x {zero.reduce_bucket_size}", source))
+    persistent = shards.persistent_bytes
+    terms.append(_term("persistent parameters", persistent, STEPS, "gathered for good", source))
+    optimizer = 0 if zero.offloads_optimizer else step_temporary_bytes(recipe.optimizer, max(shards.sub_groups))
+    terms.append(_term("optimizer temporaries", optimizer, ("step",), "largest sub-group", source))
+    return Resident(terms=tuple(terms), partition_numel=numel)

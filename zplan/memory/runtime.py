@@ -1,0 +1,70 @@
+"""What the GPU holds besides tensors: CUDA context, NCCL, library workspaces, allocator slack.
+
+A model, not a measurement. Each constant says where it comes from; `low` takes none of the doubtful ones,
+`high` all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zplan.memory.terms import ByteRange
+from zplan.units import MIB
+
+CUDA_CONTEXT = ByteRange(low=300 * MIB, expected=500 * MIB, high=650 * MIB)
+"""Context and the kernels of torch 2.x on Ampere to Hopper: 0.3 to 0.6 GB in nvidia-smi before the first tensor."""
+CUBLAS_WORKSPACE = ByteRange(low=8 * MIB, expected=32 * MIB, high=64 * MIB)
+"""torch 2.13.0, aten/src/ATen/cuda/CublasHandlePool.cpp: 32 MiB on Hopper, 8 MiB before (:4096:2:16:8), per handle
+and stream; cublasLt's own workspace of the same size comes on top. Allocated through the caching allocator."""
+NCCL_COMMUNICATOR = ByteRange(low=64 * MIB, expected=256 * MIB, high=512 * MIB)
+"""Buffers of one communicator: channels x peers x 4 MiB (NCCL_BUFFSIZE) and protocol buffers; grows with topology."""
+ALLOCATOR_ROUNDING = 512
+"""torch 2.13.0, c10/cuda/CUDACachingAllocator (kMinBlockSize): every block is a multiple of 512 bytes."""
+SEGMENT = 2 * MIB
+"""kSmallBuffer / kRoundLarge: segments are multiples of 2 MiB."""
+RESERVED_OVER_ALLOCATED = (1.0, 1.06, 1.20)
+"""Segments that no live block fills: lower end nothing, expected and upper from allocator replays of traced steps of
+7B models; expandable segments bring it near the lower end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Overheads:
+    """Bytes outside the allocator."""
+
+    context: ByteRange
+    nccl: ByteRange
+
+
+NOTHING = ByteRange(low=0, expected=0, high=0)
+
+
+def overheads(*, on_cpu: bool, num_ranks: int, num_communicators: int) -> Overheads:
+    """Context and NCCL of one rank; CPU ranks have neither."""
+    if on_cpu:
+        return Overheads(NOTHING, NOTHING)
+    count = num_communicators if num_ranks > 1 else 0
+    nccl = ByteRange(
+        low=NCCL_COMMUNICATOR.low * min(count, 1),
+        expected=NCCL_COMMUNICATOR.expected * count,
+        high=NCCL_COMMUNICATOR.high * count,
+    )
+    return Overheads(CUDA_CONTEXT, nccl)
+
+
+def reserved_range(allocated: ByteRange, *, on_cpu: bool) -> ByteRange:
+    """What the caching allocator holds from the driver, from what tensors use.
+
+    allocated * (1.0 | 1.06 | 1.20), rounded up to 2 MiB segments;   CPU ranks: what is allocated
+    """
+    if on_cpu:
+        return allocated
+    low, middle, high = RESERVED_OVER_ALLOCATED
+    return ByteRange(
+        low=_segments(allocated.low * low),
+        expected=_segments(allocated.expected * middle),
+        high=_segments(allocated.high * high),
+    )
+
+
+def _segments(num_bytes: float) -> int:
+    return -(-int(num_bytes) // SEGMENT) * SEGMENT

@@ -1,0 +1,58 @@
+"""Stage 0: DeepSpeed without ZeRO. Every rank holds everything; gradients are all-reduced in flat buckets.
+
+Source: deepspeed 0.19.8, runtime/engine.py:2294 (_do_optimizer_sanity_check): bf16 without ZeRO is DDP_BFLOAT16, fp16
+is FP16, both with an fp32 copy of every trainable parameter (fp16/unfused_optimizer.py); fp32 keeps the plain
+optimizer.
+"""
+
+from __future__ import annotations
+
+from zplan.memory.instances import Instances
+from zplan.memory.meter import Kind, Meter
+
+FP32 = 4
+ALLREDUCE_BUCKET_NUMEL = 500_000_000
+"""engine.py (buffered_allreduce_fallback, elements_per_buffer default)."""
+
+
+class Stage0Engine:
+    """Gradients of the training dtype until the step; the step holds fp32 copies of all of them below fp32."""
+
+    def __init__(self, meter: Meter, items: Instances, *, itemsize: int, num_ranks: int, partial: bool) -> None:
+        self.meter, self.items, self.itemsize = meter, items, itemsize
+        self.num_ranks, self.partial = num_ranks, partial
+        self.own: set[int] = set()
+
+    def begin_backward(self) -> None:
+        """Gradients of earlier micro-steps are there."""
+        if self.partial:
+            for group in self.items.groups:
+                for number in group:
+                    self.gradient(number)
+
+    def gradient(self, number: int) -> None:
+        num_bytes = self.itemsize * self.items.numel[number]
+        if number in self.own:
+            self.meter.touch(Kind.GRADIENTS, num_bytes)
+            return
+        self.own.add(number)
+        self.meter.add(Kind.GRADIENTS, num_bytes)
+
+    def end_backward(self) -> None:
+        """All-reduce: gradients are flattened until the buffer holds at least 5e8 elements."""
+        if self.num_ranks == 1:
+            return
+        filled = largest = 0
+        for group in self.items.groups:
+            for number in group:
+                filled += self.items.numel[number]
+                largest = max(largest, filled)
+                if filled > ALLREDUCE_BUCKET_NUMEL:
+                    filled = 0
+        self.meter.touch(Kind.TEMPORARIES, self.itemsize * largest)
+
+    def step(self) -> None:
+        """fp32 gradients of all trainable parameters next to the low-precision ones."""
+        if self.itemsize != FP32:
+            total = sum(self.items.numel[number] for group in self.items.groups for number in group)
+            self.meter.touch(Kind.TEMPORARIES, FP32 * total)

@@ -1,0 +1,234 @@
+"""ZeRO-1 and ZeRO-2 during a step: what happens to each gradient, in the order in which they come.
+
+Legend: b bytes of the training dtype, N ranks, S elements of one rank's partition of a group.
+Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py; line numbers at each rule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from zplan.memory.instances import Instances
+from zplan.memory.meter import Kind, Meter
+from zplan.zero_config import ZeroConfig
+
+ALIGNMENT = 2
+"""nccl_start_alignment_factor: groups are padded to a multiple of 2 N elements (stage_1_and_2.py:400)."""
+FP32 = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Partitions:
+    """How the flat groups are cut over the ranks, seen from the rank that holds most."""
+
+    sizes: tuple[int, ...]
+    """S per group, in elements."""
+    padded: tuple[int, ...]
+    """N * S per group."""
+    rank: int
+    """The rank whose partition touches the most elements."""
+    touched_numel: int
+    """Elements of the parameters that touch that rank's partitions, whole parameters counted."""
+    largest_fragment: int
+    """Largest piece of one parameter within the partition, in elements."""
+    largest_numel: int
+    """Largest trainable parameter, in elements."""
+
+
+def partition(items: Instances, num_ranks: int) -> Partitions:
+    """Cut every optimizer group into N equal partitions.
+
+        S = ceil(group / 2 N) * 2
+
+    Source: deepspeed 0.19.8, stage_1_and_2.py:400 (nccl_start_alignment_factor), get_data_parallel_partitions.
+    """
+    sizes = tuple(
+        ceil(sum(items.numel[p] for p in group) / (ALIGNMENT * num_ranks)) * ALIGNMENT for group in items.groups
+    )
+    touched = [0] * num_ranks
+    for size, group in zip(sizes, items.groups, strict=True):
+        for number in group:
+            for owner in owners(items, number, size):
+                touched[owner] += items.numel[number]
+    rank = max(range(num_ranks), key=touched.__getitem__)
+    fragments = [
+        _fragment(items, number, size, rank)
+        for size, group in zip(sizes, items.groups, strict=True)
+        for number in group
+    ]
+    return Partitions(
+        sizes=sizes,
+        padded=tuple(size * num_ranks for size in sizes),
+        rank=rank,
+        touched_numel=touched[rank],
+        largest_fragment=max(fragments),
+        largest_numel=max(items.numel[number] for group in items.groups for number in group),
+    )
+
+
+def owners(items: Instances, number: int, size: int) -> range:
+    """Ranks whose partition overlaps the parameter."""
+    offset = items.offset[number]
+    return range(offset // size, (offset + items.numel[number] - 1) // size + 1)
+
+
+def _fragment(items: Instances, number: int, size: int, rank: int) -> int:
+    offset = items.offset[number]
+    return max(0, min(offset + items.numel[number], (rank + 1) * size) - max(offset, rank * size))
+
+
+class Stage12Engine:
+    """Replays hooks, bucket and reduction of one micro-step.
+
+    Args:
+        partial: gradients of earlier micro-steps are already there (gradient accumulation, last micro-step).
+        synchronous: the accelerator is synchronous (CPU ranks): two buckets are kept under overlap_comm all the same.
+    """
+
+    def __init__(
+        self, meter: Meter, items: Instances, cut: Partitions, zero: ZeroConfig, *, itemsize: int, partial: bool
+    ) -> None:
+        self.meter, self.items, self.cut, self.zero = meter, items, cut, zero
+        self.itemsize, self.partial = itemsize, partial
+        self.stage = zero.stage
+        self.contiguous = zero.contiguous_gradients or zero.offloads_optimizer
+        self.reduces_in_hooks = self.stage == 2 or zero.overlaps_comm
+        self.bucket: list[int] = []
+        self.bucket_numel = 0
+        self.own: dict[int, int] = {}
+        self.has_partition_buffer = False
+        self.waiting: list[int] = []
+
+    def size_of(self, number: int) -> int:
+        return self.cut.sizes[min(self.items.group[number], len(self.cut.sizes) - 1)]
+
+    def is_mine(self, number: int) -> bool:
+        return self.cut.rank in owners(self.items, number, self.size_of(number))
+
+    def begin_backward(self) -> None:
+        """Buckets appear (setup_buckets), and so do gradients that earlier micro-steps left."""
+        if self.contiguous:
+            self.meter.add(Kind.BUCKETS, self.bucket_bytes)
+        if self.partial and not self.zero.offloads_optimizer:
+            if self.stage == 2:
+                self.meter.add(Kind.GRADIENTS, self.itemsize * self.cut.touched_numel)
+            else:
+                self._keep_all_gradients()
+
+    @property
+    def bucket_bytes(self) -> int:
+        """reduce_bucket_size * b * (2 if overlap_comm else 1), live during backward.
+
+        Source: deepspeed 0.19.8, stage_1_and_2.py (setup_buckets).
+        """
+        return self.zero.reduce_bucket_size * self.itemsize * (2 if self.zero.overlaps_comm else 1)
+
+    def _keep_all_gradients(self) -> None:
+        for group in self.items.groups:
+            for number in group:
+                self._own(number)
+
+    def _own(self, number: int) -> None:
+        self.own[number] = self.itemsize * self.items.numel[number]
+        self.meter.add(Kind.GRADIENTS, self.own[number])
+
+    def _free(self, number: int) -> None:
+        self.meter.add(Kind.GRADIENTS, -self.own.pop(number, 0))
+
+    def gradient(self, number: int) -> None:
+        """AccumulateGrad ran: keep the gradient, or add it to the one of earlier micro-steps, then maybe reduce."""
+        if number in self.own:
+            self.meter.touch(Kind.GRADIENTS, self.itemsize * self.items.numel[number])
+        else:
+            self._own(number)
+        if self.reduces_in_hooks:
+            self._enqueue(number)
+
+    def _enqueue(self, number: int) -> None:
+        numel = self.items.numel[number]
+        if self.bucket_numel + numel > self.zero.reduce_bucket_size:
+            self._reduce()
+        if self.contiguous and numel <= self.zero.reduce_bucket_size:
+            self._free(number)
+        self.bucket.append(number)
+        self.bucket_numel += numel
+
+    def end_backward(self) -> None:
+        """The epilogue: what is left is reduced, buckets go, the partition's gradients stay for the step."""
+        if not self.reduces_in_hooks:
+            for group in self.items.groups:
+                for number in group:
+                    self._enqueue(number)
+        self._reduce()
+        for number in self.waiting:
+            self._free(number)
+        self.waiting = []
+        if self.contiguous:
+            self.meter.add(Kind.BUCKETS, -self.bucket_bytes)
+
+    def _reduce(self) -> None:
+        if not self.bucket:
+            return
+        self.meter.touch(Kind.TEMPORARIES, self._reduction_bytes())
+        if self.zero.overlaps_comm and not self.contiguous:
+            for number in self.waiting:
+                self._free(number)
+            self.waiting = []
+        for number in self.bucket:
+            self._after_reduction(number)
+        self.bucket, self.bucket_numel = [], 0
+
+    def _reduction_bytes(self) -> int:
+        """Temporaries of one bucket's reduction: slices of several owners are flattened once more.
+
+        Source: deepspeed 0.19.8, stage_1_and_2.py (average_tensor, allreduce_and_copy_with_multiple_ranks).
+        """
+        numel = sum(self.items.numel[number] for number in self.bucket)
+        if self.contiguous and self.zero.reduce_scatter:
+            return self.itemsize * numel if self._has_several_owners() else 0
+        if self.contiguous:
+            return 0
+        return self.itemsize * numel if len(self.bucket) > 1 else 0
+
+    def _has_several_owners(self) -> bool:
+        first: int | None = None
+        for number in self.bucket:
+            owning = owners(self.items, number, self.size_of(number))
+            if len(owning) > 1 or (first is not None and owning.start != first):
+                return True
+            first = owning.start
+        return False
+
+    def _after_reduction(self, number: int) -> None:
+        if self.stage == 2 and not self.is_mine(number):
+            if self.zero.overlaps_comm and not self.contiguous:
+                self.waiting.append(number)
+            else:
+                self._free(number)
+        elif self.contiguous and self.is_mine(number):
+            if self.zero.offloads_optimizer:
+                fragment = _fragment(self.items, number, self.size_of(number), self.cut.rank)
+                self.meter.touch(Kind.TEMPORARIES, 2 * FP32 * fragment)
+            elif not self.has_partition_buffer:
+                self.meter.add(Kind.GRADIENTS, self.itemsize * self.cut.touched_numel)
+                self.has_partition_buffer = True
+            self._free(number)
+
+    def step(self) -> None:
+        """Per group: a flat copy of the partition's gradients and its fp32 cast, then the optimizer.
+
+            gradients + b S + 4 S      (the cast only below fp32)
+
+        Source: deepspeed 0.19.8, stage_1_and_2.py (step: self.flatten(averaged_gradients).to(fp32)).
+        """
+        if self.zero.offloads_optimizer:
+            self.meter.add(Kind.GRADIENTS, -self.meter.by_kind[Kind.GRADIENTS])
+            return
+        self.meter.touch(Kind.TEMPORARIES, 2 * FP32 * self.cut.largest_fragment)
+        for index, size in enumerate(self.cut.sizes):
+            cast = FP32 * size if self.itemsize != FP32 else 0
+            self.meter.touch(Kind.TEMPORARIES, self.itemsize * size + cast)
+            if index == len(self.cut.sizes) - 1:
+                self.meter.add(Kind.GRADIENTS, -self.meter.by_kind[Kind.GRADIENTS])
+            self.meter.touch(Kind.TEMPORARIES, FP32 * size)

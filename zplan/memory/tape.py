@@ -1,0 +1,309 @@
+"""Tape: which tensors of a block are alive between which gradients, as autograd keeps them.
+
+A block is written down once as the operations its forward runs. The tape counts references the way PyTorch does: a
+Python local, a saved tensor and a pending gradient each hold one, and bytes are freed with the last. Played backwards
+it yields the live bytes around every parameter's gradient.
+
+Source: torch 2.13.0, torch/csrc/autograd/engine.cpp (call_function: saved variables and incoming gradients are released
+after the node ran; InputBuffer::accumulate adds in place when nobody else holds the buffer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+
+class Event(IntEnum):
+    """What the replay of a step must do next."""
+
+    BYTES = 0
+    GRADIENT = 1
+    PRE_FORWARD = 2
+    POST_FORWARD = 3
+    PRE_BACKWARD = 4
+    POST_BACKWARD = 5
+
+
+Step = tuple[int, int, int]
+"""(Event, a, b): BYTES net, peak above the start; GRADIENT weight index; the others module index."""
+
+
+class Tensor:
+    """One storage."""
+
+    __slots__ = ("bytes", "foreign", "refs")
+
+    def __init__(self, num_bytes: int, *, foreign: bool = False) -> None:
+        self.bytes = num_bytes
+        self.refs = 1
+        self.foreign = foreign
+        """Allocated outside the tape (the block's input)."""
+
+
+class Value:
+    """One node's output in the graph: its storage and, during backward, its gradient."""
+
+    __slots__ = ("gradient", "storage")
+
+    def __init__(self, storage: Tensor) -> None:
+        self.storage = storage
+        self.gradient: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Operation:
+    """One autograd node."""
+
+    out: Value
+    inputs: list[tuple[Value, int | None]]
+    """Each input that needs a gradient with the bytes of a fresh one; None: the incoming gradient is passed on."""
+    saved: list[Tensor]
+    weights: tuple[tuple[int, int], ...]
+    """(weight index, gradient bytes)."""
+    temporary: int
+    """Bytes that the node's backward needs besides its results."""
+
+
+@dataclass(slots=True)
+class Marker:
+    """Start or end of a module's forward."""
+
+    module: int
+    enters: bool
+
+
+@dataclass(slots=True)
+class Tape:
+    """Records a forward, then plays its backward.
+
+    Args:
+        keeps: saved tensors are held (False: the first forward of a checkpointed block).
+        stop_at: recomputation ends when the operation of this number has saved its inputs
+            (torch.utils.checkpoint, early_stop); the graph goes on, its bytes do not exist.
+    """
+
+    keeps: bool = True
+    stop_at: int | None = None
+    steps: list[Step] = field(default_factory=list)
+    operations: list[Operation | Marker] = field(default_factory=list)
+    num_operations: int = 0
+    last_saving: int = 0
+    _net: int = 0
+    _peak: int = 0
+    _stopped: bool = False
+    _live: int = 0
+
+    # -- bytes ---------------------------------------------------------------------------------------------------
+    def _add(self, num_bytes: int) -> None:
+        if self._stopped:
+            return
+        self._live += num_bytes
+        self._net += num_bytes
+        self._peak = max(self._peak, self._net)
+
+    def touch(self, num_bytes: int) -> None:
+        """A temporary that is gone again at once."""
+        if self._stopped:
+            return
+        self._peak = max(self._peak, self._net + num_bytes)
+
+    def flush(self) -> None:
+        """Close the running stretch of bytes."""
+        if self._net or self._peak:
+            self.steps.append((Event.BYTES, self._net, self._peak))
+            self._net = self._peak = 0
+
+    def _emit(self, event: Event, index: int) -> None:
+        if self._stopped:
+            return
+        self.flush()
+        self.steps.append((event, index, 0))
+
+    def new(self, num_bytes: int) -> Value:
+        """A fresh tensor held by one Python local."""
+        self._add(num_bytes)
+        return Value(Tensor(num_bytes))
+
+    def drop(self, *values: Value) -> None:
+        """Python locals going away."""
+        for value in values:
+            self._release(value.storage)
+
+    def _release(self, tensor: Tensor) -> None:
+        tensor.refs -= 1
+        if tensor.refs == 0:
+            self._add(-tensor.bytes)
+
+    def enter(self, module: int) -> None:
+        """A module's forward begins."""
+        self.operations.append(Marker(module, True))
+        self._emit(Event.PRE_FORWARD, module)
+
+    def exit(self, module: int) -> None:
+        """A module's forward ends."""
+        self.operations.append(Marker(module, False))
+        self._emit(Event.POST_FORWARD, module)
+
+    # -- forward -------------------------------------------------------------------------------------------------
+    def apply(
+        self,
+        num_bytes: int | None,
+        inputs: list[tuple[Value, int | None]],
+        *,
+        saves: tuple[Value, ...] = (),
+        saves_output: bool = False,
+        extra_saved: int = 0,
+        weights: tuple[tuple[int, int], ...] = (),
+        temporary: int = 0,
+        forward_temporary: int = 0,
+    ) -> Value:
+        """Run one operation.
+
+        Args:
+            num_bytes: of the output; None for a view of the first input.
+            extra_saved: bytes that the operation keeps for backward and nobody else sees (a logsumexp).
+            temporary: bytes its backward needs besides its results.
+        """
+        self.num_operations += 1
+        saved = [value.storage for value in saves] if self.keeps else []
+        for tensor in saved:
+            tensor.refs += 1
+        if saves or saves_output or extra_saved:
+            self.last_saving = self.num_operations
+            if self.stop_at == self.num_operations and not (saves_output or extra_saved):
+                self._stop(saved)
+        out = self._output(num_bytes, inputs)
+        self.touch(forward_temporary)
+        if extra_saved:
+            self._add(extra_saved)
+            extra = Tensor(extra_saved)
+            if self.keeps:
+                saved.append(extra)
+            else:
+                self._release(extra)
+        if saves_output and self.keeps:
+            out.storage.refs += 1
+            saved.append(out.storage)
+        self.operations.append(Operation(out, inputs, saved, weights, temporary))
+        if self.stop_at == self.num_operations:
+            self._stop(saved)
+        return out
+
+    def _stop(self, saved: list[Tensor]) -> None:
+        """The frames unwind: what only Python locals held is freed."""
+        if self._stopped:
+            return
+        recorded = [tensor for item in self.operations if isinstance(item, Operation) for tensor in item.saved]
+        kept = {id(tensor): tensor.bytes for tensor in (*recorded, *saved) if not tensor.foreign}
+        self._add(sum(kept.values()) - self._live)
+        self._stopped = True
+
+    def resume(self) -> None:
+        """After the forward: bytes count again."""
+        self._stopped = False
+
+    def _output(self, num_bytes: int | None, inputs: list[tuple[Value, int | None]]) -> Value:
+        if num_bytes is not None:
+            return self.new(num_bytes)
+        storage = inputs[0][0].storage
+        storage.refs += 1
+        return Value(storage)
+
+    # -- backward ------------------------------------------------------------------------------------------------
+    def backward(self, out: Value, gradient_bytes: int) -> None:
+        """Play the recorded operations backwards from a gradient that is already live outside (not counted here)."""
+        out.gradient = Tensor(gradient_bytes)
+        for operation in reversed(self.operations):
+            if isinstance(operation, Marker):
+                self._emit(Event.POST_BACKWARD if operation.enters else Event.PRE_BACKWARD, operation.module)
+            elif operation.out.gradient is not None:
+                self._node(operation)
+        self.flush()
+
+    def _node(self, operation: Operation) -> None:
+        incoming = operation.out.gradient
+        assert incoming is not None
+        operation.out.gradient = None
+        results: list[Tensor] = []
+        for _, num_bytes in operation.inputs:
+            if num_bytes is None:
+                incoming.refs += 1
+                results.append(incoming)
+            else:
+                self._add(num_bytes)
+                results.append(Tensor(num_bytes))
+        for _, num_bytes in operation.weights:
+            self._add(num_bytes)
+        self.touch(operation.temporary)
+        for tensor in operation.saved:
+            self._release(tensor)
+        self._release(incoming)
+        for (value, _), result in zip(operation.inputs, results, strict=True):
+            self._accumulate(value, result)
+        for index, num_bytes in operation.weights:
+            self._add(-num_bytes)
+            self._emit(Event.GRADIENT, index)
+
+    def _accumulate(self, value: Value, result: Tensor) -> None:
+        known = value.gradient
+        if known is None:
+            value.gradient = result
+        elif known.refs == 1:
+            self._release(result)
+        else:
+            self._add(known.bytes)
+            value.gradient = Tensor(known.bytes)
+            self._release(known)
+            self._release(result)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockTape:
+    """What the replay needs of one block: steps of its forward, recomputation and backward."""
+
+    forward: tuple[Step, ...]
+    """With saved tensors kept; ends with the output live and the input released unless it was saved."""
+    forward_without_saving: tuple[Step, ...]
+    """The first forward of a checkpointed block: the input stays, the output is new."""
+    recompute: tuple[Step, ...]
+    """Up to the early stop; ends with the saved tensors live."""
+    backward: tuple[Step, ...]
+    """After a forward that kept; includes freeing the saved tensors and the incoming gradient, ends with the
+    gradient of the input live."""
+    backward_after_recompute: tuple[Step, ...]
+
+
+Build = Callable[[Tape, Value], Value]
+"""Runs a block's forward on a tape; returns the output."""
+
+
+def record_block(build: Build, input_bytes: int, output_bytes: int) -> BlockTape:
+    """Record one block in the three ways it can run."""
+    kept, kept_backward, last_saving = _run(build, input_bytes, output_bytes, Tape())
+    loose, _, _ = _run(build, input_bytes, output_bytes, Tape(keeps=False), keeps_input=True)
+    again, again_backward, _ = _run(build, input_bytes, output_bytes, Tape(stop_at=last_saving), keeps_input=True)
+    return BlockTape(
+        forward=kept,
+        forward_without_saving=loose,
+        recompute=again,
+        backward=kept_backward,
+        backward_after_recompute=again_backward,
+    )
+
+
+def _run(
+    build: Build, input_bytes: int, output_bytes: int, tape: Tape, *, keeps_input: bool = False
+) -> tuple[tuple[Step, ...], tuple[Step, ...], int]:
+    source = Value(Tensor(input_bytes, foreign=True))
+    if keeps_input:
+        source.storage.refs += 1
+    out = build(tape, source)
+    tape.drop(source)
+    tape.resume()
+    tape.flush()
+    forward, tape.steps = tuple(tape.steps), []
+    if tape.keeps:
+        tape.backward(out, output_bytes)
+    return forward, tuple(tape.steps), tape.last_saving

@@ -1,0 +1,187 @@
+"""Which parameters train, in which dtype, in which optimizer group: full, LoRA, QLoRA, modules_to_save."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from zplan.errors import ConfigError
+from zplan.model_shape import Block, ModelShape, ParameterShape
+from zplan.recipe import Recipe
+
+NF4_BLOCK = 64
+"""Weights per absmax value. Source: bitsandbytes, functional.py (quantize_4bit, blocksize=64)."""
+NF4_NESTED_BLOCK = 256
+"""absmax values per second-level fp32 absmax under double quantisation (bitsandbytes, compress_statistics)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """One parameter of one layer as the run holds it."""
+
+    name: str
+    module: str
+    numel: int
+    shape: tuple[int, ...]
+    itemsize: int
+    """Bytes of one element; 0 for 4-bit weights, whose bytes are `stored_bytes`."""
+    stored_bytes: int
+    trainable: bool
+    group: int
+    """0: weight decay, 1: none (norms and biases), as transformers' Trainer splits them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaidBlock:
+    """A block of the model with its adapters."""
+
+    block: Block
+    weights: tuple[Weight, ...]
+    repeat: int
+
+    @cached_property
+    def trainable_numel(self) -> tuple[int, int]:
+        """Trainable elements of one layer, per optimizer group."""
+        return tuple(  # type: ignore[return-value]
+            sum(weight.numel for weight in self.weights if weight.trainable and weight.group == group)
+            for group in (0, 1)
+        )
+
+    @cached_property
+    def stored_bytes(self) -> int:
+        return sum(weight.stored_bytes for weight in self.weights)
+
+    @cached_property
+    def frozen_bytes(self) -> int:
+        return sum(weight.stored_bytes for weight in self.weights if not weight.trainable)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """All parameters of the run, repeated layers stored once."""
+
+    blocks: tuple[LaidBlock, ...]
+
+    @cached_property
+    def group_numel(self) -> tuple[int, int]:
+        """Trainable elements per optimizer group."""
+        return tuple(  # type: ignore[return-value]
+            sum(laid.trainable_numel[group] * laid.repeat for laid in self.blocks) for group in (0, 1)
+        )
+
+    @cached_property
+    def trainable_numel(self) -> int:
+        return sum(self.group_numel)
+
+    @cached_property
+    def stored_bytes(self) -> int:
+        return sum(laid.stored_bytes * laid.repeat for laid in self.blocks)
+
+    @cached_property
+    def frozen_bytes(self) -> int:
+        return sum(laid.frozen_bytes * laid.repeat for laid in self.blocks)
+
+    @cached_property
+    def largest_trainable(self) -> int:
+        """Elements of the largest trainable parameter; 0 if none trains."""
+        return max((weight.numel for laid in self.blocks for weight in laid.weights if weight.trainable), default=0)
+
+    @cached_property
+    def largest_layer_bytes(self) -> int:
+        return max(laid.stored_bytes for laid in self.blocks)
+
+
+_LAYOUTS: dict[tuple[Any, ...], tuple[ModelShape, Layout]] = {}
+
+
+def layout(shape: ModelShape, recipe: Recipe) -> Layout:
+    """The parameters of `recipe` on `shape`; kept, because a search asks for the same ones again and again.
+
+    Raises:
+        ConfigError: a LoRA target that no module of the model bears.
+    """
+    key = (id(shape), recipe.method, recipe.lora_r, recipe.lora_target, recipe.modules_to_save, recipe.dtype)
+    known = _LAYOUTS.get(key)
+    if known is not None and known[0] is shape:
+        return known[1]
+    laid = Layout(blocks=tuple(_lay(block, recipe) for block in shape.blocks))
+    if laid.trainable_numel == 0:
+        raise ConfigError(
+            f"lora_target {', '.join(recipe.lora_target)} names no module of {shape.name}",
+            because="PEFT raises when no target module is found (peft, tuners_utils.inject_adapter)",
+            fix="--lora-target all-linear",
+        )
+    _LAYOUTS[key] = (shape, laid)
+    return laid
+
+
+def _lay(block: Block, recipe: Recipe) -> LaidBlock:
+    weights: list[Weight] = []
+    for parameter in block.parameters:
+        saved = any(parameter.module.rpartition(".")[2] == name for name in recipe.modules_to_save)
+        weights.append(_weight(parameter, recipe, trains=recipe.method == "full" or saved, block=block))
+        if recipe.method != "full" and not saved and is_lora_target(parameter, block, recipe.lora_target):
+            weights.extend(_adapter(parameter, recipe))
+    return LaidBlock(block=block, weights=tuple(weights), repeat=block.repeat)
+
+
+def _weight(parameter: ParameterShape, recipe: Recipe, *, trains: bool, block: Block) -> Weight:
+    four_bit = recipe.method == "qlora" and not trains and parameter.kind == "linear" and block.role != "head"
+    itemsize = recipe.weight_bytes
+    return Weight(
+        name=parameter.name,
+        module=parameter.module,
+        numel=parameter.numel,
+        shape=parameter.shape,
+        itemsize=0 if four_bit else itemsize,
+        stored_bytes=nf4_bytes(parameter.numel) if four_bit else itemsize * parameter.numel,
+        trainable=trains,
+        group=1 if parameter.kind in ("norm", "bias") else 0,
+    )
+
+
+def nf4_bytes(numel: int) -> int:
+    """A linear weight in 4-bit NormalFloat with double quantisation.
+
+        numel / 2 + one byte per block of 64 + one fp32 per 256 blocks
+
+    Source: bitsandbytes, functional.py (quantize_4bit, compress_statistics=True).
+    """
+    blocks = -(-numel // NF4_BLOCK)
+    return -(-numel // 2) + blocks + 4 * -(-blocks // NF4_NESTED_BLOCK)
+
+
+def is_lora_target(parameter: ParameterShape, block: Block, targets: tuple[str, ...]) -> bool:
+    """Whether PEFT puts an adapter on the module of this weight.
+
+    `all-linear` takes every linear module but the output head; experts kept as one 3-D parameter are no modules.
+
+    Source: peft 0.21.2, tuners/tuners_utils.py (_maybe_include_all_linear_layers).
+    """
+    if parameter.kind != "linear" or len(parameter.shape) != 2 or not parameter.name.endswith("weight"):
+        return False
+    if targets == ("all-linear",):
+        return block.role in ("layer", "encoder_layer")
+    return parameter.module.rpartition(".")[2] in targets
+
+
+def _adapter(parameter: ParameterShape, recipe: Recipe) -> tuple[Weight, Weight]:
+    """lora_A (r x in) and lora_B (out x r), in the training dtype: the engine casts the whole module.
+
+    Source: deepspeed 0.19.8, runtime/engine.py (_configure_distributed_model: module.bfloat16()).
+    """
+    out_features, in_features = parameter.shape
+    return tuple(  # type: ignore[return-value]
+        Weight(
+            name=f"{parameter.module}.{part}.default.weight",
+            module=f"{parameter.module}.{part}.default",
+            numel=rows * columns,
+            shape=(rows, columns),
+            itemsize=recipe.weight_bytes,
+            stored_bytes=recipe.weight_bytes * rows * columns,
+            trainable=True,
+            group=0,
+        )
+        for part, rows, columns in (("lora_A", recipe.lora_r, in_features), ("lora_B", out_features, recipe.lora_r))
+    )
