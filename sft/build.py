@@ -167,11 +167,10 @@ def sft_config(
         train_sampling_strategy="sequential" if run.keep_order else "random",
         logging_steps=1,
         logging_nan_inf_filter=False,
-        report_to="none",
         disable_tqdm=True,
         seed=run.seed,
         **saving,
-        **run.extra,
+        **{"report_to": "none", **run.extra},
     )
 
 

@@ -1,0 +1,183 @@
+"""`python -m sft.train --plan profiles/best.json`: train what a plan describes, on this machine.
+
+Started by hand it checks the plan, starts one process per rank and watches them. Started by torchrun, deepspeed,
+accelerate or srun it is one of the ranks. argparse, because Typer cannot express `--resume [CHECKPOINT]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from sft import preflight
+from sft.launch import PARENT_VARIABLE, launch
+from sft.ranks import adopt_slurm, current_rank, die_with_parent, launched_by, set_environment
+from sft.session import SESSION_FILE, Session, with_resume
+from zplan import files
+from zplan.errors import ConfigError, ExitCode, ZplanError
+from zplan.plan import Plan
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    line = argparse.ArgumentParser(prog="python -m sft.train", description="Train what a plan describes.")
+    line.add_argument("--plan", type=Path, help="profiles/*.json, as zplan tune or zplan estimate --out wrote it")
+    line.add_argument("--session", type=Path, help=argparse.SUPPRESS)
+    line.add_argument("--dataset", help="file, folder or Hub id, instead of the plan's")
+    line.add_argument("--output-dir", type=Path, help="default: runs/<name of the plan>")
+    line.add_argument("--max-steps", type=int, help="optimizer steps; wins over --epochs")
+    line.add_argument("--epochs", type=float, default=1.0)
+    line.add_argument("--learning-rate", type=float, help="instead of the plan's")
+    line.add_argument("--seed", type=int, help="instead of the plan's")
+    line.add_argument("--save-steps", type=int, help="steps between checkpoints; default: four over the run")
+    line.add_argument("--resume", nargs="?", const="newest", metavar="CHECKPOINT", help="default: the newest whole one")
+    line.add_argument("--force", action="store_true", help="train although the estimate says that it does not fit")
+    line.add_argument(
+        "--fallback", action="store_true", help="take a smaller configuration of the plan if it does not fit"
+    )
+    line.add_argument(
+        "--eval-fraction", type=float, default=0.0, help="held out; its loss is reported before and after"
+    )
+    line.add_argument("--sample-prompt", help="a question whose answer is reported before and after")
+    line.add_argument("--bad-rows", choices=("refuse", "skip"), default="refuse")
+    line.add_argument("--loss-on", choices=("answers", "everything"), default="answers")
+    line.add_argument("--prompt-key", help="column of the question, if it is not called prompt")
+    line.add_argument("--response-key", help="column of the answer, if it is not called response")
+    line.add_argument("--response-template", help='heading before answers, e.g. "\\n\\n### Response:\\n"')
+    line.add_argument(
+        "--report-to", default="none", help="none, tensorboard, wandb, mlflow, as transformers offers them"
+    )
+    line.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    return line
+
+
+def make_session(options: argparse.Namespace) -> Session:
+    """Plan and command line together.
+
+    Raises:
+        ConfigError: no plan, no data, no weights, or values that mean nothing.
+    """
+    if options.plan is None:
+        raise ConfigError("no plan", fix="--plan profiles/best.json")
+    plan = files.load(Plan, options.plan)
+    recipe = plan.recipe
+    if options.dataset is not None:
+        source = Path(options.dataset).expanduser()
+        recipe = replace(recipe, dataset=str(source.resolve()) if source.exists() else options.dataset)
+    if options.learning_rate is not None:
+        recipe = replace(recipe, learning_rate=options.learning_rate)
+    if options.seed is not None:
+        recipe = replace(recipe, seed=options.seed)
+    if recipe.dataset is None:
+        raise ConfigError("the plan names no dataset", fix="--dataset FILE.jsonl")
+    if not Path(plan.model_path).is_dir():
+        raise ConfigError(
+            f"the plan's model folder {plan.model_path} does not exist",
+            fix="download the model there, or make a new plan",
+        )
+    for name, value in (("--max-steps", options.max_steps), ("--save-steps", options.save_steps)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}, below 1", fix=f"{name} 100")
+    if options.epochs <= 0:
+        raise ConfigError(f"--epochs is {options.epochs}, not above 0", fix="--epochs 1")
+    return Session(
+        plan=replace(plan, recipe=recipe),
+        output_dir=str((options.output_dir or Path("runs") / options.plan.stem).resolve()),
+        max_steps=options.max_steps or -1,
+        num_train_epochs=options.epochs,
+        save_steps=options.save_steps,
+        eval_fraction=options.eval_fraction,
+        sample_prompt=options.sample_prompt,
+        bad_rows=options.bad_rows,
+        loss_on=options.loss_on,
+        prompt_key=options.prompt_key,
+        response_key=options.response_key,
+        response_template=options.response_template,
+        report_to=options.report_to,
+    )
+
+
+def prepare(options: argparse.Namespace) -> Session:
+    """Everything that is decided before a rank exists, written to `run.json` in the output folder."""
+    session = make_session(options)
+    plan, notes = preflight.choose_rung(session.plan, fallback=options.fallback, force=options.force)
+    session = replace(session, plan=plan)
+    session, more = with_resume(session, options.resume)
+    output_dir = Path(session.output_dir)
+    if not options.force:
+        preflight.check_disk(plan, output_dir)
+    files.save(session, output_dir / SESSION_FILE)
+    for note in notes + more:
+        print(f"zplan: {note}", file=sys.stderr)
+    return session
+
+
+def train_here(options: argparse.Namespace) -> int:
+    """Start the ranks of this machine."""
+    session = prepare(options)
+    cluster = session.plan.cluster
+    if cluster.nodes > 1:
+        ranks = f"--nnodes {cluster.nodes} --nproc-per-node {cluster.gpus_per_node}"
+        raise ConfigError(
+            f"the plan is for {cluster.nodes} nodes",
+            because="one process cannot start ranks on other machines",
+            fix=f"on every node: torchrun {ranks} --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m sft.train --plan "
+            f"{options.plan}",
+        )
+    output_dir = Path(session.output_dir)
+    return launch(
+        ["--session", str(output_dir / SESSION_FILE)],
+        num_ranks=session.plan.choice.batch.world_size,
+        kind=cluster.gpu.kind,
+        log_dir=output_dir,
+    )
+
+
+def train_as_rank(options: argparse.Namespace, launcher: str) -> int:
+    """Be one of the ranks; whoever started this process."""
+    if launcher == "srun":
+        adopt_slurm()
+    if options.session is not None:
+        _follow_parent()
+        session = files.load(Session, options.session)
+    else:
+        signal.signal(signal.SIGTERM, _end_now)
+        session = prepare(options) if current_rank().is_first else make_session(options)
+    set_environment(session.plan.cluster.gpu.kind)
+    from sft.training import train_rank  # torch and deepspeed: only after the environment is set
+
+    return train_rank(session)
+
+
+def _follow_parent() -> None:
+    die_with_parent()
+    if os.getppid() != int(os.environ.get(PARENT_VARIABLE, os.getppid())):
+        sys.exit(int(ExitCode.BUG))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_now)
+
+
+def _end_now(number: int, frame: object) -> None:
+    """Nothing has been trained yet: nothing to save."""
+    sys.exit(128 + number)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 done, 2 malformed, 3 does not fit, 4 broken machine, 130 Ctrl-C, 143 SIGTERM."""
+    options = parser().parse_args(arguments)
+    launcher = launched_by()
+    try:
+        return train_here(options) if launcher is None else train_as_rank(options, launcher)
+    except ZplanError as error:
+        print(f"zplan: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        return int(ExitCode.INTERRUPTED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""The inside of one rank of a training: build, train, evaluate, save, report."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import set_seed
+
+from sft import build, data, outputs
+from sft.callbacks import GracefulStop, MarkCheckpoints, ProgressLines, StepTimer
+from sft.meter import CudaMeter, measure_pinned_bytes, measure_used_bytes, peak_resident_bytes
+from sft.ranks import Rank, current_rank
+from sft.session import Session
+from zplan import files
+from zplan.errors import DoesNotFitError, ExitCode
+
+_COLLECTIVE_SECONDS = 1800.0
+_MAX_SAVE_STEPS = 500
+_SAVES_PER_RUN = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A rank that is ready to train."""
+
+    session: Session
+    place: Rank
+    tokenizer: Any
+    data: data.Data
+    trainer: build.PlanTrainer
+    timer: StepTimer
+    stop: GracefulStop
+
+
+def train_rank(session: Session) -> int:
+    """Train, and return this rank's exit status.
+
+    Raises:
+        ZplanError: malformed data, no memory, a broken machine.
+    """
+    try:
+        prepared = prepare(session)
+        prepared.trainer.train(resume_from_checkpoint=prepared.session.resume)
+        return finish(prepared)
+    except torch.OutOfMemoryError as error:
+        raise DoesNotFitError(
+            f"GPU memory ran out: {str(error).splitlines()[0]}",
+            because="the plan's estimate or measurement was made for another machine, data or load",
+            fix="--fallback, or zplan tune on this machine",
+        ) from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def prepare(session: Session) -> Prepared:
+    """Everything up to the first step."""
+    place = current_rank()
+    plan = session.plan
+    kind = plan.cluster.gpu.kind
+    build.check_world(plan.choice, place.world_size)
+    build.check_agreement(plan.recipe, plan.choice, plan.deepspeed)
+    build.init_process_group(kind, timeout_seconds=_COLLECTIVE_SECONDS)
+    if kind == "cuda":
+        torch.cuda.set_device(place.local_rank)
+    session = _share(session)
+    recipe = session.plan.recipe
+    tokenizer = build.load_tokenizer(session.plan.model_path)
+    loaded = data.load_data(str(recipe.dataset), tokenizer, data_options(session))
+    if place.is_first:
+        outputs.print_data_report(loaded)
+    total_steps = num_steps(session, len(loaded.train))
+    save_steps = session.save_steps or min(_MAX_SAVE_STEPS, max(1, -(-total_steps // _SAVES_PER_RUN)))
+    args = build.sft_config(recipe, session.plan.choice, session.deepspeed, _run(session, save_steps, loaded), kind)
+    set_seed(recipe.seed)
+    model = build.load_model(session.plan.model_path, recipe, weights="real")
+    timer, stop = StepTimer(), GracefulStop()
+    mark = MarkCheckpoints(session.fingerprint, place.world_size, session.plan.choice.zero.stage)
+    callbacks: list[Any] = [timer, stop, mark]
+    if place.is_first:
+        callbacks.append(ProgressLines(timer))
+    trainer = build.build_trainer(
+        recipe,
+        args,
+        model,
+        tokenizer,
+        data.to_dataset(loaded.train),
+        eval_dataset=data.to_dataset(loaded.held_out) if loaded.held_out else None,
+        callbacks=callbacks,
+    )
+    timer.trainer = trainer
+    return Prepared(
+        session=session, place=place, tokenizer=tokenizer, data=loaded, trainer=trainer, timer=timer, stop=stop
+    )
+
+
+def _share(session: Session) -> Session:
+    """Rank 0's decisions (fallback, checkpoint) reach ranks that another launcher started."""
+    box: list[Any] = [files.to_data(session)]
+    dist.broadcast_object_list(box, src=0)
+    return files.from_data(Session, box[0], name="rank 0's session")
+
+
+def data_options(session: Session) -> data.DataOptions:
+    """How the session reads its data."""
+    recipe = session.plan.recipe
+    return data.DataOptions(
+        max_length=recipe.max_length,
+        seed=recipe.seed,
+        eval_fraction=session.eval_fraction,
+        bad_rows="skip" if session.bad_rows == "skip" else "refuse",
+        loss_on="everything" if session.loss_on == "everything" else "answers",
+        prompt_key=session.prompt_key,
+        response_key=session.response_key,
+        response_template=session.response_template,
+    )
+
+
+def num_steps(session: Session, num_examples: int) -> int:
+    """Optimizer steps of the whole run (before packing, which makes it fewer)."""
+    if session.max_steps > 0:
+        return session.max_steps
+    per_epoch = max(1, num_examples // session.plan.recipe.train_batch_size)
+    return max(1, round(session.num_train_epochs * per_epoch))
+
+
+def _run(session: Session, save_steps: int, loaded: data.Data) -> build.Run:
+    extra: dict[str, Any] = {"report_to": session.report_to}
+    if loaded.held_out and session.resume is None:
+        extra["eval_on_start"] = True
+    return build.Run(
+        output_dir=Path(session.output_dir),
+        max_steps=session.max_steps,
+        num_train_epochs=session.num_train_epochs,
+        learning_rate=session.plan.recipe.learning_rate,
+        seed=session.plan.recipe.seed,
+        save_steps=save_steps,
+        extra=extra,
+    )
+
+
+def finish(prepared: Prepared) -> int:
+    """After the last step: save, evaluate, measure, report."""
+    trainer, session, place = prepared.trainer, prepared.session, prepared.place
+    stopped = prepared.stop.stopped
+    if not stopped:
+        if prepared.data.held_out:
+            trainer.evaluate()
+        state = outputs.gather_weights(trainer.accelerator.unwrap_model(trainer.model), place)
+        if place.is_first:
+            outputs.save_model(trainer, prepared.tokenizer, state, Path(session.output_dir))
+    reports = _gather_reports(prepared)
+    dist.barrier()
+    if not place.is_first:
+        return _status(stopped)
+    report = outputs.training_report(
+        session,
+        log_history=trainer.state.log_history,
+        tokens_per_second=prepared.timer.tokens_per_second([item["tokens"] for item in reports]),
+        step_seconds=prepared.timer.median_seconds,
+        gpu=outputs.measured_gpu(reports),
+        host_resident_bytes=sum(item["resident_bytes"] for item in reports[: place.local_world_size]),
+        host_pinned_bytes=_total(reports[: place.local_world_size], "pinned_bytes"),
+        outcome="stopped" if stopped else "finished",
+        data=prepared.data,
+    )
+    if not stopped and session.sample_prompt:
+        prompt = session.sample_prompt
+        report["samples"] = outputs.sample_before_and_after(session, prepared.tokenizer, prompt)
+    outputs.save_report(report, session)
+    outputs.print_summary(report, session)
+    return _status(stopped)
+
+
+def _status(stopped: bool) -> int:
+    return 128 + signal.SIGTERM if stopped else int(ExitCode.OK)
+
+
+def _gather_reports(prepared: Prepared) -> list[dict[str, Any]]:
+    kind, local_rank = prepared.session.plan.cluster.gpu.kind, prepared.place.local_rank
+    meter = CudaMeter(local_rank) if kind == "cuda" else None
+    mine = {
+        "tokens": prepared.timer.tokens,
+        "allocated_bytes": meter.allocated_bytes if meter else None,
+        "reserved_bytes": meter.reserved_bytes if meter else None,
+        "used_bytes": measure_used_bytes(kind, local_rank),
+        "resident_bytes": peak_resident_bytes(),
+        "pinned_bytes": measure_pinned_bytes(kind),
+    }
+    gathered: list[Any] = [None] * prepared.place.world_size
+    dist.all_gather_object(gathered, mine)
+    return gathered
+
+
+def _total(reports: Sequence[dict[str, Any]], key: str) -> int | None:
+    values = [item[key] for item in reports]
+    return None if None in values else sum(values)
