@@ -18,6 +18,7 @@ from zplan.ledger import Origin, Record, Running, out_of_memory
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.screen import Screen, Screened
+from zplan.settings import hf_auto_zero
 from zplan.space import (
     Draft,
     Elements,
@@ -32,7 +33,7 @@ from zplan.space import (
 )
 from zplan.surrogate import Observation, Surrogate, features, share_of
 from zplan.trial import Outcome, TrialResult
-from zplan.zero_config import BatchSizes, Choice, OffloadOptimizer, OffloadParam, ZeroConfig
+from zplan.zero_config import Choice, OffloadOptimizer, OffloadParam, batch_sizes
 
 _SEEDS = 4
 """Trials from the baseline and the ranking before the model takes over."""
@@ -219,31 +220,20 @@ def _distribution(allowed: Range, value: Value) -> BaseDistribution:
 def baselines(shape: ModelShape, recipe: Recipe, space: Space) -> list[Choice]:
     """What a user of transformers' "auto" would have run: the documentation's examples, from fast to small.
 
-    Source: transformers 5.23, integrations/deepspeed.py (trainer_config_finalize): bucket = h^2, prefetch = 0.9 h^2,
-    persistence = 10 h; docs/source/en/deepspeed.md, "Selecting a ZeRO stage".
+    Source: transformers 5.23, docs/source/en/deepspeed.md, "Selecting a ZeRO stage"; its examples set overlap_comm.
     """
-    hidden = shape.hidden_size
-    auto = ZeroConfig(
-        overlap_comm=True,
-        reduce_bucket_size=hidden**2,
-        stage3_prefetch_bucket_size=int(0.9 * hidden**2),
-        stage3_param_persistence_threshold=10 * hidden,
-    )
     cpu, param = OffloadOptimizer(device="cpu"), OffloadParam(device="cpu")
     steps = (
-        replace(auto, stage=2),
-        replace(auto, stage=2, offload_optimizer=cpu),
-        replace(auto, stage=3),
-        replace(auto, stage=3, offload_optimizer=cpu, offload_param=param),
+        replace(hf_auto_zero(2, shape), overlap_comm=True),
+        replace(hf_auto_zero(2, shape), overlap_comm=True, offload_optimizer=cpu),
+        hf_auto_zero(3, shape),
+        replace(hf_auto_zero(3, shape), offload_optimizer=cpu, offload_param=param),
     )
     world = max(world_sizes(recipe, space.problem.cluster))
     choices = []
     for wanted in (_TRAINER_MICRO_BATCH, 1):
         micro_batch = nearest_micro_batch(recipe, world, wanted)
-        accumulation = recipe.train_batch_size // (world * micro_batch)
-        batch = BatchSizes(
-            train_micro_batch_size_per_gpu=micro_batch, gradient_accumulation_steps=accumulation, world_size=world
-        )
+        batch = batch_sizes(recipe, micro_batch=micro_batch, world_size=world)
         choices += [Choice(zero=zero, batch=batch) for zero in steps]
     return choices
 

@@ -364,6 +364,8 @@ def _as_the_engine_reads(values: Mapping[str, Any], problem: Problem) -> dict[st
     read = dict(values)
     if read["stage"] < 3 and read["offload_optimizer.device"] == "nvme":
         read["offload_optimizer.device"] = "cpu"
+    # Without it the trained model is saved as shards of optimizer state, which nothing but DeepSpeed opens.
+    read["stage3_gather_16bit_weights_on_model_save"] |= read["stage"] == 3
     for section in ("offload_optimizer", "offload_param"):
         on_nvme = read[f"{section}.device"] == "nvme"
         read[f"{section}.nvme_path"] = problem.cluster.host.nvme_path if on_nvme else None

@@ -35,7 +35,7 @@ class FormulaBackend:
             gpu_used_bytes=memory.gpu.used.expected,
             host_resident_bytes=memory.host.resident_bytes,
             host_pinned_bytes=memory.host.pinned_bytes,
-            phases=dict(memory.gpu.phases),
+            phases={str(phase): size for phase, size in memory.gpu.phases.items()},
             step_seconds=speed.step_seconds,
             tokens_per_second=speed.tokens_per_second,
             versions={"zplan": __version__},

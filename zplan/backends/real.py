@@ -10,8 +10,9 @@ from tempfile import mkdtemp
 from typing import Literal
 
 from zplan import files
-from zplan.backends.launcher import ColdLauncher, Launcher, Limits
+from zplan.backends.launcher import Launcher, Limits
 from zplan.backends.outcome import Observed, classify
+from zplan.backends.warm import WarmLauncher
 from zplan.errors import ConfigError, MachineError
 from zplan.hardware import Cluster
 from zplan.trial import RESULT_FILE, SPEC_FILE, Outcome, TrialResult, TrialSpec
@@ -29,8 +30,12 @@ class RealBackend:
     evidence: Literal["measured"] = "measured"
 
     def __init__(self, work_dir: Path | str, launcher: Launcher | None = None) -> None:
+        """Args:
+        work_dir: one folder per trial goes below it.
+        launcher: a warm server by default; `ColdLauncher()` starts a fresh interpreter for every rank.
+        """
         self._work_dir = Path(work_dir)
-        self._launcher = launcher if launcher is not None else ColdLauncher()
+        self._launcher = launcher
 
     def run(self, spec: TrialSpec) -> TrialResult:
         """Write spec.json, run the ranks, read result.json or say why there is none.
@@ -44,7 +49,7 @@ class RealBackend:
         files.save(spec, out_dir / SPEC_FILE)
         started = time.monotonic()
         for attempt in range(1, _PORT_ATTEMPTS + 1):
-            observed = self._launcher.launch(
+            observed = self._launcher_for(spec).launch(
                 out_dir / SPEC_FILE,
                 out_dir,
                 ranks=spec.choice.batch.world_size,
@@ -60,7 +65,13 @@ class RealBackend:
 
     def close(self) -> None:
         """End what the launcher keeps between trials."""
-        self._launcher.close()
+        if self._launcher is not None:
+            self._launcher.close()
+
+    def _launcher_for(self, spec: TrialSpec) -> Launcher:
+        if self._launcher is None:
+            self._launcher = WarmLauncher(spec.cluster.gpu.kind)
+        return self._launcher
 
     def _new_folder(self) -> Path:
         try:
