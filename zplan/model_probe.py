@@ -1,0 +1,165 @@
+"""Any transformers config -> ModelShape, through the meta device: every parameter's shape, no weight, no network.
+
+The one slow import of the planner (torch and transformers); its answers are cached by `catalog.cache`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.pytorch_utils import Conv1D
+
+from zplan.catalog.cache import save_shape
+from zplan.catalog.shapes import make_shape
+from zplan.errors import ConfigError
+from zplan.model_shape import Block, BlockRole, ModelShape, ParameterKind, ParameterShape
+
+_LARGEST_NUMEL = 1 << 47
+"""Elements of one tensor beyond which a config.json is a mistake, not a model."""
+
+
+def probe_config(source: Path | Mapping[str, Any], *, name: str) -> ModelShape:
+    """Read a model's shape from its config.json (a path, a folder or its content) and cache it.
+
+    Raises:
+        ConfigError: missing or unreadable file, an architecture that transformers does not have, impossible sizes.
+    """
+    data = _load(source) if isinstance(source, Path) else dict(source)
+    shape = shape_of_config(data, name=name)
+    if isinstance(source, Path):
+        save_shape(source, shape)
+    return shape
+
+
+def _load(path: Path) -> dict[str, Any]:
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} is not a model's config.json: {error}", fix="--model mistral-7b") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file} is not a model's config.json: it holds a {type(data).__name__}")
+    return data
+
+
+def shape_of_config(data: Mapping[str, Any], *, name: str) -> ModelShape:
+    """Build the model on the meta device and describe it. Raises ConfigError as `probe_config`."""
+    _check_numbers(data, name)
+    model = build_on_meta(data, name=name)
+    blocks = tuple(_blocks(model))
+    shape = make_shape(
+        name=name,
+        architecture=type(model).__name__,
+        blocks=blocks,
+        config={**data, "model_type": model.config.model_type},
+        resolved=_text_config(model.config).to_dict(),
+        source=f"transformers {transformers.__version__}, {type(model).__name__} on the meta device",
+    )
+    assert shape.num_parameters == model.num_parameters(), "the blocks must add up to transformers' own count"
+    return shape
+
+
+def build_on_meta(data: Mapping[str, Any], *, name: str) -> Any:
+    """The model of a config.json without memory. `trust_remote_code` is never used."""
+    model_type = data.get("model_type")
+    if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
+        raise ConfigError(
+            f"{name}: model_type is {model_type!r}, which transformers {transformers.__version__} does not know",
+            because="its code is not in transformers, and zplan never runs code from a model's folder",
+            fix="zplan estimate --model custom --set-model model_type=llama --set-model hidden_size=4096 ...",
+        )
+    values = {key: value for key, value in data.items() if key not in ("model_type", "transformers_version")}
+    try:
+        config = _text_config(AutoConfig.for_model(model_type, **values))
+        auto = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+        with torch.device("meta"):
+            return auto.from_config(config)
+    except Exception as error:  # transformers raises anything for an impossible config
+        raise ConfigError(
+            f"{name}: transformers cannot build a {model_type} from this config: {type(error).__name__}: {error}",
+            fix="compare it with a config.json that works",
+        ) from error
+
+
+def _text_config(config: Any) -> Any:
+    """The language tower of a vision-language config; the config itself for a language model."""
+    return config.get_text_config() if hasattr(config, "get_text_config") and not config.is_encoder_decoder else config
+
+
+def _check_numbers(data: Mapping[str, Any], name: str) -> None:
+    wholes = (
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+        "vocab_size", "n_embd", "n_layer", "n_head", "d_model", "num_layers",
+    )  # fmt: skip
+    wrong = [
+        f"{key} is {data[key]!r}, not a whole number between 1 and 2**31"
+        for key in wholes
+        if data.get(key) is not None and (type(data[key]) is not int or not 1 <= data[key] < 1 << 31)
+    ]
+    if wrong:
+        raise ConfigError(f"{name}: impossible sizes in config.json", problems=tuple(wrong), fix="mend config.json")
+
+
+def _blocks(model: nn.Module) -> Iterator[Block]:
+    """Parameters in the order of `named_parameters()`, consecutive equal layers as one run."""
+    modules = dict(model.named_modules())
+    found: list[tuple[str, int, ParameterShape]] = []
+    for full_name, parameter in model.named_parameters():
+        if parameter.numel() > _LARGEST_NUMEL:
+            raise ConfigError(f"{full_name} would have {parameter.numel()} elements", fix="mend config.json")
+        path, layer, local = _split(full_name, modules)
+        owner = modules[full_name.rpartition(".")[0]]
+        kind = _kind(owner, full_name.rpartition(".")[2], parameter.dim())
+        found.append((path, layer, ParameterShape(name=local, shape=tuple(parameter.shape), kind=kind)))
+    runs: list[Block] = []
+    for (path, layer), items in groupby(found, key=lambda item: item[:2]):
+        parameters = tuple(item[2] for item in items)
+        last = runs[-1] if runs else None
+        if path and last is not None and last.path == path and last.parameters == parameters:
+            runs[-1] = Block(role=last.role, path=path, parameters=parameters, first=last.first, repeat=last.repeat + 1)
+        else:
+            runs.append(Block(role=_role(path, parameters), path=path, parameters=parameters, first=max(layer, 0)))
+    yield from runs
+
+
+def _split(full_name: str, modules: Mapping[str, nn.Module]) -> tuple[str, int, str]:
+    """`model.layers.3.mlp.up_proj.weight` -> (`model.layers.{}`, 3, `mlp.up_proj.weight`); ("", -1, name) outside."""
+    parts = full_name.split(".")
+    for index, part in enumerate(parts):
+        if part.isdigit() and isinstance(modules[".".join(parts[:index])], nn.ModuleList):
+            return ".".join([*parts[:index], "{}"]), int(part), ".".join(parts[index + 1 :])
+    return "", -1, full_name
+
+
+def _role(path: str, parameters: tuple[ParameterShape, ...]) -> BlockRole:
+    if path:
+        return "encoder_layer" if path.startswith("encoder") else "layer"
+    if any(parameter.kind == "embedding" for parameter in parameters):
+        return "embedding"
+    return "head" if any(parameter.kind == "linear" for parameter in parameters) else "final"
+
+
+def _kind(owner: nn.Module, local: str, dim: int) -> ParameterKind:
+    class_name = type(owner).__name__
+    if isinstance(owner, nn.Embedding) or "Embedding" in class_name:
+        return "embedding"
+    if "Norm" in class_name:
+        return "norm"
+    if local == "bias" or local.endswith("_bias"):
+        return "bias"
+    if dim == 3:
+        return "experts"
+    if isinstance(owner, nn.Linear | Conv1D) or (dim == 2 and local == "weight"):
+        return "linear"
+    return "conv" if isinstance(owner, nn.Conv1d | nn.Conv2d) else "other"
