@@ -6,6 +6,7 @@ through here, so what is measured is what trains.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, set_seed
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils.logging import disable_progress_bar
 from trl import SFTConfig, SFTTrainer
 
 from sft.meter import Meter
@@ -55,6 +58,14 @@ class Run:
     """Take the rows in the order given (a trial puts the longest first)."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further TrainingArguments, under transformers' names."""
+
+
+def quiet_libraries() -> None:
+    """Leave the screen to our own lines: no progress bars of loading and saving, no notes on what we do on purpose."""
+    disable_progress_bar()
+    logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
+    logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
 
 
 def init_process_group(kind: DeviceKind, *, timeout_seconds: float) -> None:
@@ -298,7 +309,7 @@ def build_trainer(
     set_seed(args.seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`use_liger_kernel=True` is deprecated")
-        return PlanTrainer(
+        trainer = PlanTrainer(
             model=model,
             args=args,
             train_dataset=train_dataset,
@@ -309,3 +320,5 @@ def build_trainer(
             meter=meter,
             full_logits=recipe.loss == "full",
         )
+    trainer.remove_callback(PrinterCallback)
+    return trainer

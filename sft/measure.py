@@ -96,6 +96,7 @@ def measure_trial(spec: TrialSpec, out_dir: Path, place: Rank, progress: Progres
     kind = spec.cluster.gpu.kind
     recipe, choice = spec.recipe, spec.choice
     progress.enter("init")
+    build.quiet_libraries()
     build.check_world(choice, place.world_size)
     build.init_process_group(kind, timeout_seconds=_COLLECTIVE_SECONDS)
     if kind == "cuda":

@@ -61,6 +61,7 @@ def train_rank(session: Session) -> int:
 
 def prepare(session: Session) -> Prepared:
     """Everything up to the first step."""
+    build.quiet_libraries()
     place = current_rank()
     plan = session.plan
     kind = plan.cluster.gpu.kind
