@@ -16,14 +16,6 @@ aten = torch.ops.aten
 Handler = Callable[["Tracker", Any, Any, Any], Any]
 
 
-def _run(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
-    out = func(*args, **kwargs)
-    for item in out if isinstance(out, (list, tuple)) else (out,):
-        if isinstance(item, torch.Tensor):
-            tracker.track(item)
-    return out
-
-
 def read_on_host(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
     """A device value read by Python. What DeepSpeed reads are overflow and mismatch counts (none) and norms; what others
     read asks for the common case, such as a mask without padding (yes)."""
@@ -54,7 +46,7 @@ def index(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
     source, indices = args
     masks = [i for i in indices if i is not None and i.dtype == torch.bool]
     if not masks:
-        return _run(tracker, func, args, kwargs)
+        return tracker.run(func, args, kwargs)
     mask = masks[0]
     positions = torch.empty((mask.numel(), mask.dim()), dtype=torch.int64, device=mask.device)
     tracker.track(positions)
@@ -68,7 +60,7 @@ def index_put(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
     target, indices, *_ = args
     masks = [i for i in indices if i is not None and i.dtype == torch.bool]
     if not masks:
-        return _run(tracker, func, args, kwargs)
+        return tracker.run(func, args, kwargs)
     positions = torch.empty((masks[0].numel(), masks[0].dim()), dtype=torch.int64, device=masks[0].device)
     tracker.track(positions)
     if func is aten.index_put_.default or func is aten._index_put_impl_.default:
@@ -87,7 +79,7 @@ def masked_scatter_backward(tracker: Tracker, func: Any, args: Any, kwargs: Any)
 
 
 def flash_forward(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
-    out = _run(tracker, func, args, kwargs)
+    out = tracker.run(func, args, kwargs)
     tracker.count_flops(_attention_flops(args[0], args[1], products=2))
     return out
 
@@ -98,7 +90,7 @@ def flash_backward(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
     Source: torch 2.13, aten/native/transformers/cuda/flash_attn/flash_api.cpp (mha_bwd).
     """
     query, key = args[1], args[2]
-    out = _run(tracker, func, args, kwargs)
+    out = tracker.run(func, args, kwargs)
     batch, heads, tokens, dim = query.shape
     rows, width = _round_up(tokens, 128), _round_up(dim, 32)
     sizes = [batch * heads * rows * 4, batch * rows * heads * width * 4]
@@ -121,7 +113,7 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def matmul(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
-    out = _run(tracker, func, args, kwargs)
+    out = tracker.run(func, args, kwargs)
     left, right = (args[1], args[2]) if len(args) > 2 else (args[0], args[1])
     tracker.count_flops(2 * prod(left.shape) * right.shape[-1])
     return out
@@ -131,13 +123,12 @@ def copy_into(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
     target, source = args[0], args[1]
     if source.device.type != target.device.type:
         tracker.copy(source.device.type, target.device.type, target.numel() * target.element_size())
-    return func(*args, **kwargs)
+    return tracker.run(func, args, kwargs)
 
 
 def copy_to(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
     source = args[0]
-    out = func(*args, **kwargs)
-    tracker.track(out, pinned=bool(kwargs.get("pin_memory")))
+    out = tracker.run(func, args, kwargs)
     if source.device.type != out.device.type:
         tracker.copy(source.device.type, out.device.type, out.numel() * source.element_size())
     return out

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from zplan.simulate.collectives import COLLECTIVES, CollectiveRecorder
 from zplan.simulate.device import DEVICE
+from zplan.simulate.dispatch_cache import new_fake_tensor
 from zplan.simulate.ops import StandInOp
 from zplan.simulate.tracker import Tracker
 
@@ -120,31 +121,22 @@ def install_recorder(patches: Patches, recorder: CollectiveRecorder) -> None:
             patches.set(backend, name, recorder.around(name, getattr(backend, name)))
 
 
-_KEYS_DEVICE = torch.device("cpu")
-
-
 def _new_fake_tensor(
     cls: type[FakeTensor], fake_mode: Any, elem: torch.Tensor, device: torch.device, constant: Any = None,
     real_tensor: Any = None, pytype: Any = None, dispatch_keys: Any = None, *,
     requires_grad: bool | None = None, _is_param: bool = False,
 ) -> FakeTensor:  # fmt: skip
-    """FakeTensor.__new__ without its argument checks, and with the CPU's dispatch keys on every device."""
-    self: Any = torch.Tensor._make_subclass(  # type: ignore[attr-defined]
-        cls, elem, elem.requires_grad if requires_grad is None else requires_grad,
-        dispatch_device=True, device_for_backend_keys=_KEYS_DEVICE,
+    """FakeTensor.__new__ with the CPU's dispatch keys on every device."""
+    made: FakeTensor = new_fake_tensor(
+        elem, fake_mode, FakeTensor._normalize_fake_device(device),
+        elem.requires_grad if requires_grad is None else requires_grad,
     )  # fmt: skip
-    torch._C._set_throw_on_mutable_data_ptr(self)
-    self.fake_device = device
-    self.fake_mode = fake_mode
-    self.constant = constant
-    self.pytype = pytype
-    self.dispatch_keys = dispatch_keys
-    self.real_tensor = real_tensor
-    self.nonzero_memo = self.item_memo = self.unique_memo = None
-    self.unique_consecutive_memo = self.nested_int_memo = None
+    made.constant = constant
+    made.pytype = pytype
+    made.dispatch_keys = dispatch_keys
     if _is_param:
-        self._is_param = _is_param
-    return self  # type: ignore[no-any-return]
+        made._is_param = _is_param  # type: ignore[attr-defined]
+    return made
 
 
 def _data_property() -> property:

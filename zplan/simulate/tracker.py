@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zplan.simulate import kernels
+from zplan.simulate.dispatch_cache import DispatchCache
 from zplan.simulate.report import Category, MemoryKind
 
 aten = torch.ops.aten
@@ -65,6 +65,7 @@ class Tracker(TorchDispatchMode):
         self.host_reads: dict[str, int] = {}
         self.operation = ""
         self._pin_next = False
+        self.run = DispatchCache(self.track) if fake else self.run_and_track
         self.enter_phase("load")
 
     def enter_phase(self, phase: str) -> None:
@@ -76,16 +77,17 @@ class Tracker(TorchDispatchMode):
         special = kernels.SPECIAL.get(func)
         if special is not None and (self.fake or func in kernels.COUNTED):
             return special(self, func, args, kwargs or {})
+        return self.run(func, args, kwargs)
+
+    def run_and_track(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation on real tensors and count what it returns."""
         out = func(*args, **kwargs) if kwargs else func(*args)
-        if type(out) is FakeTensor or isinstance(out, torch.Tensor):
-            self.track(out, pinned=bool(kwargs) and bool(kwargs.get("pin_memory")))
-        elif isinstance(out, (list, tuple)):
-            for item in out:
-                if isinstance(item, torch.Tensor):
-                    self.track(item)
+        for item in out if isinstance(out, (list, tuple)) else (out,):
+            if isinstance(item, torch.Tensor):
+                self.track(item)
         return out
 
-    def track(self, tensor: torch.Tensor, *, pinned: bool = False) -> None:
+    def track(self, tensor: torch.Tensor) -> None:
         """Count the storage of a tensor that an operation returned, if it is new."""
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -94,7 +96,7 @@ class Tracker(TorchDispatchMode):
         kind = self.kinds.get(tensor.device.type)
         if kind is None:
             return
-        if (pinned or self._pin_next) and kind == "host":
+        if self._pin_next and kind == "host":
             kind = "pinned"
         block = self._allocate(kind, storage.nbytes())
         self.live[key] = (block, weakref.ref(storage, lambda _, key=key: self._forget(key)))
