@@ -1,0 +1,184 @@
+"""DispatchCache: what a fake operation returned for arguments of these shapes, remembered.
+
+FakeTensorMode has such a cache, made for every case of torch.compile; its key alone costs more than this whole path.
+Thirty identical layers ask the same few hundred questions, so nearly every operation of a run is answered here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+_UNCACHEABLE: Any = object()
+_SAME, _VIEW, _NEW, _CONSTANT = range(4)
+
+
+class _Output(NamedTuple):
+    """How to make one output again."""
+
+    how: int
+    argument: int = -1
+    """For _SAME and _VIEW: which tensor argument."""
+    value: Any = None
+    """For _CONSTANT."""
+    shape: Any = None
+    stride: Any = None
+    offset: int = 0
+    dtype: Any = None
+    device: Any = None
+
+
+class DispatchCache:
+    """Runs operations on fake tensors, from memory where it can.
+
+    Args:
+        track: told of every tensor that may have a new storage.
+    """
+
+    def __init__(self, track: Callable[[torch.Tensor], None]) -> None:
+        self._track = track
+        self._entries: dict[Any, Any] = {}
+        self.hits = self.misses = 0
+
+    def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
+        tensors: list[FakeTensor] = []
+        parts: list[Any] = [func]
+        cacheable = _describe(args, parts, tensors) and (not kwargs or _describe_named(kwargs, parts, tensors))
+        if not cacheable or not tensors:
+            return self._run(func, args, kwargs)
+        key = tuple(parts)
+        entry = self._entries.get(key)
+        if entry is None:
+            out = self._run(func, args, kwargs)
+            self._entries[key] = _learn(func, out, tensors)
+            self.misses += 1
+            return out
+        if entry is _UNCACHEABLE:
+            return self._run(func, args, kwargs)
+        self.hits += 1
+        container, outputs = entry
+        made = [self._make(output, tensors) for output in outputs]
+        return made[0] if container is None else container(made)
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        for item in out if isinstance(out, (list, tuple)) else (out,):
+            if isinstance(item, torch.Tensor):
+                self._track(item)
+        return out
+
+    def _make(self, output: _Output, tensors: list[FakeTensor]) -> Any:
+        if output.how == _SAME:
+            return tensors[output.argument]
+        if output.how == _CONSTANT:
+            return output.value
+        with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
+            inner = torch.empty_strided(
+                output.shape if output.how == _NEW else (0,),
+                output.stride if output.how == _NEW else (1,),
+                dtype=output.dtype,
+                device="meta",
+            )
+            if output.how == _VIEW:
+                inner.set_(tensors[output.argument].untyped_storage(), output.offset, output.shape, output.stride)
+            made = new_fake_tensor(inner, tensors[0].fake_mode, output.device)
+        if output.how == _NEW:
+            self._track(made)
+        return made
+
+
+def _describe(values: Any, parts: list[Any], tensors: list[FakeTensor]) -> bool:
+    """Append what decides an operation's outputs; False when that cannot be said."""
+    for value in values:
+        kind = type(value)
+        if kind is FakeTensor:
+            if value.constant is not None:
+                return False
+            tensors.append(value)
+            parts.append((value.shape, value.stride(), value.storage_offset(), value.dtype, value._fake_device))
+        elif kind is list or kind is tuple:
+            parts.append(len(value))
+            if not _describe(value, parts, tensors):
+                return False
+        elif kind in _PLAIN:
+            parts.append(kind)
+            parts.append(value)
+        else:
+            return False
+    return True
+
+
+def _describe_named(kwargs: dict[str, Any], parts: list[Any], tensors: list[FakeTensor]) -> bool:
+    parts.extend(kwargs)
+    return _describe(kwargs.values(), parts, tensors)
+
+
+_PLAIN = frozenset(
+    {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size}
+)
+
+
+def _learn(func: Any, out: Any, tensors: list[FakeTensor]) -> Any:
+    """(container, outputs) of an operation, or _UNCACHEABLE."""
+    if torch.Tag.inplace_view in func.tags:
+        return _UNCACHEABLE
+    items = out if isinstance(out, (list, tuple)) else (out,)
+    outputs: list[_Output] = []
+    fresh: set[int] = set()
+    for item in items:
+        if isinstance(item, torch.Tensor):
+            output = _learn_tensor(item, tensors, fresh)
+            if output is None:
+                return _UNCACHEABLE
+            outputs.append(output)
+        elif type(item) in _PLAIN:
+            outputs.append(_Output(_CONSTANT, value=item))
+        else:
+            return _UNCACHEABLE
+    return (type(out) if isinstance(out, (list, tuple)) else None, tuple(outputs))
+
+
+def _learn_tensor(item: torch.Tensor, tensors: list[FakeTensor], fresh: set[int]) -> _Output | None:
+    for number, tensor in enumerate(tensors):
+        if item is tensor:
+            return _Output(_SAME, argument=number)
+    if type(item) is not FakeTensor or item.constant is not None or item.is_sparse or item.is_conj() or item.is_neg():
+        return None
+    layout = dict(
+        shape=item.shape, stride=item.stride(), offset=item.storage_offset(), dtype=item.dtype, device=item._fake_device
+    )
+    storage = item.untyped_storage()
+    for number, tensor in enumerate(tensors):
+        if storage._cdata == tensor.untyped_storage()._cdata:
+            return _Output(_VIEW, argument=number, **layout)
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(item.shape, item.stride(), strict=True))
+    exact = storage.nbytes() == (extent * item.element_size() if item.numel() else 0)
+    if item.storage_offset() or not exact or storage._cdata in fresh:
+        return None
+    fresh.add(storage._cdata)
+    return _Output(_NEW, **layout)
+
+
+_BLANK: dict[str, Any] = {"constant": None, "pytype": None, "dispatch_keys": None, "real_tensor": None}
+for _memo in ("nonzero_memo", "item_memo", "unique_memo", "unique_consecutive_memo", "nested_int_memo"):
+    _BLANK.update({f"_{_memo}": None, f"_{_memo}_vc": None, f"_{_memo}_epoch": None})
+_KEYS_DEVICE = torch.device("cpu")
+
+
+def new_fake_tensor(inner: torch.Tensor, fake_mode: Any, device: torch.device, requires_grad: bool = False) -> Any:
+    """A FakeTensor around a meta tensor, with the CPU's dispatch keys whatever its device is.
+
+    With a device's own keys, `.data =` could not move a parameter between host and device, as it does for real.
+    """
+    made: Any = torch.Tensor._make_subclass(
+        FakeTensor, inner, requires_grad, dispatch_device=True, device_for_backend_keys=_KEYS_DEVICE
+    )
+    torch._C._set_throw_on_mutable_data_ptr(made)
+    state = made.__dict__
+    state.update(_BLANK)
+    state["_fake_device"] = device
+    state["fake_mode"] = fake_mode
+    return made
