@@ -1,0 +1,145 @@
+"""Candidates for a model on a cluster, best first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from zplan.candidates import (
+    Candidate,
+    Fixed,
+    base_zero,
+    best_micro_batch,
+    check_stage,
+    evaluate,
+    lift_settings,
+    micro_batches,
+    world_sizes,
+    zero_sections,
+)
+from zplan.errors import ConfigError
+from zplan.hardware import Cluster
+from zplan.memory.estimate import BucketRule
+from zplan.model_shape import ModelShape
+from zplan.recipe import Recipe
+from zplan.settings import apply_settings
+from zplan.speed.estimate import estimate_speed
+from zplan.zero_config import Choice, batch_sizes
+
+__all__ = ["Candidate", "Fixed", "evaluate", "make_choice", "rank_candidates"]
+
+
+def make_choice(shape: ModelShape, recipe: Recipe, cluster: Cluster, *, fixed: Fixed) -> Choice:
+    """One configuration from the user's flags: what is not given is as cautious as it gets.
+
+    Micro-batch 1, recomputation on, nothing offloaded, transformers' "auto" sizes.
+
+    Raises:
+        ConfigError: no stage, a setting that cannot be read, sizes that do not divide.
+    """
+    fixed = lift_settings(fixed)
+    if fixed.stage is None:
+        raise ConfigError("no ZeRO stage given", because="one configuration has one stage", fix="--stage 2")
+    stage = check_stage(fixed.stage)
+    _refuse_dead_offload(fixed)
+    zero = base_zero(stage, shape, cluster, fixed.offload_optimizer or "none", fixed.offload_param or "none")
+    batch = batch_sizes(recipe, micro_batch=fixed.micro_batch or 1, world_size=fixed.world_size or cluster.world_size)
+    checkpointing = True if fixed.gradient_checkpointing is None else fixed.gradient_checkpointing
+    return Choice(zero=apply_settings(zero, fixed.settings), batch=batch, gradient_checkpointing=checkpointing)
+
+
+def _refuse_dead_offload(fixed: Fixed) -> None:
+    """A flag that the engine would silently ignore is a question that was not meant."""
+    if fixed.stage == 0 and fixed.offload_optimizer not in (None, "none"):
+        raise ConfigError(
+            f"--offload-optimizer {fixed.offload_optimizer} has no effect at stage 0",
+            because="DeepSpeed offloads optimizer states at stages 1, 2 and 3 (runtime/zero/config.py)",
+            fix="--stage 2",
+        )
+    if fixed.stage in (0, 1, 2) and fixed.offload_param not in (None, "none"):
+        raise ConfigError(
+            f"--offload-param {fixed.offload_param} has no effect at stage {fixed.stage}",
+            because="DeepSpeed offloads parameters at stage 3 only (runtime/zero/config.py)",
+            fix="--stage 3",
+        )
+
+
+def rank_candidates(
+    shape: ModelShape,
+    recipe: Recipe,
+    cluster: Cluster,
+    *,
+    fixed: Fixed | None = None,
+    bucket_rule: BucketRule = "engine",
+) -> tuple[Candidate, ...]:
+    """Every strategy that the user's decisions leave open, best first.
+
+    On all GPUs: each ZeRO stage x offload x recomputation, with the largest micro-batch that fits. On fewer GPUs: the
+    best strategy of each number. Those that fit come first, by tokens/s; then the tight ones; then the others by how
+    much is short.
+
+    Raises:
+        ConfigError: a setting that cannot be read, sizes that do not divide, decisions that contradict each other.
+    """
+    fixed = lift_settings(fixed if fixed is not None else Fixed())
+    most, *fewer = world_sizes(cluster, fixed)
+    found = sorted(_strategies(shape, recipe, cluster, fixed, most, bucket_rule), key=_rank)
+    if not found:
+        _refuse_dead_offload(fixed)
+        raise ConfigError("the given stage and offload flags leave no strategy", fix="--stage 3")
+    for world_size in fewer:
+        if fixed.micro_batch is None or recipe.train_batch_size % (world_size * fixed.micro_batch) == 0:
+            found.append(_best_on(shape, recipe, cluster, fixed, world_size, bucket_rule))
+    return tuple(sorted(found, key=_rank))
+
+
+def _best_on(
+    shape: ModelShape, recipe: Recipe, cluster: Cluster, fixed: Fixed, world_size: int, bucket_rule: BucketRule
+) -> Candidate:
+    """The fastest strategy that fits on fewer GPUs; if none does, the one that is least short.
+
+    Speed costs microseconds and memory much more, so memory is asked from the fastest down until something fits.
+    """
+    ladders = list(_ladders(shape, recipe, cluster, fixed, world_size))
+    by_speed = sorted(
+        ((choice, ladder) for ladder in ladders for choice in ladder),
+        key=lambda item: -(estimate_speed(shape, recipe, item[0], cluster).tokens_per_second or 0.0),
+    )
+    smallest: dict[Choice, Candidate] = {}
+    for choice, ladder in by_speed:
+        first = ladder[0]
+        if first not in smallest:
+            smallest[first] = evaluate(shape, recipe, first, cluster, bucket_rule=bucket_rule)
+        if smallest[first].tier > 0:
+            continue
+        tried = evaluate(shape, recipe, choice, cluster, bucket_rule=bucket_rule)
+        if tried.tier == 0:
+            return tried
+    return min(smallest.values(), key=_rank)
+
+
+def _strategies(
+    shape: ModelShape, recipe: Recipe, cluster: Cluster, fixed: Fixed, world_size: int, bucket_rule: BucketRule
+) -> Iterator[Candidate]:
+    for ladder in _ladders(shape, recipe, cluster, fixed, world_size):
+        yield best_micro_batch(shape, recipe, cluster, ladder, bucket_rule)
+
+
+def _ladders(
+    shape: ModelShape, recipe: Recipe, cluster: Cluster, fixed: Fixed, world_size: int
+) -> Iterator[tuple[Choice, ...]]:
+    """Each strategy as its choices from the smallest micro-batch to the largest."""
+    sizes = micro_batches(recipe, world_size, fixed)
+    batches = [batch_sizes(recipe, micro_batch=size, world_size=world_size) for size in sizes]
+    checkpointing = (True, False) if fixed.gradient_checkpointing is None else (fixed.gradient_checkpointing,)
+    for zero in zero_sections(shape, cluster, fixed):
+        for recompute in checkpointing:
+            yield tuple(Choice(zero=zero, batch=batch, gradient_checkpointing=recompute) for batch in batches)
+
+
+def _rank(candidate: Candidate) -> tuple[int, int, float, int, int]:
+    """Tier, then (if it does not fit) bytes short, then speed, then the simpler one, then GPU bytes."""
+    zero = candidate.choice.zero
+    short = candidate.short_bytes if candidate.tier == 2 else 0
+    speed = candidate.speed.tokens_per_second or 0.0
+    parts = 2 * (zero.offloads_optimizer + zero.offloads_param) + (zero.offload_param.device == "nvme")
+    return candidate.tier, short, -speed, 4 * parts + zero.stage, candidate.memory.gpu.used.expected

@@ -1,0 +1,122 @@
+"""What one token costs: multiplications per token and elements moved, counted once per model and recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from zplan.model_shape import Block, ModelShape, ParameterShape
+from zplan.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """Elements of a model by what a training step does with them."""
+
+    layer_numel: int
+    """Weights of the layers that multiply a token (of the experts only those a token visits)."""
+    head_numel: int
+    """The output head, tied or not."""
+    adapter_numel: int
+    """LoRA weights; they multiply every token and always train."""
+    trainable_numel: int
+    total_numel: int
+    """Everything that is stored, frozen or not."""
+    attention_flops_per_sequence: int
+    """Forward FLOPs of scores and values of one sequence, all layers."""
+
+
+_KNOWN: dict[tuple[Any, ...], tuple[ModelShape, Work]] = {}
+_MOST_KNOWN = 64
+
+
+def work_of(shape: ModelShape, recipe: Recipe) -> Work:
+    """The work of `recipe` on `shape`; kept, because a search asks for the same one again and again."""
+    key = (
+        id(shape), recipe.method, recipe.lora_r, recipe.lora_target, recipe.modules_to_save, recipe.max_length,
+        recipe.attention,
+    )  # fmt: skip
+    known = _KNOWN.get(key)
+    if known is not None and known[0] is shape:
+        return known[1]
+    if len(_KNOWN) >= _MOST_KNOWN:
+        _KNOWN.clear()
+    work = _count(shape, recipe)
+    _KNOWN[key] = (shape, work)
+    return work
+
+
+def _count(shape: ModelShape, recipe: Recipe) -> Work:
+    layers = head = adapters = saved = 0
+    for block in shape.blocks:
+        for parameter in block.parameters:
+            numel = _active_numel(parameter, shape) * block.repeat
+            if block.role in ("layer", "encoder_layer"):
+                layers += numel
+            elif block.role == "head":
+                head += numel
+            if recipe.method != "full":
+                adapters += _adapter_numel(parameter, block, recipe) * block.repeat
+                if parameter.module.rpartition(".")[2] in recipe.modules_to_save:
+                    saved += parameter.numel * block.repeat
+    head = head or shape.vocab_size * shape.hidden_size
+    trainable = shape.num_parameters if recipe.method == "full" else adapters + saved
+    return Work(
+        layer_numel=layers,
+        head_numel=head,
+        adapter_numel=adapters,
+        trainable_numel=trainable,
+        total_numel=shape.num_parameters + adapters,
+        attention_flops_per_sequence=attention_flops(shape, recipe.max_length, masked=recipe.attention != "eager"),
+    )
+
+
+def _active_numel(parameter: ParameterShape, shape: ModelShape) -> int:
+    """Elements that multiply one token: a router sends it to `num_experts_per_tok` of `num_local_experts`."""
+    if parameter.kind in ("norm", "bias", "embedding"):
+        return 0
+    routed = parameter.kind == "experts" or ".experts." in f".{parameter.name}"
+    if routed and shape.num_local_experts:
+        return parameter.numel * shape.num_experts_per_tok // shape.num_local_experts
+    return parameter.numel
+
+
+def _adapter_numel(parameter: ParameterShape, block: Block, recipe: Recipe) -> int:
+    """r (in + out) for each linear module that PEFT adapts.
+
+    Source: peft 0.21.2, tuners/lora/layer.py (update_layer), tuners/tuners_utils.py (_maybe_include_all_linear_layers).
+    """
+    if parameter.kind != "linear" or len(parameter.shape) != 2 or not parameter.name.endswith("weight"):
+        return 0
+    everywhere = recipe.lora_target == ("all-linear",)
+    module = parameter.module.rpartition(".")[2]
+    adapted = block.role in ("layer", "encoder_layer") if everywhere else module in recipe.lora_target
+    return recipe.lora_r * sum(parameter.shape) if adapted else 0
+
+
+def attention_flops(shape: ModelShape, length: int, *, masked: bool) -> int:
+    """Forward FLOPs of Q K^T and P V of one sequence over all layers.
+
+        layers * 4 * length * span * num_attention_heads * head_dim
+
+    `span` is the average number of keys a query meets: length / 2 under a causal mask that the kernel skips, all of
+    them for eager attention, w - w^2 / (2 length) in a window of w.
+
+    Args:
+        masked: the kernel skips masked blocks (sdpa, flash_attention_2).
+    """
+    full = 4 * length * shape.num_attention_heads * shape.head_dim
+    windowed = num_windowed_layers(shape)
+    window = min(shape.sliding_window or length, length)
+    causal_span = length / 2 if masked else length
+    window_span = window - window * window / (2 * length) if masked else length
+    return int(full * ((shape.num_hidden_layers - windowed) * causal_span + windowed * window_span))
+
+
+def num_windowed_layers(shape: ModelShape) -> int:
+    """Layers whose attention is confined to `sliding_window`."""
+    if shape.sliding_window is None:
+        return 0
+    if shape.layer_types:
+        return sum(kind == "sliding_attention" for kind in shape.layer_types)
+    return shape.num_hidden_layers
