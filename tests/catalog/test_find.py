@@ -58,6 +58,19 @@ def test_an_unknown_name_lists_the_nearest() -> None:
         find_model("mistrl-7b")
 
 
+@pytest.mark.parametrize("name", ["", "x" * 5000, "a\0b"])
+def test_a_name_that_can_be_no_path_is_unknown(name: str) -> None:
+    with pytest.raises(ConfigError, match="not in the catalogue"):
+        find_model(name)
+
+
+@pytest.mark.parametrize("name", ["internlm2-7b", "chatglm3-6b", "qwen-7b", "pythia-70m", "llama-2-7b"])
+def test_a_head_of_its_own_is_not_tied(name: str) -> None:
+    shape = find_model(name)
+    assert isinstance(shape, ModelShape)
+    assert not shape.tie_word_embeddings
+
+
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config\.json"):
         find_model(str(tmp_path))

@@ -51,9 +51,8 @@ def find_model(name: str, *, overrides: Mapping[str, Any] | None = None) -> Mode
     if overrides:
         raise ConfigError("--set-model changes only a custom model", fix="--model custom --set-model hidden_size=4096")
     known = _catalogue_name(name)
-    path = Path(name)
-    if path.exists():
-        return _local(path)
+    if name and os.path.exists(name):  # False, not an error, for a name too long for a path
+        return _local(Path(name))
     if known is not None:
         return from_json(json.loads((_HERE / "shapes" / f"{known}.json").read_text(encoding="utf-8")))
     snapshot = hub_snapshot(name)

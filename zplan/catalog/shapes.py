@@ -20,6 +20,8 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "hidden_act": ("hidden_act", "hidden_activation", "activation_function", "feed_forward_proj"),
 }
 """Our field (Llama's spelling) <- the spellings of older families."""
+_HEADS = ("lm_head.weight", "output.weight", "transformer.output_layer.weight")
+"""The output projection, where it is a tensor of its own: transformers, InternLM2, ChatGLM3."""
 
 
 def _first(values: Mapping[str, Any], field: str, default: Any) -> Any:
@@ -64,7 +66,7 @@ def make_shape(
         intermediate_size=_first(resolved, "intermediate_size", 4 * hidden),
         vocab_size=_first(resolved, "vocab_size", 0),
         max_position_embeddings=_first(resolved, "max_position_embeddings", 2048),
-        tie_word_embeddings=not any(parameter.name == "lm_head.weight" for parameter in _outside(blocks)),
+        tie_word_embeddings=not any(parameter.name in _HEADS for parameter in _outside(blocks)),
         sliding_window=resolved.get("sliding_window") if resolved.get("use_sliding_window", True) else None,
         layer_types=tuple(resolved.get("layer_types") or ()),
         num_local_experts=_first(resolved, "num_local_experts", 0),
