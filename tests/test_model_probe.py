@@ -16,8 +16,8 @@ from zplan.model_probe import build_on_meta, probe_config, shape_of_config
 from zplan.model_shape import ModelShape
 
 TINY = {
-    "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 96, "vocab_size": 128,
+    "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 128,
 }  # fmt: skip
 NOT_IN_TRANSFORMERS = ("qwen-", "internlm2-", "baichuan2-", "chatglm3-")
 
@@ -81,6 +81,8 @@ def test_a_probed_folder_needs_no_second_probe(tmp_path: Path, monkeypatch: pyte
         ({"model_type": "my_own"}, "does not know"),
         ({"model_type": None}, "does not know"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_hidden_layers": 1_000_000_000}, "num_hidden_layers is 1000000000"),
+        ({"text_config": {"hidden_size": -1}}, "hidden_size is -1"),
         ({"hidden_size": -64}, "hidden_size is -64"),
         ({"hidden_size": "64"}, "hidden_size is '64'"),
         ({"vocab_size": 1e9}, "vocab_size is 1000000000.0"),

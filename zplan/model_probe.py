@@ -25,6 +25,8 @@ from zplan.catalog.shapes import make_shape
 from zplan.errors import ConfigError
 from zplan.model_shape import Block, BlockRole, ModelShape, ParameterKind, ParameterShape
 
+_MOST_LAYERS = 10_000
+"""Layers beyond which a config.json is a mistake: each one is built, and a billion would never end."""
 _LARGEST_NUMEL = 1 << 47
 """Elements of one tensor beyond which a config.json is a mistake, not a model."""
 
@@ -100,12 +102,16 @@ def _text_config(config: Any) -> Any:
 def _check_numbers(data: Mapping[str, Any], name: str) -> None:
     wholes = (
         "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
-        "vocab_size", "n_embd", "n_layer", "n_head", "d_model", "num_layers",
+        "vocab_size", "n_embd", "n_layer", "n_head", "d_model", "num_layers", "num_decoder_layers",
     )  # fmt: skip
+    towers = (data, data.get("text_config"))
     wrong = [
-        f"{key} is {data[key]!r}, not a whole number between 1 and 2**31"
+        f"{key} is {tower[key]!r}, not a whole number between 1 and {most:,}"
+        for tower in towers
+        if isinstance(tower, Mapping)
         for key in wholes
-        if data.get(key) is not None and (type(data[key]) is not int or not 1 <= data[key] < 1 << 31)
+        for most in (_MOST_LAYERS if "layer" in key else (1 << 31) - 1,)
+        if tower.get(key) is not None and (type(tower[key]) is not int or not 1 <= tower[key] <= most)
     ]
     if wrong:
         raise ConfigError(f"{name}: impossible sizes in config.json", problems=tuple(wrong), fix="mend config.json")
