@@ -149,7 +149,8 @@ def zero_sections(shape: ModelShape, cluster: Cluster, fixed: Fixed) -> Iterator
     """
     for stage in STAGES if fixed.stage is None else (check_stage(fixed.stage),):
         for optimizer in _devices(fixed.offload_optimizer, allowed=stage >= 1, nvme=_has_nvme(cluster) and stage == 3):
-            for param in _devices(fixed.offload_param, allowed=stage == 3, nvme=_has_nvme(cluster)):
+            # Parameters go to the drive only after the states, which are six times as large.
+            for param in _devices(fixed.offload_param, allowed=stage == 3, nvme=optimizer == "nvme"):
                 yield apply_settings(base_zero(stage, shape, cluster, optimizer, param), fixed.settings)
 
 

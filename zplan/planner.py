@@ -17,6 +17,7 @@ from zplan.candidates import (
     zero_sections,
 )
 from zplan.errors import ConfigError
+from zplan.fixes import Fix, quantify_fixes, smallest_changes
 from zplan.hardware import Cluster
 from zplan.memory.estimate import BucketRule
 from zplan.model_shape import ModelShape
@@ -25,7 +26,16 @@ from zplan.settings import apply_settings
 from zplan.speed.estimate import estimate_speed
 from zplan.zero_config import Choice, batch_sizes
 
-__all__ = ["Candidate", "Fixed", "evaluate", "make_choice", "rank_candidates"]
+__all__ = [
+    "Candidate",
+    "Fix",
+    "Fixed",
+    "evaluate",
+    "make_choice",
+    "quantify_fixes",
+    "rank_candidates",
+    "smallest_change_that_fits",
+]
 
 
 def make_choice(shape: ModelShape, recipe: Recipe, cluster: Cluster, *, fixed: Fixed) -> Choice:
@@ -143,3 +153,15 @@ def _rank(candidate: Candidate) -> tuple[int, int, float, int, int]:
     speed = candidate.speed.tokens_per_second or 0.0
     parts = 2 * (zero.offloads_optimizer + zero.offloads_param) + (zero.offload_param.device == "nvme")
     return candidate.tier, short, -speed, 4 * parts + zero.stage, candidate.memory.gpu.used.expected
+
+
+def smallest_change_that_fits(
+    shape: ModelShape, recipe: Recipe, cluster: Cluster, *, fixed: Fixed | None = None
+) -> tuple[Fix, ...]:
+    """When nothing fits: of each kind of change the smallest one that would make something fit."""
+    decided = lift_settings(fixed if fixed is not None else Fixed())
+
+    def best(shape: ModelShape, recipe: Recipe, cluster: Cluster) -> Candidate:
+        return _best_on(shape, recipe, cluster, decided, world_sizes(cluster, decided)[0], "engine")
+
+    return smallest_changes(shape, recipe, cluster, best)

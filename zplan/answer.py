@@ -1,0 +1,163 @@
+"""Estimates as the JSON that product.md fixes: zplan.estimate/1 and zplan.candidates/1. Unknown is null."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from zplan.candidates import Candidate
+from zplan.fixes import Fix
+from zplan.hardware import Cluster
+from zplan.memory.terms import ByteRange, Term
+from zplan.model_shape import ModelShape
+from zplan.recipe import Recipe
+from zplan.settings import hf_auto_bucket_sizes
+from zplan.zero_config import Choice, zero_section
+
+_VERSIONS = ("zplan", "deepspeed", "torch", "transformers", "trl", "peft")
+
+
+def package_versions() -> dict[str, str | None]:
+    """Installed versions of what the numbers depend on; null where a package is missing. Imports none of them."""
+    return {name: _version(name) for name in _VERSIONS}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def estimate_data(
+    candidate: Candidate,
+    *,
+    shape: ModelShape,
+    recipe: Recipe,
+    cluster: Cluster,
+    origins: Mapping[str, str] | None = None,
+    fixes: Sequence[Fix] = (),
+    evidence: str = "formula",
+) -> dict[str, Any]:
+    """One configuration, `zplan.estimate/1`.
+
+    Args:
+        origins: zero key -> user | auto | default | tuned; where it is silent, a value that equals what transformers
+            fills in is `auto`, any other `default`.
+    """
+    memory, speed = candidate.memory, candidate.speed
+    return {
+        "schema": "zplan.estimate/1",
+        **_question(shape, recipe, cluster),
+        "label": candidate.label,
+        "zero": _zero(candidate.choice, origins or {}, shape),
+        "batch": {**asdict(candidate.choice.batch), "train_batch_size": candidate.choice.batch.train_batch_size},
+        "gradient_checkpointing": candidate.choice.gradient_checkpointing,
+        "gpu": {
+            "allocated_bytes": _range(memory.gpu.allocated),
+            "reserved_bytes": _range(memory.gpu.reserved),
+            "used_bytes": _range(memory.gpu.used),
+            "capacity_bytes": memory.gpu.capacity_bytes,
+            "free_bytes": memory.gpu.free_bytes,
+            "verdict": memory.gpu.verdict,
+            "short_bytes": memory.gpu.short_bytes,
+            "phases": dict(memory.gpu.phases),
+            "terms": [_term(term) for term in memory.gpu.terms],
+            "documented_bound_bytes": memory.gpu.documented_bound_bytes,
+        },
+        "host": {
+            "resident_bytes": memory.host.resident_bytes,
+            "pinned_bytes": memory.host.pinned_bytes,
+            "phases": dict(memory.host.phases),
+            "terms": [_term(term) for term in memory.host.terms],
+            "verdict": memory.host.verdict,
+            "short_bytes": memory.host.short_bytes,
+        },
+        "nvme": {"bytes": memory.nvme.bytes, "verdict": memory.nvme.verdict},
+        "speed": {
+            "step_seconds": speed.step_seconds,
+            "tokens_per_second": speed.tokens_per_second,
+            "tokens_per_second_per_gpu": speed.tokens_per_second_per_gpu,
+            "bound_by": speed.bound_by,
+            "parts": dict(speed.parts),
+        },
+        "fixes": [fix_data(fix) for fix in fixes],
+        "notes": list(memory.notes),
+        "evidence": evidence,
+        "versions": package_versions(),
+    }
+
+
+def candidates_data(
+    candidates: Sequence[Candidate],
+    *,
+    shape: ModelShape,
+    recipe: Recipe,
+    cluster: Cluster,
+    origins: Mapping[str, str] | None = None,
+    changes: Sequence[Fix] = (),
+) -> dict[str, Any]:
+    """The ranked table, `zplan.candidates/1`.
+
+    Args:
+        changes: the smallest changes that would make something fit, when nothing does.
+    """
+    return {
+        "schema": "zplan.candidates/1",
+        **_question(shape, recipe, cluster),
+        "candidates": [
+            estimate_data(candidate, shape=shape, recipe=recipe, cluster=cluster, origins=origins)
+            for candidate in candidates
+        ],
+        "best": best_index(candidates),
+        "fixes": [fix_data(change) for change in changes],
+        "versions": package_versions(),
+    }
+
+
+def best_index(candidates: Sequence[Candidate]) -> int | None:
+    """The first candidate that fits by its upper bound; None if none does."""
+    return next((index for index, candidate in enumerate(candidates) if candidate.tier == 0), None)
+
+
+def fix_data(fix: Fix) -> dict[str, Any]:
+    """One entry of `fixes`; tokens_per_second is the ratio to the speed before."""
+    return asdict(fix)
+
+
+def _question(shape: ModelShape, recipe: Recipe, cluster: Cluster) -> dict[str, Any]:
+    model = {
+        "name": shape.name,
+        "model_type": shape.model_type,
+        "architecture": shape.architecture,
+        "num_parameters": shape.num_parameters,
+        "source": shape.source,
+    }
+    described = {**asdict(cluster), "world_size": cluster.world_size}
+    return {"model": model, "recipe": asdict(recipe), "cluster": described}
+
+
+def _zero(choice: Choice, origins: Mapping[str, str], shape: ModelShape) -> dict[str, Any]:
+    """Every key of the section with its value and origin; offload sections flattened to `offload_param.device`."""
+    auto = hf_auto_bucket_sizes(shape.hidden_size)
+    flat: dict[str, Any] = {}
+    for key, value in zero_section(choice.zero).items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{name}": part for name, part in value.items()}
+        else:
+            flat[key] = value
+
+    def origin(key: str, value: Any) -> str:
+        return origins.get(key) or ("auto" if auto.get(key) == value else "default")
+
+    return {key: {"value": value, "origin": origin(key, value)} for key, value in flat.items()}
+
+
+def _range(value: ByteRange) -> dict[str, int]:
+    return {"low": value.low, "expected": value.expected, "high": value.high}
+
+
+def _term(term: Term) -> dict[str, Any]:
+    return asdict(term) | {"phases": list(term.phases)}

@@ -1,0 +1,181 @@
+"""What one change would save or cost, and the smallest change that makes an impossible run possible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from zplan.candidates import Candidate, evaluate
+from zplan.errors import ConfigError
+from zplan.hardware import Cluster
+from zplan.model_shape import ModelShape
+from zplan.recipe import Recipe
+from zplan.settings import hf_auto_bucket_sizes
+from zplan.zero_config import Choice, OffloadOptimizer, OffloadParam, ZeroConfig, batch_sizes
+
+MOST_GPUS = 1024
+"""The search for "more GPUs" ends here."""
+SHORTEST_LENGTH = 256
+"""The search for "shorter sequences" ends here, tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fix:
+    """One change and what it does. Negative bytes are saved."""
+
+    change: str
+    gpu_bytes: int
+    """Change of the expected GPU bytes of a rank, as nvidia-smi shows them."""
+    host_bytes: int
+    """Change of a node's resident host bytes."""
+    tokens_per_second: float | None
+    """Ratio to the speed before; None where either is not known."""
+    fits: bool
+    """The run fits with this change alone."""
+
+
+def quantify_fixes(shape: ModelShape, recipe: Recipe, choice: Choice, cluster: Cluster) -> tuple[Fix, ...]:
+    """Every single change that acts on this configuration, the one that saves most GPU bytes first."""
+    before = evaluate(shape, recipe, choice, cluster)
+    fixes = [
+        measure_fix(before, change, evaluate(shape, recipe, changed, cluster))
+        for change, changed in _changes(shape, recipe, choice, cluster)
+        if changed != choice
+    ]
+    acting = [fix for fix in fixes if fix.gpu_bytes or fix.host_bytes]
+    return tuple(sorted(acting, key=lambda fix: fix.gpu_bytes))
+
+
+def measure_fix(before: Candidate, change: str, after: Candidate) -> Fix:
+    """The difference between two configurations."""
+    old, new = before.speed.tokens_per_second, after.speed.tokens_per_second
+    return Fix(
+        change=change,
+        gpu_bytes=after.memory.gpu.used.expected - before.memory.gpu.used.expected,
+        host_bytes=after.memory.host.resident_bytes - before.memory.host.resident_bytes,
+        tokens_per_second=new / old if old and new else None,
+        fits=after.tier == 0,
+    )
+
+
+def _changes(shape: ModelShape, recipe: Recipe, choice: Choice, cluster: Cluster) -> Iterator[tuple[str, Choice]]:
+    if choice.gradient_checkpointing:
+        yield "--no-gradient-checkpointing", replace(choice, gradient_checkpointing=False)
+    else:
+        yield "--gradient-checkpointing", replace(choice, gradient_checkpointing=True)
+    yield from _batch_changes(recipe, choice)
+    for change, zero in _zero_changes(shape, choice.zero, cluster):
+        yield change, replace(choice, zero=zero)
+
+
+def _batch_changes(recipe: Recipe, choice: Choice) -> Iterator[tuple[str, Choice]]:
+    batch = choice.batch
+    share = recipe.train_batch_size // batch.world_size
+    for size in (batch.train_micro_batch_size_per_gpu // 2, batch.train_micro_batch_size_per_gpu * 2):
+        if size >= 1 and share % size == 0:
+            cut = batch_sizes(recipe, micro_batch=size, world_size=batch.world_size)
+            yield f"--micro-batch {size}", replace(choice, batch=cut)
+
+
+def _zero_changes(shape: ModelShape, zero: ZeroConfig, cluster: Cluster) -> Iterator[tuple[str, ZeroConfig]]:
+    for stage in (0, 1, 2, 3):
+        if stage != zero.stage and not (stage == 0 and zero.offloads_optimizer):
+            yield f"--stage {stage}", replace(zero, stage=stage)
+    yield from _offload_changes(zero, cluster)
+    if zero.stage >= 1:
+        auto = hf_auto_bucket_sizes(shape.hidden_size)["reduce_bucket_size"]
+        if zero.reduce_bucket_size > auto:
+            yield f"--set reduce_bucket_size={auto}", replace(zero, reduce_bucket_size=auto)
+        other = not zero.overlaps_comm
+        yield f"--set overlap_comm={str(other).lower()}", replace(zero, overlap_comm=other)
+    if zero.stage == 3:
+        yield "--set stage3_max_live_parameters=1e8", replace(zero, stage3_max_live_parameters=10**8)
+        yield "--set sub_group_size=1e8", replace(zero, sub_group_size=10**8)
+
+
+def _offload_changes(zero: ZeroConfig, cluster: Cluster) -> Iterator[tuple[str, ZeroConfig]]:
+    if zero.stage >= 1:
+        states = zero.offload_optimizer
+        device = "none" if zero.offloads_optimizer else "cpu"
+        yield f"--offload-optimizer {device}", replace(zero, offload_optimizer=OffloadOptimizer(device=device))  # type: ignore[arg-type]
+        if states.device != "none" and states.pin_memory:
+            unpinned = replace(states, pin_memory=False)
+            yield "--set offload_optimizer.pin_memory=false", replace(zero, offload_optimizer=unpinned)
+    if zero.stage == 3:
+        device = "none" if zero.offloads_param else "cpu"
+        yield f"--offload-param {device}", replace(zero, offload_param=OffloadParam(device=device))  # type: ignore[arg-type]
+        path = cluster.host.nvme_path
+        if zero.offload_optimizer.device == "cpu" and path:
+            yield (
+                "--offload-optimizer nvme",
+                replace(zero, offload_optimizer=OffloadOptimizer(device="nvme", nvme_path=path)),
+            )
+
+
+Rank = Callable[[ModelShape, Recipe, Cluster], Candidate]
+"""The best candidate for a question; `planner` passes its own ranking."""
+
+
+def smallest_changes(shape: ModelShape, recipe: Recipe, cluster: Cluster, best: Rank) -> tuple[Fix, ...]:
+    """Of each kind of change the smallest one with which something fits; empty if nothing here helps.
+
+    Kinds, in this order: an optimizer with smaller states, shorter sequences, LoRA, QLoRA, more GPUs.
+    """
+    before = best(shape, recipe, cluster)
+    found: list[Fix] = []
+    for ladder in (_optimizers(recipe), _lengths(recipe), _methods(recipe)):
+        for change, changed in ladder:
+            after = _try(shape, changed, cluster, best)
+            if after is not None and after.tier == 0:
+                found.append(measure_fix(before, change, after))
+                break
+    for change, changed, larger in _more_gpus(recipe, cluster):
+        after = _try(shape, changed, larger, best)
+        if after is not None and after.tier == 0:
+            found.append(measure_fix(before, change, after))
+            break
+    return tuple(found)
+
+
+def _try(shape: ModelShape, recipe: Recipe, cluster: Cluster, best: Rank) -> Candidate | None:
+    """A change that is itself malformed (LoRA targets that the model lacks) is no fix."""
+    try:
+        return best(shape, recipe, cluster)
+    except ConfigError:
+        return None
+
+
+def _optimizers(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+    if recipe.optimizer == "adamw" and recipe.method == "full":
+        yield "--optimizer adamw_8bit", replace(recipe, optimizer="adamw_8bit")
+
+
+def _lengths(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+    length = recipe.max_length // 2
+    while length >= SHORTEST_LENGTH:
+        yield f"--max-length {length}", replace(recipe, max_length=length)
+        length //= 2
+
+
+def _methods(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+    if recipe.method == "full":
+        yield "--method lora", replace(recipe, method="lora")
+    if recipe.method != "qlora":
+        yield "--method qlora", replace(recipe, method="qlora")
+
+
+def _more_gpus(recipe: Recipe, cluster: Cluster) -> Iterator[tuple[str, Recipe, Cluster]]:
+    """Twice, four times ... the GPUs: within a node up to eight, then whole nodes. CPU ranks share one host."""
+    if cluster.gpu.kind == "cpu":
+        return
+    larger = cluster
+    while larger.world_size < MOST_GPUS:
+        if larger.gpus_per_node < 8:
+            larger = replace(larger, gpus_per_node=2 * larger.gpus_per_node)
+        else:
+            larger = replace(larger, nodes=2 * larger.nodes)
+        rest = recipe.train_batch_size % larger.world_size
+        batch = recipe.train_batch_size + (larger.world_size - rest if rest else 0)
+        flags = f"--gpus-per-node {larger.gpus_per_node} --nodes {larger.nodes}"
+        flags += f" --train-batch-size {batch}" if rest else ""
+        yield flags, replace(recipe, train_batch_size=batch), larger
