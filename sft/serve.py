@@ -100,8 +100,8 @@ class Requests:
         return [json.loads(line) for line in lines if line.strip()]
 
 
-def start(request: dict[str, Any], close_in_child: tuple[int, ...] = ()) -> Group:
-    """Fork the ranks of one trial into one new process group.
+def start_trial(request: dict[str, Any], answers: int) -> Group:
+    """Fork the ranks of one trial.
 
     Raises:
         ConfigError: the request or the spec is malformed.
@@ -111,14 +111,17 @@ def start(request: dict[str, Any], close_in_child: tuple[int, ...] = ()) -> Grou
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"request {request} is malformed", because="spec, out and ranks are needed") from error
     spec = files.load(TrialSpec, spec_path)
+    return fork_group(lambda: run_rank(spec, out), out, ranks=ranks, answers=answers)
+
+
+def fork_group(work: Callable[[], int], out: Path, *, ranks: int, answers: int) -> Group:
+    """Fork `ranks` children that run `work`, in one new process group, with their output in `out`."""
     out.mkdir(parents=True, exist_ok=True)
     port = free_port()
     group = Group(out=str(out))
     for rank in range(ranks):
         variables = rank_variables(rank=rank, world_size=ranks, port=port)
-        pid = fork_rank(
-            lambda: run_rank(spec, out), variables, out / log_file(rank), pgid=group.pgid, close=close_in_child
-        )
+        pid = fork_rank(work, variables, out / log_file(rank), pgid=group.pgid, close=(answers,))
         group.pgid = group.pgid or pid
         group.pids[rank] = pid
     return group
@@ -173,7 +176,7 @@ def wait(group: Group, requests: Requests, queue: list[dict[str, Any]]) -> None:
             group.kill()
 
 
-def serve(requests: Requests, answers: int) -> None:
+def serve(requests: Requests, answers: int, start: Callable[[dict[str, Any], int], Group] = start_trial) -> None:
     """Answer requests, one trial at a time, until stdin closes."""
     queue: list[dict[str, Any]] = []
     while not requests.closed:
@@ -181,7 +184,7 @@ def serve(requests: Requests, answers: int) -> None:
         while queue and not requests.closed:
             request = queue.pop(0)
             try:
-                group = start(request, close_in_child=(answers,))
+                group = start(request, answers)
                 wait(group, requests, queue)
                 answer = group.report()
             except ZplanError as error:

@@ -1,0 +1,162 @@
+"""Real trials: DeepSpeed's engine on CPU ranks with gloo."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.sft.warm import WarmServer, make_recipe, make_spec
+from zplan import files
+from zplan.trial import Outcome, TrialResult
+
+PHASES = {"load", "init", "forward", "backward", "step"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "method", "ranks"),
+    [(0, "full", 1), (1, "full", 2), (2, "full", 2), (3, "full", 2), (0, "lora", 2), (2, "lora", 1), (3, "lora", 2)],
+)
+def test_every_stage_and_method_is_measured(
+    warm: WarmServer, tiny_model_dir: Path, tiny_dataset: Path, tmp_path: Path, stage: int, method: str, ranks: int
+) -> None:
+    recipe = make_recipe(tiny_model_dir, tiny_dataset, method=method)
+    answer = warm.trial(make_spec(recipe, stage=stage, ranks=ranks), tmp_path)
+    assert answer["exit"] == {str(rank): 0 for rank in range(ranks)}
+    result = files.load(TrialResult, tmp_path / "result.json")
+    assert result.outcome is Outcome.OK
+    assert result.evidence == "measured"
+    assert set(result.phases) == PHASES
+    assert result.gpu_allocated_bytes == max(result.phases.values())
+    assert result.tokens_per_second is not None
+    assert result.tokens_per_second > 0
+    assert all((tmp_path / f"progress_{rank}").exists() for rank in range(ranks))
+
+
+def measure(warm: WarmServer, spec: Any, out: Path) -> TrialResult:
+    answer = warm.trial(spec, out)
+    assert not any(answer["exit"].values()), answer
+    return files.load(TrialResult, out / "result.json")
+
+
+def test_a_larger_reduce_bucket_costs_its_bytes(
+    warm: WarmServer, tiny_model_dir: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe(tiny_model_dir, tiny_dataset)
+    small = measure(warm, make_spec(recipe, reduce_bucket_size=10_000_000), tmp_path / "small")
+    large = measure(warm, make_spec(recipe, reduce_bucket_size=20_000_000), tmp_path / "large")
+    assert large.phases["backward"] - small.phases["backward"] == 10_000_000 * 4  # elements * fp32
+
+
+def test_two_ranks_hold_half_of_the_optimizer_state_each(
+    warm: WarmServer, tiny_model_dir: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe(tiny_model_dir, tiny_dataset)
+    alone = measure(warm, make_spec(recipe, ranks=1), tmp_path / "alone")
+    shared = measure(warm, make_spec(recipe, ranks=2), tmp_path / "shared")
+    assert shared.phases["step"] < alone.phases["step"]
+
+
+def test_a_trial_without_data_runs_on_worst_case_sequences(
+    warm: WarmServer, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    result = measure(warm, make_spec(make_recipe(tiny_model_dir, None)), tmp_path)
+    assert result.step_seconds is not None
+    assert result.tokens_per_second == pytest.approx(8 * 64 / result.step_seconds, rel=0.5)  # batch * max_length
+
+
+@pytest.mark.parametrize("changes", [{"loss": "full"}, {"packing": True}])
+def test_a_recipe_option_reaches_the_trainer(
+    warm: WarmServer, tiny_model_dir: Path, tiny_dataset: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    assert measure(warm, make_spec(make_recipe(tiny_model_dir, tiny_dataset, **changes)), tmp_path).step_seconds
+
+
+def test_a_refused_configuration_is_an_error_file_with_its_phase(
+    warm: WarmServer, tiny_model_dir: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe(tiny_model_dir, tiny_dataset, dtype="fp16")
+    answer = warm.trial(make_spec(recipe), tmp_path)
+    error = files.load_json(tmp_path / "error_0.json")
+    assert answer["exit"] == {"0": 2}
+    assert error["type"] == "zplan.errors.ConfigError"
+    assert error["phase"] == "init"
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_a_wrong_number_of_ranks_is_refused(warm: WarmServer, tiny_model_dir: Path, tmp_path: Path) -> None:
+    spec = make_spec(make_recipe(tiny_model_dir, None), ranks=2)
+    files.save(spec, tmp_path / "spec.json")
+    warm.send({"spec": str(tmp_path / "spec.json"), "out": str(tmp_path), "ranks": 1})
+    assert warm.receive()["exit"] == {"0": 2}
+    assert "1 ranks were started" in files.load_json(tmp_path / "error_0.json")["message"]
+
+
+def wait_for(path: Path, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not (path.exists() and "steps" in path.read_text()):
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+def rank_pids(warm: WarmServer) -> list[int]:
+    children = Path(f"/proc/{warm.process.pid}/task/{warm.process.pid}/children").read_text()
+    return [int(pid) for pid in children.split()]
+
+
+def test_a_killed_rank_ends_its_peer_and_the_server_serves_on(
+    warm: WarmServer, tiny_model_dir: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe(tiny_model_dir, tiny_dataset)
+    spec = make_spec(recipe, ranks=2, timed_steps=1000)
+    files.save(spec, tmp_path / "spec.json")
+    warm.send({"spec": str(tmp_path / "spec.json"), "out": str(tmp_path), "ranks": 2})
+    wait_for(tmp_path / "progress_1")
+    pids = rank_pids(warm)
+    os.kill(pids[1], signal.SIGKILL)
+    answer = warm.receive()
+    assert answer["exit"]["1"] == -signal.SIGKILL
+    assert answer["exit"]["0"] != 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert measure(warm, make_spec(recipe), tmp_path / "next").outcome is Outcome.OK
+
+
+def test_a_running_trial_can_be_stopped(warm: WarmServer, tiny_model_dir: Path, tmp_path: Path) -> None:
+    spec = make_spec(make_recipe(tiny_model_dir, None), timed_steps=1000)
+    files.save(spec, tmp_path / "spec.json")
+    warm.send({"spec": str(tmp_path / "spec.json"), "out": str(tmp_path), "ranks": 1})
+    wait_for(tmp_path / "progress_0")
+    warm.send({"stop": True})
+    answer = warm.receive()
+    assert answer["exit"] == {"0": -signal.SIGKILL}
+    assert answer["ended_by_us"] == [0]
+
+
+@pytest.mark.slow
+def test_the_server_and_its_ranks_end_when_stdin_closes(tiny_model_dir: Path, tmp_path: Path) -> None:
+    spec = make_spec(make_recipe(tiny_model_dir, None), timed_steps=1000)
+    files.save(spec, tmp_path / "spec.json")
+    server = WarmServer()
+    server.send({"spec": str(tmp_path / "spec.json"), "out": str(tmp_path), "ranks": 1})
+    wait_for(tmp_path / "progress_0")
+    pids = rank_pids(server)
+    assert len(pids) == 1
+    server.close()
+    assert not Path(f"/proc/{pids[0]}").exists()
+
+
+@pytest.mark.slow
+def test_a_cold_process_answers_the_same_question(tiny_model_dir: Path, tiny_dataset: Path, tmp_path: Path) -> None:
+    spec = replace(make_spec(make_recipe(tiny_model_dir, tiny_dataset)), weights="real")
+    files.save(spec, tmp_path / "spec.json")
+    command = [sys.executable, "-m", "sft.trial", str(tmp_path / "spec.json"), "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert files.load(TrialResult, tmp_path / "result.json").outcome is Outcome.OK
