@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import zplan.study
 from tests.oracle import TOY_RECIPE, Oracle, toy_cluster, toy_shape
@@ -50,6 +52,7 @@ def tune(study_path: str, n_trials: int, seconds: float = 0.0, **more: object) -
         "cluster": toy_cluster(),
         "recipe": TOY_RECIPE,
         "observer": Printer(),
+        "calibration_dir": Path(tempfile.mkdtemp()),
     }
     return run_study(shape=SHAPE, model_path="toy", n_trials=n_trials, study_path=study_path, **(arguments | more))  # type: ignore[arg-type]
 

@@ -11,6 +11,7 @@ from typing import Protocol
 from zplan import files
 from zplan.backends.base import Backend
 from zplan.backends.formula import FormulaBackend
+from zplan.calibrate import Accuracy, accuracy, learn, load_corrections, save_corrections
 from zplan.errors import MachineError
 from zplan.hardware import Cluster
 from zplan.ledger import Ledger, Question, Record, Running, open_ledger
@@ -23,7 +24,7 @@ from zplan.recipe import Recipe
 from zplan.screen import Screen
 from zplan.space import Problem, Space
 from zplan.trial import Outcome, TrialResult, TrialSpec
-from zplan.winner import make_plan, rank_records
+from zplan.winner import library_versions, make_plan, rank_records
 from zplan.zero_config import Choice
 
 _LEAST_GAIN = 0.01
@@ -32,6 +33,8 @@ _PATIENCE = 3
 """Proposals in a row that expect less."""
 _LEAST_TRIALS = 6
 """Trials that ran before the model's expectation is trusted to stop a search."""
+_MOST_CONFIRMATIONS = 3
+"""Runs that one search spends on confirming; on a noisy machine the lead changes with every run."""
 _CONFIRM_TOLERANCE = 0.10
 """A confirmation this much slower than its first run is told to the user: the machine is not quiet."""
 
@@ -68,6 +71,8 @@ class StudyOutcome:
     stop_reason: str
     num_resumed: int
     """Trials that the study had before this run."""
+    accuracy: tuple[Accuracy, ...] = ()
+    """Prediction error on this machine, before and after what its trials have taught; empty unless measured."""
 
 
 class Silent:
@@ -113,6 +118,7 @@ def run_study(
     deadline_seconds: float = 600.0,
     simulator: Backend | None = None,
     formula: Backend | None = None,
+    calibration_dir: Path | None = None,
 ) -> StudyOutcome:
     """Search for the fastest choice that fits, and write it to `plan_path`. Running it again resumes the study.
 
@@ -124,6 +130,7 @@ def run_study(
         deadline_seconds: of one trial.
         simulator: confirms a suggestion before it costs a trial; None skips that.
         formula: predicts; FormulaBackend unless given.
+        calibration_dir: where what was learned about this machine is kept; the user's cache by default.
 
     Raises:
         ConfigError: the study belongs to another recipe or cluster, a knob that does not exist.
@@ -154,6 +161,7 @@ def run_study(
     ranked = rank_records(records)
     return StudyOutcome(
         records=records, best=ranked[0] if ranked else None, plan=plan,
+        accuracy=calibrate_machine(question, records, study_path, calibration_dir),
         stop_reason="; ".join(text for text in (stop_reason, confirmed) if text), num_resumed=num_resumed,
     )  # fmt: skip
 
@@ -258,8 +266,8 @@ class Search:
         )  # fmt: skip
 
     def confirm_winner(self) -> str:
-        """Run the fastest once more; if it fails this time it is no winner, and the next one is confirmed instead."""
-        while True:
+        """Run the fastest once more. If it fails, or its mean falls behind, the next one is confirmed instead."""
+        for attempt in range(_MOST_CONFIRMATIONS + 1):
             records = self.ledger.records()
             ranked = rank_records(records)
             if not ranked or self.question.evidence != "measured":
@@ -267,9 +275,9 @@ class Search:
             runs = [record for record in records if record.key == ranked[0].key]
             if len(runs) > 1:
                 return _confirmation(runs)
-            choice = ranked[0].choice
-            proposal = self._proposer.propose(choice, "confirm")
-            self._run_one(proposal)
+            if attempt < _MOST_CONFIRMATIONS:
+                self._run_one(self._proposer.propose(ranked[0].choice, "confirm"))
+        return f"{_MOST_CONFIRMATIONS} winners fell behind when they ran again: this machine is not quiet"
 
     def _spec(self, choice: Choice) -> TrialSpec:
         return TrialSpec(
@@ -277,6 +285,23 @@ class Search:
             warmup_steps=self.effort.warmup_steps, timed_steps=self.effort.timed_steps,
             deadline_seconds=self.effort.deadline_seconds,
         )  # fmt: skip
+
+
+def calibrate_machine(
+    question: Question, records: Sequence[Record], study_path: str, folder: Path | None
+) -> tuple[Accuracy, ...]:
+    """Keep what this study's trials say about the formulas on this machine, for later estimates."""
+    if question.evidence != "measured":
+        return ()
+    pairs = {
+        f"{study_path}#{record.number}": (record.predicted, record.result)
+        for record in records
+        if record.predicted is not None and record.predicted.evidence == "formula"
+    }
+    corrections = learn(load_corrections(question.cluster, library_versions(), folder), pairs)
+    if corrections.samples:
+        save_corrections(corrections, question.cluster, folder)
+    return accuracy(corrections)
 
 
 def _confirmation(runs: Sequence[Record]) -> str:

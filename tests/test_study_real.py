@@ -1,0 +1,100 @@
+"""The whole data path with the real trainer: spec.json -> rank processes -> result.json -> study -> plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.oracle import toy_cluster
+from zplan import files
+from zplan.backends.launcher import ColdLauncher
+from zplan.backends.real import RealBackend
+from zplan.model_probe import probe_config
+from zplan.plan import Plan
+from zplan.planner import Fixed
+from zplan.recipe import Recipe
+from zplan.study import run_study
+from zplan.trial import Outcome, TrialResult, TrialSpec
+from zplan.zero_config import Choice, ZeroConfig, batch_sizes
+
+CLUSTER = toy_cluster(kind="cpu", gpus=2)
+
+
+def _recipe(model: Path, dataset: Path) -> Recipe:
+    return Recipe(model=str(model), dataset=str(dataset), dtype="fp32", max_length=64, train_batch_size=4)
+
+
+def _spec(model: Path, dataset: Path, *, deadline_seconds: float = 300.0) -> TrialSpec:
+    recipe = _recipe(model, dataset)
+    zero = ZeroConfig(stage=2, reduce_bucket_size=100_000)
+    return TrialSpec(
+        recipe=recipe,
+        cluster=CLUSTER,
+        model_path=str(model),
+        choice=Choice(zero=zero, batch=batch_sizes(recipe, micro_batch=1, world_size=2)),
+        timed_steps=2,
+        deadline_seconds=deadline_seconds,
+    )
+
+
+@pytest.mark.slow
+def test_a_real_study_of_two_ranks_becomes_a_plan_that_resumes(
+    tmp_path: Path, tiny_model_dir: Path, tiny_dataset: Path
+) -> None:
+    def tune(n_trials: int, backend: RealBackend) -> list[TrialResult]:
+        outcome = run_study(
+            recipe=_recipe(tiny_model_dir, tiny_dataset),
+            shape=probe_config(tiny_model_dir / "config.json", name="tiny"),
+            cluster=CLUSTER,
+            model_path=str(tiny_model_dir),
+            backend=backend,
+            n_trials=n_trials,
+            study_path=str(tmp_path / "study.journal"),
+            plan_path=tmp_path / "best.json",
+            fixed=Fixed(world_size=2),
+            timed_steps=2,
+            calibration_dir=tmp_path,
+        )
+        return [record.result for record in outcome.records]
+
+    backend = RealBackend(tmp_path / "trials")
+    try:
+        first = tune(2, backend)
+        again = tune(3, backend)
+    finally:
+        backend.close()
+    assert [result.outcome for result in again] == [Outcome.OK] * len(again), [result.message for result in again]
+    assert again[: len(first)] == first
+    assert all(result.evidence == "measured" and result.gpu_allocated_bytes for result in again)
+    plan = files.load(Plan, tmp_path / "best.json")
+    assert plan.deepspeed["train_batch_size"] == 4
+    assert plan.choice.batch.world_size == 2
+
+
+@pytest.mark.slow
+def test_a_cold_trial_gives_the_same_loss_as_a_warm_one(
+    tmp_path: Path, tiny_model_dir: Path, tiny_dataset: Path
+) -> None:
+    spec = _spec(tiny_model_dir, tiny_dataset)
+    warm = RealBackend(tmp_path / "warm")
+    try:
+        answers = [RealBackend(tmp_path / "cold", ColdLauncher()).run(spec), warm.run(spec)]
+    finally:
+        warm.close()
+    assert [answer.outcome for answer in answers] == [Outcome.OK] * 2, [answer.message for answer in answers]
+    assert answers[0].message == answers[1].message  # "loss 6.2619 to 6.2682"
+
+
+@pytest.mark.slow
+def test_a_warm_trial_past_its_deadline_ends_and_the_server_goes_on(
+    tmp_path: Path, tiny_model_dir: Path, tiny_dataset: Path
+) -> None:
+    backend = RealBackend(tmp_path / "trials")
+    try:
+        assert backend.run(_spec(tiny_model_dir, tiny_dataset)).outcome is Outcome.OK
+        late = backend.run(_spec(tiny_model_dir, tiny_dataset, deadline_seconds=0.5))
+        assert late.outcome is Outcome.TIMED_OUT
+        assert backend.run(_spec(tiny_model_dir, tiny_dataset)).outcome is Outcome.OK
+    finally:
+        backend.close()
