@@ -10,9 +10,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 _UNCACHEABLE: Any = object()
+_SLICE = torch.ops.aten.slice.Tensor
+_ABSOLUTE = frozenset({torch.ops.aten.as_strided.default})
+"""Operations whose result does not move with its argument's storage offset."""
+_FACTORIES = frozenset(
+    {torch.ops.aten.empty.memory_format, torch.ops.aten.zeros.default, torch.ops.aten.ones.default}
+)
+"""Operations without a tensor among their arguments that are asked for often."""
 _SAME, _VIEW, _NEW, _CONSTANT = range(4)
 
 
@@ -27,6 +34,7 @@ class _Output(NamedTuple):
     shape: Any = None
     stride: Any = None
     offset: int = 0
+    """For _VIEW: from the argument's own offset."""
     dtype: Any = None
     device: Any = None
 
@@ -38,16 +46,21 @@ class DispatchCache:
         track: told of every tensor that may have a new storage.
     """
 
-    def __init__(self, track: Callable[[torch.Tensor], None]) -> None:
+    def __init__(self, track: Callable[[torch.Tensor], None], fake_mode: FakeTensorMode) -> None:
         self._track = track
+        self._fake_mode = fake_mode
         self._entries: dict[Any, Any] = {}
         self.hits = self.misses = 0
 
     def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func is _SLICE:
+            sliced = self._slice(*args, **kwargs)
+            if sliced is not None:
+                return sliced
         tensors: list[FakeTensor] = []
         parts: list[Any] = [func]
         cacheable = _describe(args, parts, tensors) and (not kwargs or _describe_named(kwargs, parts, tensors))
-        if not cacheable or not tensors:
+        if not cacheable or not (tensors or func in _FACTORIES):
             return self._run(func, args, kwargs)
         key = tuple(parts)
         entry = self._entries.get(key)
@@ -62,6 +75,21 @@ class DispatchCache:
         container, outputs = entry
         made = [self._make(output, tensors) for output in outputs]
         return made[0] if container is None else container(made)
+
+    def _slice(self, base: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+        """DeepSpeed cuts its flat buffers at another offset for every parameter, so no memory would help."""
+        shape, stride = list(base.shape), base.stride()
+        if type(base) is not FakeTensor or base.constant is not None or not shape:
+            return None
+        if step < 1:
+            return None
+        start, end, _ = slice(start, end).indices(shape[dim])
+        shape[dim] = max(0, -(-(end - start) // step))
+        strides = list(stride)
+        strides[dim] *= step
+        offset = min(start, base.shape[dim]) * stride[dim]
+        output = _Output(_VIEW, 0, None, tuple(shape), tuple(strides), offset, base.dtype, base._fake_device)
+        return self._make(output, [base])
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs) if kwargs else func(*args)
@@ -83,8 +111,10 @@ class DispatchCache:
                 device="meta",
             )
             if output.how == _VIEW:
-                inner.set_(tensors[output.argument].untyped_storage(), output.offset, output.shape, output.stride)
-            made = new_fake_tensor(inner, tensors[0].fake_mode, output.device)
+                base = tensors[output.argument]
+                offset = base.storage_offset() + output.offset
+                inner.set_(base.untyped_storage(), offset, output.shape, output.stride)
+            made = new_fake_tensor(inner, self._fake_mode, output.device)
         if output.how == _NEW:
             self._track(made)
         return made
@@ -98,7 +128,7 @@ def _describe(values: Any, parts: list[Any], tensors: list[FakeTensor]) -> bool:
             if value.constant is not None:
                 return False
             tensors.append(value)
-            parts.append((value.shape, value.stride(), value.storage_offset(), value.dtype, value._fake_device))
+            parts.append((value.shape, value.stride(), value.dtype, value._fake_device))
         elif kind is list or kind is tuple:
             parts.append(len(value))
             if not _describe(value, parts, tensors):
@@ -123,7 +153,7 @@ _PLAIN = frozenset(
 
 def _learn(func: Any, out: Any, tensors: list[FakeTensor]) -> Any:
     """(container, outputs) of an operation, or _UNCACHEABLE."""
-    if torch.Tag.inplace_view in func.tags:
+    if torch.Tag.inplace_view in func.tags or func in _ABSOLUTE:
         return _UNCACHEABLE
     items = out if isinstance(out, (list, tuple)) else (out,)
     outputs: list[_Output] = []
@@ -147,12 +177,13 @@ def _learn_tensor(item: torch.Tensor, tensors: list[FakeTensor], fresh: set[int]
             return _Output(_SAME, argument=number)
     if type(item) is not FakeTensor or item.constant is not None or item.is_sparse or item.is_conj() or item.is_neg():
         return None
-    layout = dict(
+    layout: dict[str, Any] = dict(
         shape=item.shape, stride=item.stride(), offset=item.storage_offset(), dtype=item.dtype, device=item._fake_device
     )
     storage = item.untyped_storage()
     for number, tensor in enumerate(tensors):
         if storage._cdata == tensor.untyped_storage()._cdata:
+            layout["offset"] -= tensor.storage_offset()
             return _Output(_VIEW, argument=number, **layout)
     extent = 1 + sum((size - 1) * stride for size, stride in zip(item.shape, item.stride(), strict=True))
     exact = storage.nbytes() == (extent * item.element_size() if item.numel() else 0)

@@ -46,7 +46,8 @@ def simulate_run(request: SimulationRequest) -> SimulationReport:
     check_seams()
     started = time.monotonic()
     gpu = request.cluster.gpu.kind == "cuda"
-    tracker = Tracker({DEVICE: "gpu", "cpu": "host"} if gpu else {"cpu": "gpu"}, fake=True)
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    tracker = Tracker({DEVICE: "gpu", "cpu": "host"} if gpu else {"cpu": "gpu"}, fake_mode=fake_mode)
     recorder = CollectiveRecorder()
     recorder.clock = lambda: tracker.num_operations
     run = Run(
@@ -58,7 +59,7 @@ def simulate_run(request: SimulationRequest) -> SimulationReport:
         steps=request.steps,
     )
     with simulated_machine(request, tracker, recorder):
-        with explained(tracker), FakeTensorMode(allow_non_fake_inputs=True), tracker:
+        with explained(tracker), fake_mode, tracker:
             trainer.train(run, tracker)
     report = make_report(request, tracker, recorder, wall_seconds=time.monotonic() - started)
     if request.trace:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zplan.simulate import kernels
@@ -42,13 +43,13 @@ class Tracker(TorchDispatchMode):
 
     Args:
         kinds: device type -> kind of memory; `{"simgpu": "gpu", "cpu": "host"}`, or `{"cpu": "gpu"}` for CPU ranks.
-        fake: answers host reads of device values, which fake tensors do not have.
+        fake_mode: of the fake tensors that it will see; None counts real tensors.
     """
 
-    def __init__(self, kinds: dict[str, MemoryKind], *, fake: bool) -> None:
+    def __init__(self, kinds: dict[str, MemoryKind], *, fake_mode: FakeTensorMode | None = None) -> None:
         super().__init__()
         self.kinds = kinds
-        self.fake = fake
+        self.fake = fake_mode is not None
         self.phase = "load"
         self.stream = 0
         self.num_operations = 0
@@ -65,7 +66,7 @@ class Tracker(TorchDispatchMode):
         self.host_reads: dict[str, int] = {}
         self.operation = ""
         self._pin_next = False
-        self.run = DispatchCache(self.track) if fake else self.run_and_track
+        self.run = DispatchCache(self.track, fake_mode) if fake_mode is not None else self.run_and_track
         self.enter_phase("load")
 
     def enter_phase(self, phase: str) -> None:
