@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.sft.warm import WarmServer, make_recipe, make_spec
+from tests.sft.warm import WarmServer, make_recipe, make_spec, rank_pids
 from zplan import files
 from zplan.trial import Outcome, TrialResult
 
@@ -104,11 +104,6 @@ def wait_for(path: Path, seconds: float = 60) -> None:
     while not (path.exists() and "steps" in path.read_text()):
         assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.02)
-
-
-def rank_pids(warm: WarmServer) -> list[int]:
-    children = Path(f"/proc/{warm.process.pid}/task/{warm.process.pid}/children").read_text()
-    return [int(pid) for pid in children.split()]
 
 
 def test_a_killed_rank_ends_its_peer_and_the_server_serves_on(

@@ -11,6 +11,7 @@ from typing import Any
 
 from sft.serve import Group, Requests, fork_group, serve, start_trial
 from zplan import files
+from zplan.errors import ZplanError
 from zplan.hardware import Cluster, Gpu, Host
 from zplan.plan import Plan
 from zplan.recipe import Recipe
@@ -109,6 +110,12 @@ class WarmServer:
         self.process.wait(timeout=20)
 
 
+def rank_pids(server: WarmServer) -> list[int]:
+    """Processes of the running ranks, rank 0 first."""
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text()
+    return [int(pid) for pid in children.split()]
+
+
 def start(request: dict[str, Any], answers: int) -> Group:
     """A trial, or a training if the request names a session."""
     if "session" not in request:
@@ -117,7 +124,15 @@ def start(request: dict[str, Any], answers: int) -> Group:
     from sft.training import train_rank
 
     session = files.load(Session, request["session"])
-    return fork_group(lambda: train_rank(session), Path(session.output_dir), ranks=request["ranks"], answers=answers)
+
+    def work() -> int:
+        try:
+            return train_rank(session)
+        except ZplanError as error:  # as main() does
+            print(f"zplan: {error}")
+            return int(error.exit_code)
+
+    return fork_group(work, Path(session.output_dir), ranks=request["ranks"], answers=answers)
 
 
 if __name__ == "__main__":
