@@ -1,0 +1,215 @@
+"""The command line: parse, call one function, print. The only file with imports inside functions: each command pays
+only for what it uses, and `zplan estimate` starts as fast as Python does."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from zplan.errors import ConfigError, ExitCode, ZplanError
+from zplan.options import Flags, expand
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from zplan.hardware import Cluster
+    from zplan.job import Job
+    from zplan.model_shape import ModelShape
+
+app = typer.Typer(
+    help="Plan, prove and tune the memory of a DeepSpeed fine-tuning run before it starts.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+_errors = Console(stderr=True, highlight=False)
+_screen = Console(highlight=False)
+BEST_PLAN = "profiles/best.json"
+
+
+def _probe_shape(path: Path, name: str) -> ModelShape:
+    """Read a config.json that no catalogue or cache knows; the one slow import."""
+    _errors.print(f"reading the shape of {name} with transformers (once; cached afterwards)", style="dim")
+    from zplan.model_probe import probe_config
+
+    return probe_config(path, name=name)
+
+
+def _probe_cluster() -> Cluster:
+    from zplan.probe import probe_hardware
+
+    return probe_hardware()
+
+
+def _job(flags: Flags) -> Job:
+    from zplan.job import make_job
+
+    return make_job(flags, probe_shape=_probe_shape, probe_cluster=_probe_cluster)
+
+
+def _show(renderable: RenderableType | str) -> None:
+    _screen.print(renderable)
+
+
+def _finish(flags: Flags, data: Any, *, text: RenderableType, code: ExitCode) -> NoReturn:
+    """Print once (table or JSON), write --out, leave with the verdict's code."""
+    if flags.json:
+        import json
+
+        sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
+    else:
+        _show(text)
+    if flags.out:
+        from zplan.files import save_json
+
+        save_json(data, flags.out)
+    raise typer.Exit(code)
+
+
+@app.command()
+def inspect(*, json: Annotated[bool, typer.Option("--json", help="JSON on stdout and nothing else.")] = False) -> None:
+    """This machine: GPUs, host limits, software; what is wrong and how to mend it."""
+    from zplan.doctor import diagnose, inspect_data
+    from zplan.report.terminal import render_machine
+
+    cluster = _probe_cluster()
+    findings = diagnose(cluster)
+    broken = any(finding.severity == "broken" for finding in findings)
+    flags = Flags(json=json)
+    _finish(
+        flags,
+        inspect_data(cluster, findings),
+        text=render_machine(cluster, findings),
+        code=ExitCode.BROKEN_MACHINE if broken else ExitCode.OK,
+    )
+
+
+@app.command()
+@expand
+def estimate(
+    *,
+    flags: Flags,
+    explain: Annotated[str | None, typer.Option(help="Explain one option, with its effect in bytes.")] = None,
+) -> None:
+    """GPU and host memory and step time from the model's shape: a ranked table, or one configuration in detail."""
+    from zplan.commands.estimate import estimate as run
+
+    answer = run(_job(flags), explain=explain, verbose=flags.verbose, quiet=flags.quiet)
+    _finish(flags, answer.data, text=answer.text, code=answer.code)
+
+
+@app.command()
+@expand
+def simulate(
+    *,
+    flags: Flags,
+    steps: Annotated[int, typer.Option(help="Optimizer steps to run.")] = 2,
+    trace: Annotated[str | None, typer.Option(help="Write a Chrome/Perfetto trace to this file.")] = None,
+) -> None:
+    """Run the installed DeepSpeed engine itself on simulated GPUs: exact bytes, no GPU needed."""
+    from zplan.commands.simulate import simulate as run
+
+    answer = run(_job(flags), steps=steps, trace=trace, quiet=flags.quiet)
+    _finish(flags, answer.data, text=answer.text, code=answer.code)
+
+
+@app.command()
+@expand
+def tune(
+    *,
+    flags: Flags,
+    trials: Annotated[int, typer.Option(help="Trials to have in the study when done.")] = 20,
+    backend: Annotated[str, typer.Option(help="real, simulated or formula.")] = "real",
+    study: Annotated[
+        str, typer.Option(help="Journal file or database URL; running again resumes.")
+    ] = "profiles/study.journal",
+    timeout: Annotated[float | None, typer.Option(help="Seconds for the whole search.")] = None,
+    timed_steps: Annotated[int, typer.Option(help="Timed optimizer steps of each trial.")] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of the search.")] = 0,
+) -> None:
+    """Search for the fastest configuration that fits, with short real trials; writes profiles/best.json."""
+    from zplan.commands.tune import tune as run
+
+    answer = run(
+        _job(flags), trials=trials, backend=backend, study=study, plan_path=flags.out or BEST_PLAN,
+        timeout_seconds=timeout, timed_steps=timed_steps, seed=seed, console=_errors, quiet=flags.quiet,
+    )  # fmt: skip
+    _finish(Flags(json=flags.json), answer.data, text=answer.text, code=answer.code)
+
+
+@app.command()
+def report(
+    study: Annotated[str, typer.Argument(help="Journal file or database URL.")] = "profiles/study.journal",
+    *,
+    out: Annotated[str, typer.Option(help="HTML file to write.")] = "reports/study.html",
+) -> None:
+    """One self-contained HTML file about a study."""
+    from zplan.report.html import write_report
+
+    path = write_report(study, Path(out))
+    _show(f"wrote {path}")
+
+
+@app.command()
+def export(
+    plan: Annotated[str, typer.Argument(help="A plan of profiles/.")],
+    *,
+    to: Annotated[
+        str, typer.Option(help="deepspeed, accelerate, torchrun, slurm, axolotl, llama-factory or ms-swift.")
+    ],
+    out: Annotated[str, typer.Option(help="Folder to write into.")] = "profiles/export",
+) -> None:
+    """Write a plan as the files of another tool."""
+    from zplan.export import export_plan
+    from zplan.files import load, save_text
+    from zplan.plan import Plan
+
+    for name, text in export_plan(load(Plan, plan), to).items():
+        save_text(text, Path(out) / name)
+        _show(f"wrote {Path(out) / name}")
+
+
+@app.command()
+def demo() -> None:
+    """Fetch the demo model and data, ready for the other commands."""
+    from zplan.demo import prepare_demo
+
+    assets = prepare_demo(observer=_errors.print)
+    _show(f"model   {assets.model_dir}\ndataset {assets.dataset_path}")
+
+
+def _fail(error: ZplanError) -> int:
+    _errors.print(f"zplan: {error}", markup=False, soft_wrap=True)
+    return int(error.exit_code)
+
+
+def main() -> NoReturn:
+    """Turn errors into text and exit codes, once, here."""
+    from typer._click.exceptions import ClickException
+
+    try:
+        result = app(standalone_mode=False)
+        code = int(result) if isinstance(result, int) else 0
+    except ZplanError as error:
+        code = _fail(error)
+    except ClickException as error:
+        code = _fail(ConfigError(error.format_message(), fix="zplan --help"))
+    except (KeyboardInterrupt, typer.Abort):
+        _errors.print("zplan: interrupted")
+        code = ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 0
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        _errors.print("zplan: this is our bug; please report it with the lines above")
+        code = ExitCode.BUG
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

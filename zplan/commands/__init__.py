@@ -1,0 +1,20 @@
+"""One module per command: question -> answer. `cli` parses and prints; nothing below knows the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from zplan.errors import ExitCode
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a command found: for programs, for people, and as an exit code."""
+
+    data: dict[str, Any]
+    text: RenderableType
+    code: ExitCode = ExitCode.OK

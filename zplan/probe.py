@@ -1,0 +1,212 @@
+"""This machine, or a described one, as a Cluster. Reads NVML, /proc and cgroups; never creates a CUDA context."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+
+from zplan.catalog import find_gpu, load_gpu, load_links
+from zplan.errors import ConfigError
+from zplan.hardware import Cluster, Gpu, Host
+from zplan.units import GIB
+
+CPU_RANKS_VARIABLE = "ZPLAN_CPU_RANKS"
+_DESCRIBED_RAM_PER_GPU = 128 * GIB
+"""Host RAM of a described node when none is given: what data-centre nodes are sold with, per GPU."""
+_INTER_NODE_BYTES_PER_SECOND = 50e9
+"""Between described nodes: one 400 Gbit/s port per GPU, the common choice for A100 and H100 nodes."""
+_NO_LIMIT = 1 << 60
+"""cgroup v1 writes a number near 2**63 for "no limit"."""
+_CGROUP_FILES = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+"""(limit, usage) of cgroup v2, then v1, under /sys/fs/cgroup."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NvmlGpu:
+    """What NVML says of one device."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+    compute_capability: str
+
+
+class Nvml(Protocol):
+    """The edge to the driver; recorded in tests."""
+
+    def devices(self) -> Sequence[NvmlGpu]: ...
+
+
+class DriverNvml:
+    """NVML through nvidia-ml-py; no driver means no device."""
+
+    def devices(self) -> Sequence[NvmlGpu]:
+        import pynvml as nvml
+
+        try:
+            nvml.nvmlInit()
+        except nvml.NVMLError:
+            return ()
+        try:
+            return [_nvml_device(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
+        finally:
+            nvml.nvmlShutdown()
+
+
+def _nvml_device(nvml: Any, index: int) -> NvmlGpu:
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+    name = nvml.nvmlDeviceGetName(handle)
+    return NvmlGpu(
+        name=name if isinstance(name, str) else name.decode(),
+        total_bytes=int(memory.total),
+        free_bytes=int(memory.free),
+        compute_capability=f"{major}.{minor}",
+    )
+
+
+def probe_hardware(*, nvml: Nvml | None = None, cgroup_root: Path = Path("/sys/fs/cgroup")) -> Cluster:
+    """This machine. With GPUs: all visible ones, as alike as their smallest. Without: CPU ranks that share the host.
+
+    Raises:
+        ConfigError: CUDA_VISIBLE_DEVICES or ZPLAN_CPU_RANKS cannot be read.
+    """
+    host = probe_host(cgroup_root)
+    devices = visible_devices((nvml or DriverNvml()).devices(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if not devices:
+        return cpu_cluster(host)
+    return _gpu_cluster(devices, host)
+
+
+def visible_devices(devices: Sequence[NvmlGpu], visible: str | None) -> list[NvmlGpu]:
+    """The devices that CUDA_VISIBLE_DEVICES leaves, by index; a UUID leaves all (they are alike on one node)."""
+    if visible is None:
+        return list(devices)
+    kept: list[NvmlGpu] = []
+    for part in (text.strip() for text in visible.split(",") if text.strip()):
+        if part.startswith(("GPU-", "MIG-")):
+            return list(devices)[: len(visible.split(","))]
+        if not part.lstrip("-").isdigit():
+            raise ConfigError(f"CUDA_VISIBLE_DEVICES is {visible!r}", fix="export CUDA_VISIBLE_DEVICES=0,1")
+        if not 0 <= int(part) < len(devices):
+            break  # CUDA ignores everything from the first index that does not exist
+        kept.append(devices[int(part)])
+    return kept
+
+
+def _gpu_cluster(devices: Sequence[NvmlGpu], host: Host) -> Cluster:
+    smallest = min(devices, key=lambda device: device.free_bytes)
+    known = find_gpu(smallest.name)
+    listed, links = (load_gpu(known), load_links(known)) if known else (None, None)
+    gpu = Gpu(
+        name=smallest.name,
+        total_bytes=smallest.total_bytes,
+        free_bytes=smallest.free_bytes,
+        dense_flops=listed.dense_flops if listed else None,
+        memory_bytes_per_second=listed.memory_bytes_per_second if listed else None,
+        compute_capability=smallest.compute_capability,
+        source="NVML" + (f"; speeds: {listed.source}" if listed else ""),
+    )
+    return Cluster(
+        gpu=gpu,
+        host=host,
+        gpus_per_node=len(devices),
+        intra_node_bytes_per_second=links.intra_node_bytes_per_second if links else None,
+        host_link_bytes_per_second=links.host_link_bytes_per_second if links else None,
+    )
+
+
+def cpu_cluster(host: Host) -> Cluster:
+    """CPU ranks with gloo: two where there are two cores; each has an equal share of what the host has available."""
+    text = os.environ.get(CPU_RANKS_VARIABLE, str(min(2, host.num_cpus)))
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(
+            f"{CPU_RANKS_VARIABLE} is {text!r}, not a number of ranks", fix=f"export {CPU_RANKS_VARIABLE}=2"
+        )
+    ranks = int(text)
+    gpu = Gpu(
+        name="CPU rank",
+        kind="cpu",
+        total_bytes=host.total_bytes // ranks,
+        free_bytes=host.available_bytes // ranks,
+        source="an equal share of this host's memory",
+    )
+    return Cluster(gpu=gpu, host=host, gpus_per_node=ranks)
+
+
+def probe_host(cgroup_root: Path = Path("/sys/fs/cgroup")) -> Host:
+    """RAM and limits of this node."""
+    memory = psutil.virtual_memory()
+    limit, used = read_cgroup(cgroup_root)
+    available = memory.available if limit is None else min(memory.available, max(0, limit - used))
+    memlock = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    shm = Path("/dev/shm")
+    return Host(
+        total_bytes=memory.total if limit is None else min(memory.total, limit),
+        available_bytes=available,
+        cgroup_limit_bytes=limit,
+        memlock_bytes=None if memlock == resource.RLIM_INFINITY else memlock,
+        shm_bytes=shutil.disk_usage(shm).total if shm.exists() else None,
+        num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        **_nvme(Path.cwd()),  # type: ignore[arg-type]
+    )
+
+
+def read_cgroup(root: Path) -> tuple[int | None, int]:
+    """(limit, usage) in bytes of this process's cgroup; (None, 0) without a limit."""
+    for limit_name, usage_name in _CGROUP_FILES:
+        try:
+            text = (root / limit_name).read_text().strip()
+            usage = int((root / usage_name).read_text())
+        except (OSError, ValueError):
+            continue
+        if text == "max" or int(text) >= _NO_LIMIT:
+            return None, 0
+        return int(text), usage
+    return None, 0
+
+
+def _nvme(folder: Path) -> dict[str, str | int]:
+    """The folder's disk, if it is an NVMe drive: ZeRO-Infinity needs direct I/O on one."""
+    mounts = [part for part in psutil.disk_partitions() if folder.is_relative_to(part.mountpoint)]
+    best = max(mounts, key=lambda part: len(part.mountpoint), default=None)
+    if best is None or "nvme" not in best.device:
+        return {}
+    return {"nvme_path": str(folder), "nvme_free_bytes": shutil.disk_usage(folder).free}
+
+
+def describe_cluster(
+    gpu: Gpu, *, gpus_per_node: int, nodes: int, host_ram_bytes: int | None = None, nvme_bytes: int | None = None
+) -> Cluster:
+    """A cluster that nobody has to own. Host RAM defaults to 128 GiB per GPU of a node."""
+    ram = host_ram_bytes if host_ram_bytes is not None else _DESCRIBED_RAM_PER_GPU * gpus_per_node
+    known = find_gpu(gpu.name)
+    links = load_links(known) if known else None
+    host = Host(
+        total_bytes=ram,
+        available_bytes=ram,
+        num_cpus=16 * gpus_per_node,
+        nvme_path="/local_nvme" if nvme_bytes else None,
+        nvme_free_bytes=nvme_bytes,
+    )
+    return Cluster(
+        gpu=gpu,
+        host=host,
+        gpus_per_node=gpus_per_node,
+        nodes=nodes,
+        intra_node_bytes_per_second=links.intra_node_bytes_per_second if links else None,
+        inter_node_bytes_per_second=_INTER_NODE_BYTES_PER_SECOND if nodes > 1 else None,
+        host_link_bytes_per_second=links.host_link_bytes_per_second if links else None,
+        described=True,
+    )

@@ -1,0 +1,79 @@
+"""Rows -> SVG figures (Matplotlib), a few tens of kB each, readable offline."""
+
+from __future__ import annotations
+
+from io import StringIO
+
+import matplotlib
+import pandas as pd
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from zplan.report.rows import accuracy_rows, best_so_far, pareto_rows
+from zplan.units import GIB
+
+_OK, _FAILED, _LINE = "#1f6f8b", "#c0392b", "#e08e0b"
+
+
+def _svg(figure: Figure) -> str:
+    stream = StringIO()
+    figure.savefig(stream, format="svg", bbox_inches="tight")
+    plt.close(figure)
+    text = stream.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _axes(width: float = 6.4, height: float = 3.6) -> tuple[Figure, Axes]:
+    figure, axes = plt.subplots(figsize=(width, height))
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def history_figure(rows: pd.DataFrame) -> str:
+    """Tokens/s of every trial and the best so far."""
+    figure, axes = _axes()
+    done = rows[rows["outcome"] == "ok"]
+    failed = rows[rows["outcome"] != "ok"]
+    axes.scatter(done["trial"], done["tokens_per_second"], color=_OK, label="ran", zorder=3)
+    axes.scatter(failed["trial"], [0.0] * len(failed), color=_FAILED, marker="x", label="did not run", zorder=3)
+    axes.step(rows["trial"], best_so_far(rows), where="post", color=_LINE, label="best so far")
+    axes.set(xlabel="trial", ylabel="tokens/s", ylim=(0, None))
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def pareto_figure(rows: pd.DataFrame) -> str:
+    """Speed against GPU bytes; the line joins the trials that nothing beats in both."""
+    figure, axes = _axes()
+    done = rows[rows["outcome"] == "ok"].dropna(subset=["gpu_bytes", "tokens_per_second"])
+    front = pareto_rows(rows)
+    axes.scatter(done["gpu_bytes"] / GIB, done["tokens_per_second"], color=_OK)
+    axes.plot(front["gpu_bytes"] / GIB, front["tokens_per_second"], color=_LINE)
+    for _, row in front.iterrows():
+        axes.annotate(
+            f"{row['trial']}",
+            (row["gpu_bytes"] / GIB, row["tokens_per_second"]),
+            textcoords="offset points",
+            xytext=(4, 4),
+        )
+    axes.set(xlabel="peak allocated per rank, GiB", ylabel="tokens/s", ylim=(0, None))
+    return _svg(figure)
+
+
+def accuracy_figure(rows: pd.DataFrame) -> str | None:
+    """Predicted against measured peak; None without a trial that has both."""
+    both = accuracy_rows(rows)
+    if both.empty:
+        return None
+    figure, axes = _axes(4.4, 4.0)
+    measured, predicted = both["gpu_bytes"] / GIB, both["predicted_gpu_bytes"] / GIB
+    limit = 1.05 * max(measured.max(), predicted.max())
+    axes.plot([0, limit], [0, limit], color="#999999", linewidth=1)
+    axes.fill_between([0, limit], [0, 0.95 * limit], [0, 1.05 * limit], color="#999999", alpha=0.15, label="±5 %")
+    axes.scatter(measured, predicted, color=_OK, zorder=3)
+    axes.set(xlabel="measured peak, GiB", ylabel="predicted peak, GiB", xlim=(0, limit), ylim=(0, limit))
+    axes.legend(frameon=False)
+    return _svg(figure)

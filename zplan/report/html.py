@@ -1,0 +1,81 @@
+"""A study as one self-contained HTML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, select_autoescape
+
+from zplan import files
+from zplan.ledger import Question, Record, load_study
+from zplan.report.figures import accuracy_figure, history_figure, pareto_figure
+from zplan.report.rows import study_rows
+from zplan.units import format_bytes, format_seconds
+from zplan.winner import library_versions, rank_records
+
+
+def write_report(study_path: str, out: Path) -> Path:
+    """Render the study and write the page atomically.
+
+    Raises:
+        ConfigError: there is no such study.
+        MachineError: the page cannot be written.
+    """
+    question, records = load_study(study_path)
+    files.save_text(render_report(question, records), out)
+    return out
+
+
+def render_report(question: Question, records: tuple[Record, ...]) -> str:
+    """The page as text."""
+    rows = study_rows(records)
+    ranked = rank_records(records)
+    shown = [_cells(row) for _, row in rows.iterrows()]
+    best = next((cells for cells in shown if ranked and cells["trial"] == ranked[0].number), None)
+    environment = Environment(
+        loader=PackageLoader("zplan.report", "."), autoescape=select_autoescape(["html", "j2"]), trim_blocks=True
+    )
+    return environment.get_template("study.html.j2").render(
+        title=f"Tuning {Path(question.recipe.model).name}",
+        question=_question_text(question),
+        evidence=question.evidence,
+        num_ok=int((rows["outcome"] == "ok").sum()),
+        trials=shown,
+        best=best,
+        history=history_figure(rows),
+        pareto=pareto_figure(rows),
+        accuracy=accuracy_figure(rows),
+        versions=library_versions(),
+    )
+
+
+def _question_text(question: Question) -> str:
+    recipe, cluster = question.recipe, question.cluster
+    nodes = f"{cluster.nodes} nodes of " if cluster.nodes > 1 else ""
+    return (
+        f"{recipe.method}, {recipe.dtype}, {recipe.optimizer}, {recipe.max_length} tokens, {recipe.train_batch_size} "
+        f"sequences a step, on {nodes}{cluster.gpus_per_node} x {cluster.gpu.name}"
+    )
+
+
+def _cells(row: pd.Series[Any]) -> dict[str, Any]:
+    def known(name: str) -> Any:
+        return None if pd.isna(row[name]) else row[name]
+
+    def size(name: str) -> str:
+        return format_bytes(int(row[name])) if known(name) is not None else "-"
+
+    return {
+        "trial": int(row["trial"]),
+        "configuration": row["configuration"],
+        "outcome": row["outcome"],
+        "message": row["message"],
+        "speed": f"{row['tokens_per_second']:,.1f}" if known("tokens_per_second") is not None else "-",
+        "step": format_seconds(known("step_seconds")),
+        "gpu": size("gpu_bytes"),
+        "predicted": size("predicted_gpu_bytes"),
+        "error": f"{row['gpu_error']:+.1%}" if known("gpu_error") is not None else "-",
+        "host": size("host_bytes"),
+    }

@@ -1,0 +1,37 @@
+"""Names for configurations, the same in tables, figures and progress lines."""
+
+from __future__ import annotations
+
+from zplan.zero_config import Choice
+
+
+def choice_label(choice: Choice) -> str:
+    """A configuration in one line: `ZeRO-3 + optimizer on cpu, 4 x 2 on 8, checkpointing`."""
+    zero, batch = choice.zero, choice.batch
+    parts = [f"ZeRO-{zero.stage}"]
+    if zero.offloads_optimizer:
+        parts.append(f"optimizer on {zero.offload_optimizer.device}")
+    if zero.offloads_param:
+        parts.append(f"parameters on {zero.offload_param.device}")
+    label = " + ".join(parts)
+    micro, accumulation = batch.train_micro_batch_size_per_gpu, batch.gradient_accumulation_steps
+    checkpointing = ", checkpointing" if choice.gradient_checkpointing else ""
+    return f"{label}, {micro} x {accumulation} on {batch.world_size}{checkpointing}"
+
+
+STRATEGY_LEGEND = "opt, par: where optimizer states and parameters are; ckpt: recomputed activations; 4/8: GPUs used"
+
+
+def strategy_code(choice: Choice, world_size: int) -> str:
+    """A strategy short enough for a table: `ZeRO-3 opt:cpu par:cpu ckpt 4/8`."""
+    zero = choice.zero
+    parts = [f"ZeRO-{zero.stage}" if zero.stage else "DDP"]
+    if zero.offloads_optimizer:
+        parts.append(f"opt:{zero.offload_optimizer.device}")
+    if zero.offloads_param:
+        parts.append(f"par:{zero.offload_param.device}")
+    if choice.gradient_checkpointing:
+        parts.append("ckpt")
+    if choice.batch.world_size != world_size:
+        parts.append(f"{choice.batch.world_size}/{world_size}")
+    return " ".join(parts)
