@@ -1,0 +1,216 @@
+"""DeepSpeed JSON from the wild: what is understood, what is refused, and that DeepSpeed itself agrees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.shapes import llama_like
+from zplan.ds_config import DsConfigReading, load_ds_config, read_ds_config
+from zplan.errors import ConfigError
+from zplan.recipe import Recipe
+from zplan.zero_config import BatchSizes
+
+GOLDEN = Path(__file__).parent / "golden"
+SHAPE = llama_like(hidden_size=4096)
+
+
+def read(data: Any, **more: Any) -> DsConfigReading:
+    recipe = more.pop("recipe", Recipe(model="m", train_batch_size=16))
+    return read_ds_config(data, recipe=recipe, shape=SHAPE, world_size=more.pop("world_size", 8), **more)
+
+
+def load(name: str, **more: Any) -> DsConfigReading:
+    recipe = Recipe(model="m", train_batch_size=16)
+    return load_ds_config(GOLDEN / name, recipe=recipe, shape=SHAPE, world_size=8, **more)
+
+
+def problems(data: Any, **more: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        read(data, **more)
+    return "\n".join(caught.value.problems)
+
+
+def zero(**section: Any) -> dict[str, Any]:
+    return {"zero_optimization": section}
+
+
+def test_the_zero2_example_of_transformers_is_read_as_it_stands() -> None:
+    reading = load("transformers_zero2_offload.json", micro_batch=2)
+    section = reading.choice.zero
+    assert section.stage == 2
+    assert section.offload_optimizer.device == "cpu"
+    assert section.reduce_bucket_size == 2 * 10**8
+    assert section.overlaps_comm
+    assert reading.choice.batch == BatchSizes(
+        train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=1, world_size=8
+    )
+    assert reading.recipe.dtype == "bf16", "fp16 auto follows the Trainer"
+    assert reading.warnings == (
+        "allgather_bucket_size has no effect: torch has all_gather_into_tensor (runtime/utils.py)",
+    )
+
+
+def test_auto_is_resolved_as_transformers_resolves_it() -> None:
+    reading = load("transformers_zero3_offload.json")
+    section = reading.choice.zero
+    assert section.reduce_bucket_size == 4096 * 4096
+    assert section.stage3_prefetch_bucket_size == int(0.9 * 4096 * 4096)
+    assert section.stage3_param_persistence_threshold == 10 * 4096
+    assert reading.origins["reduce_bucket_size"] == "auto"
+    assert reading.origins["sub_group_size"] == "user"
+    assert section.stage3_gather_16bit_weights_on_model_save
+    assert reading.warnings == ()
+
+
+def test_unprefixed_stage3_keys_are_read_with_a_warning() -> None:
+    reading = load("axolotl_zero3_unprefixed.json")
+    assert reading.choice.zero.stage3_max_live_parameters == 0
+    assert reading.choice.zero.stage3_gather_16bit_weights_on_model_save
+    assert sum("DeepSpeed reads it as stage3_" in warning for warning in reading.warnings) == 3
+
+
+def test_explicit_sizes_override_the_recipe() -> None:
+    reading = load("accelerate_zero2_plain.json")
+    assert reading.choice.batch.train_batch_size == 1 * 2 * 8
+    assert reading.recipe.max_grad_norm == 0.5
+    assert reading.choice.zero.reduce_bucket_size == 500_000_000
+    assert any("offload_param.device has no effect at stage 2" in warning for warning in reading.warnings)
+
+
+def test_every_mistake_of_a_file_is_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("full_of_mistakes.json")
+    text = str(caught.value)
+    for part in (
+        "4 x gradient_accumulation_steps 2 x world_size 8 = 64",
+        "bf16 and fp16 are both enabled",
+        "did you mean gradient_clipping?",
+        "Apex AMP",
+        "overlap_comm belongs in zero_optimization",
+        "write 500000000 without quotes",
+        "did you mean allgather_bucket_size?",
+        "did you mean stage3_max_live_parameters?",
+        "MiCS has been removed",
+        "buffer_count belongs in offload_optimizer",
+        "offload_optimizer.device is 'gpu', not none, cpu or nvme",
+        "offload_optimizer.ratio is 2, not between 0 and 1",
+    ):
+        assert part in text, part
+    assert caught.value.exit_code == 2
+
+
+def test_knobs_that_do_nothing_are_named() -> None:
+    warnings = read(zero(stage=2, sub_group_size=10**8, stage3_max_live_parameters=1)).warnings
+    assert warnings == (
+        "sub_group_size has no effect at stage 2",
+        "stage3_max_live_parameters has no effect at stage 2",
+    )
+    nvme = read(zero(stage=2, offload_optimizer={"device": "nvme", "nvme_path": "/nvme"})).warnings
+    assert "offload_optimizer.device nvme acts as cpu at stage 2: no file is written" in nvme
+
+
+def test_partial_offload_below_stage_3_is_refused() -> None:
+    assert "partial offload is for stage 3" in problems(
+        zero(stage=2, offload_optimizer={"device": "cpu", "ratio": 0.5})
+    )
+
+
+def test_quantized_communication_is_refused_on_cpu_ranks() -> None:
+    section = zero(stage=3, zero_quantized_weights=True)
+    assert "CUDA quantizer" in problems(section, device_kind="cpu")
+    assert read(section).choice.zero.zero_quantized_weights
+
+
+def test_deprecated_keys_still_act() -> None:
+    reading = read(zero(stage=2, cpu_offload=True))
+    assert reading.choice.zero.offload_optimizer.device == "cpu"
+    assert any("cpu_offload is deprecated" in warning for warning in reading.warnings)
+    assert "refuses it next to" in problems(zero(stage=2, cpu_offload=True, offload_optimizer={"device": "cpu"}))
+
+
+def test_a_grad_norm_that_is_not_computed_cannot_clip() -> None:
+    section = {**zero(stage=2, compute_grad_norm=False), "gradient_clipping": 1.0}
+    assert "set gradient_clipping to 0" in problems(section)
+    assert read({**section, "gradient_clipping": 0}).recipe.max_grad_norm == 0
+
+
+@pytest.mark.parametrize("junk", [[], 3, "text", None])
+def test_a_file_that_is_no_object_is_refused(junk: Any) -> None:
+    with pytest.raises(ConfigError, match="is not a DeepSpeed configuration"):
+        read(junk)
+
+
+ACCEPT_OR_REFUSE: list[dict[str, Any]] = [
+    {},
+    {"stage": 2},
+    {"stage": "2"},
+    {"stage": 2.0},
+    {"stage": 4},
+    {"stage": None},
+    {"stage": True},
+    {"reduce_bucket_size": 5e8},
+    {"reduce_bucket_size": "5e8"},
+    {"reduce_bucket_size": "500000000"},
+    {"reduce_bucket_size": "5_000"},
+    {"reduce_bucket_size": 5.5},
+    {"reduce_bucket_size": 0},
+    {"reduce_bucket_size": None},
+    {"reduce_bucket_size": True},
+    {"allgather_bucket_size": 0},
+    {"sub_group_size": -1},
+    {"sub_group_size": 1e20},
+    {"overlap_comm": "yes"},
+    {"overlap_comm": 1},
+    {"overlap_comm": 2},
+    {"overlap_comm": None},
+    {"contiguous_gradients": None},
+    {"stage": 3, "max_live_parameters": 1e8},
+    {"stage": 3, "max_live_parameters": 1e8, "stage3_max_live_parameters": 1e8},
+    {"stage": 3, "stage3_max_live_paramters": 1e8},
+    {"ratio": 1},
+    {"cpu_offload_params": True},
+    {"cpu_offload_use_pin_memory": True},
+    {"cpu_offload": True, "offload_optimizer": {"device": "cpu"}},
+    {"offload_optimizer": None},
+    {"offload_optimizer": False},
+    {"offload_optimizer": "cpu"},
+    {"offload_optimizer": {"device": "auto", "pin_memory": "auto"}},
+    {"offload_optimizer": {"device": "cpu", "buffer_size": 1e8}},
+    {"offload_optimizer": {"device": "cpu", "ratio": 0.5}, "stage": 2},
+    {"offload_optimizer": {"device": "cpu", "ratio": "0.5"}, "stage": 3},
+    {"offload_optimizer": {"device": "cpu", "ratio": 1.5}, "stage": 3},
+    {"offload_param": {"device": "gpu"}, "stage": 3},
+    {"offload_param": {"device": "cpu", "nvme_path": 3}, "stage": 3},
+    {"compute_grad_norm": False, "stage": 3},
+    {"zero_hpz_partition_size": 0},
+]
+
+
+@pytest.mark.parametrize("section", ACCEPT_OR_REFUSE, ids=str)
+def test_deepspeed_accepts_and_refuses_the_same_sections(section: dict[str, Any]) -> None:
+    config = pytest.importorskip("deepspeed.runtime.zero.config")
+    try:
+        theirs = config.DeepSpeedZeroConfig(**section)
+    except (ValueError, AssertionError):
+        assert problems(zero(**section))
+        return
+    ours = read(zero(**section)).choice.zero
+    assert ours.stage == theirs.stage
+    assert ours.overlaps_comm == theirs.overlap_comm
+    assert ours.reduce_bucket_size == theirs.reduce_bucket_size
+    assert ours.stage3_max_live_parameters == theirs.max_live_parameters
+    offload = theirs.offload_optimizer
+    assert ours.offload_optimizer.device == (offload.device if offload else "none")
+    assert ours.offload_optimizer.ratio == (offload.ratio if offload else 1.0)
+
+
+def test_the_defaults_are_deepspeeds_own() -> None:
+    config = pytest.importorskip("deepspeed.runtime.zero.config")
+    theirs, ours = config.DeepSpeedZeroConfig(stage=3), read(zero(stage=3)).choice.zero
+    for name in ours.__dataclass_fields__:
+        if not name.startswith("offload"):
+            value = theirs.overlap_comm if name == "overlap_comm" else getattr(theirs, name.removeprefix("stage3_"))
+            assert value == (ours.overlaps_comm if name == "overlap_comm" else getattr(ours, name)), name

@@ -1,0 +1,241 @@
+"""Any DeepSpeed JSON from the wild -> a Choice: "auto" filled in as transformers does, every problem at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from zplan.ds_keys import REMOVED_KEYS, TOP_KEYS, ZERO_KEYS, Accepts, read_value
+from zplan.ds_zero import Findings, read_zero_section, refused_combinations
+from zplan.errors import ConfigError
+from zplan.files import load_json
+from zplan.model_shape import ModelShape
+from zplan.recipe import DType, Recipe
+from zplan.settings import apply_settings, hf_auto_zero, nearest
+from zplan.zero_config import BatchSizes, Choice, Origin, ZeroConfig
+
+__all__ = [
+    "DsConfigReading", "apply_settings", "hf_auto_zero", "load_ds_config", "read_ds_config", "refused_combinations",
+]  # fmt: skip
+
+_POSITIVE = Accepts("int", low=1)
+_OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "lion": "lion", "muon": "muon"}
+"""DeepSpeed's optimizer types that a Recipe knows. DeepSpeed's Adam is AdamW (adam_w_mode is on by default)."""
+_BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DsConfigReading:
+    """What a DeepSpeed JSON asks for."""
+
+    choice: Choice
+    recipe: Recipe
+    """The given one with what the file decides: dtype, clipping, optimizer, learning rate, global batch."""
+    origins: Mapping[str, Origin]
+    """Key -> user | auto; keys that are not there have DeepSpeed's default."""
+    warnings: tuple[str, ...]
+    """What DeepSpeed accepts and then ignores, renames or will drop."""
+
+
+def load_ds_config(
+    path: Path | str, *, recipe: Recipe, shape: ModelShape, world_size: int, micro_batch: int | None = None,
+    gradient_checkpointing: bool = True, device_kind: str = "cuda",
+) -> DsConfigReading:  # fmt: skip
+    """Read a file; see `read_ds_config`. Raises ConfigError."""
+    return read_ds_config(
+        load_json(path), recipe=recipe, shape=shape, world_size=world_size, micro_batch=micro_batch,
+        gradient_checkpointing=gradient_checkpointing, device_kind=device_kind, name=str(path),
+    )  # fmt: skip
+
+
+def read_ds_config(
+    data: Any, *, recipe: Recipe, shape: ModelShape, world_size: int, micro_batch: int | None = None,
+    gradient_checkpointing: bool = True, device_kind: str = "cuda", name: str = "ds_config",
+) -> DsConfigReading:  # fmt: skip
+    """Read a DeepSpeed configuration as DeepSpeed 0.19.8 under transformers 5.23.0 would.
+
+    Args:
+        micro_batch: for a micro-batch that the file leaves open (the Trainer's per_device_train_batch_size).
+        gradient_checkpointing: not DeepSpeed's to say: the Trainer's.
+        device_kind: cuda or cpu; some features are CUDA kernels.
+
+    Raises:
+        ConfigError: every problem of the file in one error, under the user's spelling of the keys.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(
+            f"{name} is not a DeepSpeed configuration",
+            because=f"its top is a {type(data).__name__}, not an object", fix='{"zero_optimization": {"stage": 2}}',
+        )  # fmt: skip
+    found = Findings()
+    _check_top_keys(data, found)
+    recipe = _read_recipe(data, recipe, found)
+    batch = _read_batch(data, recipe, world_size, micro_batch, found)
+    zero = read_zero_section(
+        data.get("zero_optimization", {}), hidden_size=shape.hidden_size, device_kind=device_kind, found=found
+    )
+    if zero is not None:
+        _check_together(data, zero, recipe, found)
+    if found.problems or zero is None or batch is None:
+        raise ConfigError(
+            f"{name} cannot be used", problems=tuple(found.problems),
+            because="DeepSpeed 0.19.8 refuses it, or would ignore what it plainly means",
+            fix="mend the lines above and ask again",
+        )  # fmt: skip
+    return DsConfigReading(
+        choice=Choice(zero=zero, batch=batch, gradient_checkpointing=gradient_checkpointing),
+        recipe=replace(recipe, train_batch_size=batch.train_batch_size),
+        origins=found.origins,
+        warnings=tuple(found.warnings),
+    )
+
+
+def _check_top_keys(data: Mapping[str, Any], found: Findings) -> None:
+    for key in data:
+        if key in REMOVED_KEYS:
+            found.problems.append(
+                f"{key}: {REMOVED_KEYS[key]} has been removed, and DeepSpeed refuses the key; delete it"
+            )
+        elif key in TOP_KEYS:
+            continue
+        elif key in ZERO_KEYS:
+            found.problems.append(f"{key} belongs in zero_optimization; at the top DeepSpeed ignores it")
+        elif near := nearest(str(key), TOP_KEYS):
+            found.problems.append(f"{key}: DeepSpeed has no such key and would ignore it; did you mean {near}?")
+        else:
+            found.warnings.append(f"{key}: DeepSpeed has no such key and ignores it")
+    if "activation_checkpointing" in data:
+        found.warnings.append("activation_checkpointing has no effect: transformers' models do not use DeepSpeed's")
+
+
+def _read_recipe(data: Mapping[str, Any], recipe: Recipe, found: Findings) -> Recipe:
+    recipe = replace(recipe, dtype=_read_dtype(data, recipe, found))
+    clipping = data.get("gradient_clipping", 1.0)
+    if clipping != "auto":
+        value, complaint = _number(clipping)
+        if complaint:
+            found.problems.append(f"gradient_clipping {complaint}")
+        else:
+            recipe = replace(recipe, max_grad_norm=value)
+            if "gradient_clipping" in data:
+                found.origins["gradient_clipping"] = "user"
+    else:
+        found.origins["gradient_clipping"] = "auto"
+    return _read_optimizer(data.get("optimizer"), recipe, found)
+
+
+def _number(value: Any) -> tuple[float, str | None]:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf"):
+        return float(value), None
+    return 0.0, f"is {value!r}, not a number from 0 up"
+
+
+def _read_dtype(data: Mapping[str, Any], recipe: Recipe, found: Findings) -> DType:
+    """bf16 or fp16 as enabled; without either section accelerate adds the Trainer's own.
+
+    Source: accelerate 1.15, utils/dataclasses.py:1415 (set_mixed_precision); deepspeed, runtime/config.py:511.
+    """
+    states = {key: _enabled(data, key, found) for key in ("bf16", "fp16")}
+    if states["bf16"] is True and states["fp16"] is True:
+        found.problems.append("bf16 and fp16 are both enabled; DeepSpeed allows one; set fp16.enabled to false")
+    if states["bf16"] is True:
+        return "bf16"
+    if states["fp16"] is True:
+        return "fp16"
+    open_to_trainer = "auto" in states.values() or not {"bf16", "bfloat16", "fp16"} & set(data)
+    return recipe.dtype if open_to_trainer else "fp32"
+
+
+def _enabled(data: Mapping[str, Any], key: str, found: Findings) -> bool | str:
+    """true, false or "auto" of `bf16.enabled` and `fp16.enabled`."""
+    section = data.get(key, data.get("bfloat16", {}) if key == "bf16" else {})
+    if not isinstance(section, Mapping):
+        found.problems.append(f'{key} is {section!r}, not a section; write {{"enabled": true}}')
+        return False
+    value = section.get("enabled", False)
+    if value == "auto":
+        found.origins[f"{key}.enabled"] = "auto"
+        return "auto"
+    read, complaint = read_value(Accepts("bool"), value)
+    if complaint:
+        found.problems.append(f"{key}.enabled {complaint}")
+        return False
+    if "enabled" in section:
+        found.origins[f"{key}.enabled"] = "user"
+    return bool(read)
+
+
+def _read_optimizer(section: Any, recipe: Recipe, found: Findings) -> Recipe:
+    if section is None:
+        return recipe
+    if not isinstance(section, Mapping):
+        found.problems.append(f'optimizer is {section!r}, not a section; write {{"type": "AdamW"}}')
+        return recipe
+    kind = section.get("type")
+    if isinstance(kind, str) and kind.lower() in _OPTIMIZERS:
+        recipe = replace(recipe, optimizer=_OPTIMIZERS[kind.lower()])  # type: ignore[arg-type]
+        found.origins["optimizer.type"] = "user"
+    elif kind is not None:
+        found.warnings.append(f"optimizer.type {kind!r} is counted as {recipe.optimizer}")
+    params = section.get("params", {})
+    rate = params.get("lr", "auto") if isinstance(params, Mapping) else "auto"
+    if rate != "auto":
+        value, complaint = _number(rate)
+        if complaint:
+            found.problems.append(f"optimizer.params.lr {complaint}")
+        else:
+            recipe = replace(recipe, learning_rate=value)
+    return recipe
+
+
+def _read_batch(
+    data: Mapping[str, Any], recipe: Recipe, world_size: int, micro_batch: int | None, found: Findings
+) -> BatchSizes | None:
+    """The batch triangle: what the file gives, the rest from the recipe.
+
+    Source: deepspeed 0.19.8, runtime/config.py (_set_batch_related_parameters, _batch_assertion).
+    """
+    given: dict[str, int] = {}
+    before = len(found.problems)
+    for key in _BATCH_KEYS:
+        value = data.get(key)
+        if value == "auto" or value is None:
+            found.origins[key] = "auto"
+            continue
+        read, complaint = read_value(_POSITIVE, value)
+        if complaint:
+            found.problems.append(f"{key} {complaint}")
+        else:
+            given[key] = read
+            found.origins[key] = "user"
+    if len(found.problems) > before:
+        return None
+    total, micro, steps = (given.get(key) for key in _BATCH_KEYS)
+    if micro is None and total is not None and steps is not None:
+        micro = max(total // (steps * world_size), 1)
+    micro = micro or micro_batch or 1
+    if steps is None:
+        steps = max((total or recipe.train_batch_size) // (micro * world_size), 1)
+        total = total or (recipe.train_batch_size if "train_micro_batch_size_per_gpu" not in given else None)
+    product = micro * steps * world_size
+    if total is not None and total != product:
+        found.problems.append(
+            f"train_batch_size is {total}, but train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps"
+            f' {steps} x world_size {world_size} = {product}; write {product}, or "auto" for one of them'
+        )
+        return None
+    return BatchSizes(train_micro_batch_size_per_gpu=micro, gradient_accumulation_steps=steps, world_size=world_size)
+
+
+def _check_together(data: Mapping[str, Any], zero: ZeroConfig, recipe: Recipe, found: Findings) -> None:
+    """Combinations across sections. Source: deepspeed 0.19.8, runtime/config.py:696, stage_1_and_2.py:213."""
+    section = data.get("zero_optimization")
+    norm = section.get("compute_grad_norm", True) if isinstance(section, Mapping) else True
+    if norm is False and zero.stage in (1, 2) and recipe.max_grad_norm > 0:
+        found.problems.append("compute_grad_norm is false with gradient_clipping on; set gradient_clipping to 0")
+    if str(data.get("gradient_allreduce_op", "mean")).lower() == "sum" and zero.stage == 3:
+        found.problems.append('gradient_allreduce_op is "sum" at stage 3; DeepSpeed refuses it; write "mean"')
+    if zero.stage >= 1 and recipe.dtype == "fp32" and zero.offloads_optimizer:
+        found.warnings.append("neither bf16 nor fp16 is enabled: weights and gradients take 4 bytes an element")

@@ -1,0 +1,224 @@
+"""The zero_optimization section of any DeepSpeed JSON: read as DeepSpeed reads it, with what it would not tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from zplan.ds_keys import (
+    DEPRECATED,
+    OFFLOAD_KEYS,
+    REMOVED_ZERO_KEYS,
+    STAGE3_ALIASES,
+    TOP_KEYS,
+    ZERO_KEYS,
+    Accepts,
+    read_value,
+)
+from zplan.settings import hf_auto_bucket_sizes, nearest
+from zplan.zero_config import OffloadOptimizer, OffloadParam, Origin, ZeroConfig
+
+
+@dataclass(slots=True)
+class Findings:
+    """What a reading collects: everything that is wrong or odd at once, and where each value came from."""
+
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    origins: dict[str, Origin] = field(default_factory=dict)
+
+
+def read_zero_section(section: Any, *, hidden_size: int, device_kind: str, found: Findings) -> ZeroConfig | None:
+    """ZeroConfig of the section; None if problems leave nothing to build."""
+    if isinstance(section, bool):
+        found.warnings.append(f"zero_optimization: {section} is an old form for stage {int(section)}")
+        section = {"stage": int(section)}
+    if not isinstance(section, Mapping):
+        found.problems.append(f"zero_optimization is {section!r}, not a section")
+        return None
+    before = len(found.problems)
+    values = _read_keys(section, ZERO_KEYS, "", hidden_size, found)
+    for name in ("offload_optimizer", "offload_param"):
+        values[name] = _offload(section.get(name), name, hidden_size, found)
+    _apply_deprecated(values, section, found)
+    if len(found.problems) > before:
+        return None
+    values = {key: value for key, value in values.items() if value is not None and _modelled(key)}
+    values["offload_optimizer"] = OffloadOptimizer(**values.get("offload_optimizer", {}))
+    values["offload_param"] = OffloadParam(**values.get("offload_param", {}))
+    zero = ZeroConfig(**values)
+    found.problems += refused_combinations(zero, device_kind=device_kind)
+    found.problems += _refused_in_file(section, zero)
+    found.warnings += dead_knobs(zero, tuple(found.origins))
+    return zero
+
+
+def _modelled(key: str) -> bool:
+    return ZERO_KEYS[key].modelled and key not in DEPRECATED
+
+
+def _read_keys(
+    section: Mapping[str, Any], known: Mapping[str, Accepts], prefix: str, hidden_size: int, found: Findings
+) -> dict[str, Any]:
+    """Key by key: unknown ones, values of another type, "auto"."""
+    values: dict[str, Any] = {}
+    for given, value in section.items():
+        key = STAGE3_ALIASES.get(given, given) if not prefix else given
+        path = f"{prefix}{given}"
+        if not prefix and given in REMOVED_ZERO_KEYS:
+            found.problems.append(f"{path}: {REMOVED_ZERO_KEYS[given]}; delete it")
+        elif key not in known:
+            found.problems.append(_unknown(given, path, known))
+        elif key != given and key in section:
+            found.problems.append(f"{path}: DeepSpeed refuses it next to {key}; keep one of the two")
+        elif value == "auto":
+            values[key] = _auto(given, prefix, section, hidden_size, found)
+        elif known[key].kind != "object":
+            read, complaint = read_value(known[key], value)
+            if complaint:
+                found.problems.append(f"{path} {complaint}")
+            values[key] = read
+            found.origins[f"{prefix}{key}"] = "user"
+            if key != given:
+                found.warnings.append(
+                    f'{path}: DeepSpeed reads it as {key}; spell it so, or "auto" and other tools do not see it'
+                )
+    return values
+
+
+def _unknown(given: str, path: str, known: Mapping[str, Accepts]) -> str:
+    if given in TOP_KEYS and given not in known:
+        return f"{path} belongs at the top of the file, not in zero_optimization"
+    for section, keys in OFFLOAD_KEYS.items():
+        if known is not keys and given in keys:
+            return f"{path} belongs in {section}"
+    near = nearest(given, (*known, *STAGE3_ALIASES) if known is ZERO_KEYS else known)
+    mend = f"did you mean {near}?" if near else "delete it"
+    return f"{path}: DeepSpeed has no such key and refuses it; {mend}"
+
+
+def _auto(given: str, prefix: str, section: Mapping[str, Any], hidden_size: int, found: Findings) -> Any:
+    """Three sizes are filled in by transformers; every other "auto" is dropped by DeepSpeed, without a word."""
+    sizes = hf_auto_bucket_sizes(hidden_size)
+    stage3_only = given.startswith("stage3_")
+    if (
+        not prefix
+        and given in sizes
+        and (not stage3_only or read_value(ZERO_KEYS["stage"], section.get("stage"))[0] == 3)
+    ):
+        found.origins[given] = "auto"
+        return sizes[given]
+    path = f"{prefix}{given}"
+    if given == "stage":
+        found.problems.append('stage is "auto", which nothing fills in; DeepSpeed would run without ZeRO; write 2 or 3')
+        return None
+    prefixed = STAGE3_ALIASES.get(given)
+    if prefixed in sizes:
+        found.warnings.append(f'{path}: "auto" is filled in under {prefixed} only; DeepSpeed takes its own default')
+    elif not (stage3_only and given in sizes):
+        found.warnings.append(f'{path}: nothing fills in this "auto"; DeepSpeed takes its own default')
+    return None
+
+
+def _offload(section: Any, name: str, hidden_size: int, found: Findings) -> dict[str, Any] | None:
+    if section is None or section == "auto":
+        return None
+    if not isinstance(section, Mapping):
+        found.problems.append(f'{name} is {section!r}, not a section; write {{"device": "cpu"}}')
+        return None
+    known = OFFLOAD_KEYS[name]
+    values = _read_keys(section, known, f"{name}.", hidden_size, found)
+    return {key: value for key, value in values.items() if value is not None and known[key].modelled}
+
+
+def _apply_deprecated(values: dict[str, Any], section: Mapping[str, Any], found: Findings) -> None:
+    """cpu_offload and its like: still read, refused next to what replaced them."""
+    for old, new in DEPRECATED.items():
+        if old not in section:
+            continue
+        short = new.removeprefix("stage3_")
+        if new in section or short in section:
+            found.problems.append(f"{old}: DeepSpeed refuses it next to {new}; delete {old}")
+            continue
+        mend = f'"{new}": {{"device": "cpu"}}' if new.startswith("offload") else new
+        found.warnings.append(f"{old} is deprecated; write {mend}")
+        if new.startswith("offload"):
+            values[new] = {"device": "cpu"} if values.get(old) else None
+            found.origins[f"{new}.device"] = "user"
+        else:
+            values[new] = values.get(old)
+            found.origins[new] = "user"
+
+
+def refused_combinations(zero: ZeroConfig, *, device_kind: str) -> Iterator[str]:
+    """What DeepSpeed's checks or the engine refuse although each value alone is fine.
+
+    Source: deepspeed 0.19.8, runtime/zero/config.py (offload_ratio_check), partition_parameters.py:1229,
+    stage3.py:300, 316 and 840, op_builder (QuantizerBuilder is a CUDA kernel).
+    """
+    states, params = zero.offload_optimizer, zero.offload_param
+    if states.ratio < 1.0 and zero.stage != 3:
+        yield f"offload_optimizer.ratio is {states.ratio} at stage {zero.stage}; partial offload is for stage 3"
+    if zero.stage == 3:
+        for name, device, path in (
+            ("offload_optimizer", states.device, states.nvme_path),
+            ("offload_param", params.device, params.nvme_path),
+        ):
+            if device == "nvme" and not path:
+                yield f'{name}.device is nvme, but {name}.nvme_path is not given; add "nvme_path": "/path/on/the/drive"'
+    if device_kind == "cpu":
+        for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
+            if getattr(zero, name) and zero.stage == 3:
+                yield f"{name} needs DeepSpeed's CUDA quantizer, and the ranks are CPUs; delete it"
+
+
+def _refused_in_file(section: Mapping[str, Any], zero: ZeroConfig) -> Iterator[str]:
+    """Combinations with keys that ZeroConfig does not have. Source: runtime/zero/config.py, stage_1_and_2.py:213."""
+    computes, _ = read_value(ZERO_KEYS["compute_grad_norm"], section.get("compute_grad_norm", True))
+    if computes is False and section.get("compute_grad_norm") != "auto":
+        if zero.stage not in (1, 2):
+            yield f"compute_grad_norm is false at stage {zero.stage}; DeepSpeed allows it at stages 1 and 2"
+        elif zero.offloads_optimizer:
+            yield "compute_grad_norm is false with offload_optimizer; DeepSpeed refuses the two together"
+
+
+_NEEDS_STAGE3 = (
+    "sub_group_size", "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights",
+)  # fmt: skip
+_BELOW_STAGE3 = ("round_robin_gradients", "allgather_partitions", "allgather_bucket_size")
+_NVME_ONLY = ("buffer_count", "buffer_size", "max_in_cpu", "nvme_path", "pipeline_read", "pipeline_write", "fast_init")
+
+
+def dead_knobs(zero: ZeroConfig, given: tuple[str, ...]) -> Iterator[str]:
+    """Keys that someone wrote and that change nothing in this configuration."""
+    for path in given:
+        section, _, name = path.rpartition(".")
+        if (section or path) not in ZERO_KEYS or path == "stage":
+            continue
+        if zero.stage == 0 or (zero.stage < 3 and _stage3_only(path, section)):
+            yield f"{path} has no effect at stage {zero.stage}"
+        elif zero.stage == 3 and path in _BELOW_STAGE3:
+            yield f"{path} has no effect at stage 3"
+        elif path == "allgather_bucket_size":
+            yield "allgather_bucket_size has no effect: torch has all_gather_into_tensor (runtime/utils.py)"
+        elif section:
+            yield from _dead_offload_knob(zero, section, name)
+    if zero.stage in (1, 2) and zero.offload_optimizer.device == "nvme":
+        yield f"offload_optimizer.device nvme acts as cpu at stage {zero.stage}: no file is written"
+
+
+def _stage3_only(path: str, section: str) -> bool:
+    return section == "offload_param" or path.startswith("stage3_") or path in _NEEDS_STAGE3
+
+
+def _dead_offload_knob(zero: ZeroConfig, section: str, name: str) -> Iterator[str]:
+    device = zero.offload_optimizer.device if section == "offload_optimizer" else zero.offload_param.device
+    if name == "device":
+        return
+    if device == "none":
+        yield f"{section}.{name} has no effect: {section}.device is none"
+    elif name in _NVME_ONLY and device != "nvme":
+        yield f"{section}.{name} has no effect: {section}.device is {device}"
+    elif name == "super_offload" and zero.stage < 3:
+        yield f"{section}.{name} has no effect at stage {zero.stage}"
