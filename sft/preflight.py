@@ -9,6 +9,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from sft.rows import is_hub_id, read_rows
 from zplan import files
 from zplan.errors import ConfigError, DoesNotFitError, ExitCode
 from zplan.plan import Plan, Rung
@@ -96,8 +97,20 @@ def _stored_dtype(plan: Plan) -> str:
     return str(config.get("dtype", config.get("torch_dtype", "bfloat16")))
 
 
-def check_disk(plan: Plan, output_dir: Path) -> None:
-    """Raises ConfigError if the folder cannot be written, DoesNotFitError if the checkpoints have no room."""
+def check_data(source: str) -> None:
+    """Open a local source and look at its first row, before ranks spend their start on a wrong path.
+
+    Raises:
+        ConfigError: missing, unreadable, of an unknown kind, or empty.
+    """
+    if is_hub_id(source):
+        return
+    if next(iter(read_rows(source)), None) is None:
+        raise ConfigError(f"{source} is empty", because="training needs at least one example", fix="check --dataset")
+
+
+def check_writable(output_dir: Path) -> None:
+    """Raises ConfigError if the folder cannot be made or written."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=output_dir):
@@ -106,6 +119,10 @@ def check_disk(plan: Plan, output_dir: Path) -> None:
         raise ConfigError(
             f"{output_dir} cannot be written: {error.strerror or error}", fix="--output-dir ELSEWHERE"
         ) from error
+
+
+def check_disk(plan: Plan, output_dir: Path) -> None:
+    """Raises DoesNotFitError if the checkpoints have no room."""
     size = checkpoint_bytes(plan)
     if size is None:
         return

@@ -182,10 +182,20 @@ def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
         raise ConfigError(f"{path} is not a readable Parquet file: {error}", fix="write it again") from error
 
 
+def is_hub_id(source: str) -> bool:
+    """True for `owner/name` that is no path here."""
+    return (
+        source.count("/") == 1
+        and not source.startswith((".", "/", "~"))
+        and not source.lower().endswith(SUFFIXES)
+        and not Path(source).exists()
+    )
+
+
 def _read_hub(source: str) -> Iterator[Row | BadRow]:
     import datasets
 
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+    if not is_hub_id(source):
         raise ConfigError(f"{source} does not exist", because="it is no file, folder or Hub id", fix="check --dataset")
     try:
         table = datasets.load_dataset(source, split="train")

@@ -104,10 +104,12 @@ def make_session(options: argparse.Namespace) -> Session:
 def prepare(options: argparse.Namespace) -> Session:
     """Everything that is decided before a rank exists, written to `run.json` in the output folder."""
     session = make_session(options)
+    preflight.check_data(str(session.plan.recipe.dataset))
     plan, notes = preflight.choose_rung(session.plan, fallback=options.fallback, force=options.force)
     session = replace(session, plan=plan)
     session, more = with_resume(session, options.resume)
     output_dir = Path(session.output_dir)
+    preflight.check_writable(output_dir)
     if not options.force:
         preflight.check_disk(plan, output_dir)
     files.save(session, output_dir / SESSION_FILE)
