@@ -16,9 +16,7 @@ _UNCACHEABLE: Any = object()
 _SLICE = torch.ops.aten.slice.Tensor
 _ABSOLUTE = frozenset({torch.ops.aten.as_strided.default})
 """Operations whose result does not move with its argument's storage offset."""
-_FACTORIES = frozenset(
-    {torch.ops.aten.empty.memory_format, torch.ops.aten.zeros.default, torch.ops.aten.ones.default}
-)
+_FACTORIES = frozenset({torch.ops.aten.empty.memory_format, torch.ops.aten.zeros.default, torch.ops.aten.ones.default})
 """Operations without a tensor among their arguments that are asked for often."""
 _SAME, _VIEW, _NEW, _CONSTANT = range(4)
 

@@ -53,8 +53,7 @@ def install_fake_tensor_patches(patches: Patches, tracker: Tracker) -> None:
     patches.set(FakeTensor, "__new__", _new_fake_tensor)
     # torch swaps `.data` without the fake device, and DeepSpeed moves every parameter by `.data =`
     patches.set(torch.Tensor, "data", _data_property())
-    # resizing a storage is not dispatched, so the tracker would miss it
-    patches.set(torch.UntypedStorage, "resize_", _tracked_resize(tracker))
+    install_resize_tracking(patches, tracker)
     # DeepSpeed keys parameters by address and asserts alignment; a fake tensor has no address
     patches.set(torch.Tensor, "data_ptr", _distinct_data_ptr())
     # no stream ever delays a free here
@@ -74,6 +73,12 @@ def install_fake_tensor_patches(patches: Patches, tracker: Tracker) -> None:
     patches.set(partition, "_orig_torch_empty", torch.empty)
     # transformers takes a fake tensor for a sign of tracing and then builds masks that training does not build
     patches.set(importlib.import_module("transformers.utils.import_utils"), "is_fake_tensor", lambda x: False)
+
+
+def install_resize_tracking(patches: Patches, tracker: Tracker) -> None:
+    """The one allocation that is not dispatched, on real and on fake tensors."""
+    # resizing a storage is not dispatched, so the tracker would miss it
+    patches.set(torch.UntypedStorage, "resize_", _tracked_resize(tracker))
 
 
 def install_gpu_patches(patches: Patches, tracker: Tracker) -> None:
@@ -115,6 +120,8 @@ def install_deepspeed_patches(patches: Patches, recorder: CollectiveRecorder) ->
 
 def install_recorder(patches: Patches, recorder: CollectiveRecorder) -> None:
     """The real counterpart: collectives run, and are counted."""
+    # the probe of every op starts compilers
+    patches.set(importlib.import_module("deepspeed.ops"), "__compatible_ops__", {})
     backend = importlib.import_module("deepspeed.comm.torch").TorchBackend
     for name in COLLECTIVES:
         if name in vars(backend):

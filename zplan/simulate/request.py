@@ -30,6 +30,8 @@ class SimulationRequest:
     cuda_answers: bool = False
     """CPU ranks answer DeepSpeed's questions about asynchrony as CUDA does."""
     expandable_segments: bool = False
+    initialise: bool = False
+    """Fill the weights as from_config does; from_pretrained does not, and neither does a simulation unless asked."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:

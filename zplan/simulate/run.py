@@ -29,12 +29,15 @@ from zplan.simulate.patches import (
 )
 from zplan.simulate.report import CollectiveTotal, SimulationReport
 from zplan.simulate.request import SimulationRequest
-from zplan.simulate.selfcheck import check_seams
+from zplan.simulate.selfcheck import VERIFIED, check_seams
 from zplan.simulate.tracker import Tracker
 from zplan.simulate.trainer import REPLACED, Run
 from zplan.zero_config import deepspeed_config
 
-VERSIONED = ("torch", "deepspeed", "transformers", "trl", "peft", "accelerate")
+
+def installed_versions() -> dict[str, str]:
+    """Of the libraries whose code a simulation runs."""
+    return {name: importlib.metadata.version(name) for name in VERIFIED}
 
 
 def simulate_run(request: SimulationRequest) -> SimulationReport:
@@ -57,6 +60,7 @@ def simulate_run(request: SimulationRequest) -> SimulationReport:
         deepspeed_config=deepspeed_config(request.recipe, request.choice, cpu_adam=request.cpu_adam and gpu),
         device=DEVICE if gpu else "cpu",
         steps=request.steps,
+        initialise=request.initialise,
     )
     with simulated_machine(request, tracker, recorder):
         with explained(tracker), fake_mode, tracker:
@@ -149,6 +153,6 @@ def make_report(
         wall_seconds=wall_seconds,
         worker_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         num_operations=tracker.num_operations,
-        versions={name: importlib.metadata.version(name) for name in VERSIONED},
+        versions=installed_versions(),
         replaced=REPLACED,
     )

@@ -2,6 +2,102 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
+import inspect
+from dataclasses import dataclass
+
+from zplan.simulate.report import SimulationError
+
+VERIFIED = {
+    "torch": "2.13",
+    "deepspeed": "0.19",
+    "transformers": "5.23",
+    "trl": "1.16",
+    "peft": "0.21",
+    "accelerate": "1.15",
+}
+"""Release lines that the simulation was compared with real runs on (reports/simulated_vs_real.md)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seam:
+    """One attribute that a patch replaces or the trainer calls."""
+
+    module: str
+    attribute: str
+    parameters: tuple[str, ...] | None = None
+    """Its leading parameters; None where it is no Python function."""
+
+
+SEAMS = (
+    Seam("torch.utils.backend_registration", "_setup_privateuseone_for_python_backend", ("rename", "backend_module")),
+    Seam("torch._subclasses.fake_tensor", "FakeTensor.__new__", ("cls", "fake_mode_or_elem", "elem", "device")),
+    Seam("torch._subclasses.fake_tensor", "FakeTensor._normalize_fake_device", ("device",)),
+    Seam("torch", "Tensor.data_ptr"),
+    Seam("torch", "Tensor.record_stream"),
+    Seam("torch", "Tensor.pin_memory"),
+    Seam("torch", "Tensor.is_pinned"),
+    Seam("torch", "UntypedStorage.resize_"),
+    Seam("torch.nn", "Module._apply", ("self", "fn", "recurse")),
+    Seam("torch.nn.functional", "scaled_dot_product_attention"),
+    Seam("torch.testing._internal.distributed.fake_pg", "FakeStore"),
+    Seam("deepspeed.comm.torch", "TorchBackend.all_gather_into_tensor", ("self",)),
+    Seam("deepspeed.comm.torch", "TorchBackend.reduce_scatter_tensor", ("self",)),
+    Seam("deepspeed.comm.torch", "TorchBackend.all_reduce", ("self",)),
+    Seam("deepspeed.comm.torch", "TorchBackend.broadcast", ("self",)),
+    Seam("deepspeed.comm.comm", "cdb"),
+    Seam("deepspeed.ops", "__compatible_ops__"),
+    Seam("deepspeed.ops.op_builder.builder", "OpBuilder.load", ("self", "verbose")),
+    Seam("deepspeed.ops.op_builder.builder", "OpBuilder.jit_load", ("self", "verbose")),
+    Seam("deepspeed.runtime.zero.utils", "get_lst_from_rank0", ("lst",)),
+    Seam("deepspeed.runtime.zero.partition_parameters", "_orig_torch_tensor"),
+    Seam("deepspeed.runtime.zero.partition_parameters", "_orig_torch_empty"),
+    Seam("deepspeed.accelerator.abstract_accelerator", "DeepSpeedAccelerator.pin_memory", ("self", "tensor")),
+    Seam("transformers.utils.import_utils", "is_fake_tensor", ("x",)),
+    Seam("transformers.initialization", "no_init_weights"),
+    Seam("transformers", "Trainer.get_decay_parameter_names", ("self", "model")),
+    Seam("trl", "SFTTrainer.compute_loss", ("self", "model", "inputs", "return_outputs", "num_items_in_batch")),
+    Seam("trl.trainer.utils", "add_fused_lm_head", ("model",)),
+    Seam("trl.trainer.utils", "_use_triton", ("device",)),
+    Seam("trl.kernels.chunked_logprob", "_use_triton", ("device",)),
+    Seam("trl.kernels.chunked_logprob", "_forward_kernel"),
+    Seam("trl.kernels.chunked_logprob", "_backward_kernel"),
+    Seam("trl.kernels.chunked_logprob", "_addmm_fp32", ("acc", "a", "b")),
+    Seam("accelerate.utils.deepspeed", "map_pytorch_optim_to_deepspeed", ("optimizer",)),
+)
+
 
 def check_seams() -> None:
-    pass
+    """Verify every seam and every version.
+
+    Raises:
+        SimulationError: what moved, all of it at once.
+    """
+    problems = [*filter(None, map(_version_problem, VERIFIED)), *filter(None, map(_seam_problem, SEAMS))]
+    if problems:
+        raise SimulationError(
+            f"the simulation does not fit the installed libraries: {'; '.join(problems)}", broken=True
+        )
+
+
+def _version_problem(package: str) -> str:
+    installed = importlib.metadata.version(package)
+    line = VERIFIED[package]
+    same = installed == line or installed.startswith((f"{line}.", f"{line}+"))
+    return "" if same else f"{package} is {installed}, verified with {line}"
+
+
+def _seam_problem(seam: Seam) -> str:
+    """Why a seam does not hold; empty when it does."""
+    where = f"{seam.module}.{seam.attribute}"
+    try:
+        found = importlib.import_module(seam.module)
+        for part in seam.attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError):
+        return f"{where} is gone"
+    if seam.parameters is None:
+        return ""
+    parameters = tuple(inspect.signature(found).parameters)[: len(seam.parameters)]
+    return "" if parameters == seam.parameters else f"{where} takes {parameters}, not {seam.parameters}"

@@ -5,6 +5,7 @@ Every step is the libraries' own call. The same code runs on fake tensors and, t
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -50,6 +51,8 @@ class Run:
     device: str
     """`simgpu` or `cpu`."""
     steps: int
+    initialise: bool = False
+    """Fill the weights; real tensors need finite ones, fake tensors have none."""
 
 
 def train(run: Run, tracker: Tracker) -> None:
@@ -78,7 +81,7 @@ def build_model(run: Run) -> Any:
     if recipe.method == "qlora":
         raise SimulationError("qlora needs bitsandbytes kernels, which do not run on fake tensors", operation="bnb")
     config = model_config(run.model_config)
-    with no_init_weights():
+    with contextlib.nullcontext() if run.initialise else no_init_weights():
         model: Any = AutoModelForCausalLM.from_config(
             config, dtype=DTYPES[recipe.dtype], attn_implementation=recipe.attention
         )
