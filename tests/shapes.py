@@ -1,9 +1,10 @@
-"""Model shapes made from a few numbers, for tests that need no catalogue and no torch."""
+"""Model shapes and clusters made from a few numbers, for tests that need no catalogue and no torch."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from zplan.hardware import Cluster, DeviceKind, Gpu, Host
 from zplan.model_shape import Block, ModelShape, ParameterShape
 
 
@@ -43,3 +44,24 @@ def _linear(name: str, rows: int, columns: int) -> ParameterShape:
 
 def _norm(name: str, size: int) -> ParameterShape:
     return ParameterShape(name=name, shape=(size,), kind="norm")
+
+
+def described_cluster(
+    *, kind: DeviceKind = "cuda", gpu_bytes: int = 80 << 30, host_bytes: int = 1 << 40, gpus_per_node: int = 8,
+    nodes: int = 1, dense_flops: float | None = 1e15, link: float | None = 400e9, nvme: bool = False,
+    described: bool = True, num_cpus: int = 48,
+) -> Cluster:  # fmt: skip
+    """Round numbers: 1 PFLOP/s, 4 TB/s of device memory, 400 GB/s between GPUs, 50 between nodes and to the host."""
+    return Cluster(
+        gpu=Gpu(
+            name="test", kind=kind, total_bytes=gpu_bytes, free_bytes=gpu_bytes, dense_flops=dense_flops,
+            memory_bytes_per_second=4e12,
+        ),
+        host=Host(
+            total_bytes=host_bytes, available_bytes=host_bytes, num_cpus=num_cpus,
+            nvme_path="/nvme" if nvme else None, nvme_free_bytes=4 << 40 if nvme else None,
+            nvme_bytes_per_second=5e9 if nvme else None,
+        ),
+        gpus_per_node=gpus_per_node, nodes=nodes, intra_node_bytes_per_second=link, inter_node_bytes_per_second=50e9,
+        host_link_bytes_per_second=50e9, described=described,
+    )  # fmt: skip

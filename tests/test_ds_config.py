@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.shapes import llama_like
+from tests.shapes import described_cluster, llama_like
 from zplan.ds_config import DsConfigReading, load_ds_config, read_ds_config
 from zplan.errors import ConfigError
 from zplan.recipe import Recipe
@@ -19,12 +19,13 @@ SHAPE = llama_like(hidden_size=4096)
 
 def read(data: Any, **more: Any) -> DsConfigReading:
     recipe = more.pop("recipe", Recipe(model="m", train_batch_size=16))
-    return read_ds_config(data, recipe=recipe, shape=SHAPE, world_size=more.pop("world_size", 8), **more)
+    cluster = described_cluster(kind=more.pop("device_kind", "cuda"))
+    return read_ds_config(data, recipe=recipe, shape=SHAPE, cluster=cluster, **more)
 
 
 def load(name: str, **more: Any) -> DsConfigReading:
     recipe = Recipe(model="m", train_batch_size=16)
-    return load_ds_config(GOLDEN / name, recipe=recipe, shape=SHAPE, world_size=8, **more)
+    return load_ds_config(GOLDEN / name, recipe=recipe, shape=SHAPE, cluster=described_cluster(), **more)
 
 
 def problems(data: Any, **more: Any) -> str:

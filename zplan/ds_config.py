@@ -11,6 +11,7 @@ from zplan.ds_keys import REMOVED_KEYS, TOP_KEYS, ZERO_KEYS, Accepts, read_value
 from zplan.ds_zero import Findings, read_zero_section, refused_combinations
 from zplan.errors import ConfigError
 from zplan.files import load_json
+from zplan.hardware import Cluster
 from zplan.model_shape import ModelShape
 from zplan.recipe import DType, Recipe
 from zplan.settings import apply_settings, hf_auto_zero, nearest
@@ -40,26 +41,25 @@ class DsConfigReading:
 
 
 def load_ds_config(
-    path: Path | str, *, recipe: Recipe, shape: ModelShape, world_size: int, micro_batch: int | None = None,
-    gradient_checkpointing: bool = True, device_kind: str = "cuda",
+    path: Path | str, *, recipe: Recipe, shape: ModelShape, cluster: Cluster, micro_batch: int | None = None,
+    gradient_checkpointing: bool | None = None,
 ) -> DsConfigReading:  # fmt: skip
     """Read a file; see `read_ds_config`. Raises ConfigError."""
     return read_ds_config(
-        load_json(path), recipe=recipe, shape=shape, world_size=world_size, micro_batch=micro_batch,
-        gradient_checkpointing=gradient_checkpointing, device_kind=device_kind, name=str(path),
+        load_json(path), recipe=recipe, shape=shape, cluster=cluster, micro_batch=micro_batch,
+        gradient_checkpointing=gradient_checkpointing, name=str(path),
     )  # fmt: skip
 
 
 def read_ds_config(
-    data: Any, *, recipe: Recipe, shape: ModelShape, world_size: int, micro_batch: int | None = None,
-    gradient_checkpointing: bool = True, device_kind: str = "cuda", name: str = "ds_config",
+    data: Any, *, recipe: Recipe, shape: ModelShape, cluster: Cluster, micro_batch: int | None = None,
+    gradient_checkpointing: bool | None = None, name: str = "ds_config",
 ) -> DsConfigReading:  # fmt: skip
-    """Read a DeepSpeed configuration as DeepSpeed 0.19.8 under transformers 5.23.0 would.
+    """Read a DeepSpeed configuration as DeepSpeed 0.19.8 under transformers 5.23.0 would, on all ranks of the cluster.
 
     Args:
         micro_batch: for a micro-batch that the file leaves open (the Trainer's per_device_train_batch_size).
-        gradient_checkpointing: not DeepSpeed's to say: the Trainer's.
-        device_kind: cuda or cpu; some features are CUDA kernels.
+        gradient_checkpointing: not DeepSpeed's to say: the Trainer's; None is TRL's default, on.
 
     Raises:
         ConfigError: every problem of the file in one error, under the user's spelling of the keys.
@@ -72,9 +72,9 @@ def read_ds_config(
     found = Findings()
     _check_top_keys(data, found)
     recipe = _read_recipe(data, recipe, found)
-    batch = _read_batch(data, recipe, world_size, micro_batch, found)
+    batch = _read_batch(data, recipe, cluster.world_size, micro_batch, found)
     zero = read_zero_section(
-        data.get("zero_optimization", {}), hidden_size=shape.hidden_size, device_kind=device_kind, found=found
+        data.get("zero_optimization", {}), hidden_size=shape.hidden_size, device_kind=cluster.gpu.kind, found=found
     )
     if zero is not None:
         _check_together(data, zero, recipe, found)
@@ -85,7 +85,7 @@ def read_ds_config(
             fix="mend the lines above and ask again",
         )  # fmt: skip
     return DsConfigReading(
-        choice=Choice(zero=zero, batch=batch, gradient_checkpointing=gradient_checkpointing),
+        choice=Choice(zero=zero, batch=batch, gradient_checkpointing=gradient_checkpointing is not False),
         recipe=replace(recipe, train_batch_size=batch.train_batch_size),
         origins=found.origins,
         warnings=tuple(found.warnings),

@@ -22,6 +22,10 @@ _TYPES: dict[str, Any] = {
 }
 SETTING_NAMES: tuple[str, ...] = tuple(_TYPES)
 """Every key that `--set` takes: DeepSpeed's own, with the section in front inside an offload section."""
+STAGE3_KEYS: dict[str, str] = {
+    name.removeprefix("stage3_"): name for name in SETTING_NAMES if name.startswith("stage3_")
+}
+"""DeepSpeed's field names, which it takes as well as the documented aliases."""
 _TRUE_FALSE = {"true": True, "false": False, "1": True, "0": False}
 
 
@@ -68,7 +72,7 @@ def split_setting(setting: str) -> tuple[str, str]:
     key, text = key.strip().removeprefix("zero_optimization."), text.strip()
     if not equals or not key or not text:
         raise ConfigError(f"--set {setting!r} is not KEY=VALUE", fix="--set sub_group_size=1e8")
-    return (f"stage3_{key}" if f"stage3_{key}" in _TYPES else key), text
+    return STAGE3_KEYS.get(key, key), text
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
