@@ -26,17 +26,24 @@ MARGIN_LOW, MARGIN_HIGH = 0.98, 1.04
 
 
 def estimate_memory(
-    shape: ModelShape, recipe: Recipe, choice: Choice, cluster: Cluster, *, bucket_rule: BucketRule = "engine"
+    shape: ModelShape,
+    recipe: Recipe,
+    choice: Choice,
+    cluster: Cluster,
+    *,
+    bucket_rule: BucketRule = "engine",
+    rank: int | None = None,
 ) -> MemoryEstimate:
     """Peak bytes of every phase for the worst rank, the host of one node, and the NVMe.
 
     Args:
         bucket_rule: which bucket bytes the verdict uses: what the installed engine allocates, or the documentation's
             4.5x rule.
+        rank: whose GPU; None is the rank that holds most.
     """
     on_cpu = cluster.gpu.kind == "cpu"
     laid = layout(shape, recipe)
-    cut, shards = _cut(laid, choice)
+    cut, shards = _cut(laid, choice, rank)
     still = resident(laid, recipe, choice, cut, shards)
     peaks = _replay(shape, recipe, choice, laid, cut, shards, on_cpu)
     terms = _terms(still, peaks)
@@ -56,11 +63,11 @@ def estimate_memory(
     )
 
 
-def _cut(laid: Layout, choice: Choice) -> tuple[Partitions | None, Shards | None]:
+def _cut(laid: Layout, choice: Choice, rank: int | None) -> tuple[Partitions | None, Shards | None]:
     items, world = instances(laid), choice.batch.world_size
     if choice.zero.stage == 3:
         return None, shard(items, choice.zero, world)
-    return (partition(items, world) if choice.zero.stage else None), None
+    return (partition(items, world, rank) if choice.zero.stage else None), None
 
 
 def _replay(

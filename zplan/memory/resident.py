@@ -50,7 +50,15 @@ def _stage0(laid: Layout, recipe: Recipe) -> Resident:
     ]
     if recipe.weight_bytes != FP32:
         terms.append(_term("master weights", FP32 * numel, AFTER_LOAD, f"4 x {numel}", source))
-        terms.append(_term("zero gradients at initialize", FP32 * numel, ("init",), f"4 x {numel}", source))
+        terms.append(
+            _term(
+                "zero gradients at initialize",
+                (FP32 + recipe.weight_bytes) * numel,
+                ("init",),
+                f"(4 + {recipe.weight_bytes}) x {numel}",
+                source,
+            )
+        )
     return Resident(terms=tuple(terms), partition_numel=numel)
 
 
@@ -71,9 +79,15 @@ def _stage12(laid: Layout, recipe: Recipe, choice: Choice, cut: Partitions) -> R
     if not choice.zero.offloads_optimizer:
         after = [
             _term("master weights", FP32 * numel, AFTER_LOAD, f"4 x {numel}", source),
-            _term("optimizer states", states, AFTER_LOAD, f"{recipe.optimizer} on {numel} elements", source),
+            _term(
+                "optimizer states",
+                states,
+                STEPS,
+                f"{recipe.optimizer} on {numel} elements, from the first step",
+                source,
+            ),
         ]
-    made = sum(term.bytes for term in after)
+    made = sum(term.bytes for term in after if "init" in term.phases)
     zeros = 0 if choice.zero.offloads_optimizer else FP32 * numel
     flattening = b * max(cut.padded)
     extra = max(zeros, flattening - made)
@@ -101,18 +115,21 @@ def _stage3(recipe: Recipe, choice: Choice, shards: Shards) -> Resident:
         states = optimizer_state_bytes(recipe.optimizer, numel, num_tensors=len(shards.sub_groups))
         terms += [
             _term("master weights", FP32 * numel, AFTER_LOAD, f"4 x {numel}", source),
-            _term("optimizer states", states, AFTER_LOAD, f"{recipe.optimizer} on {numel} elements", source),
-            _term("gradient partitions", b * numel, AFTER_LOAD, f"{b} x {numel}", source),
             _term(
-                "zero gradients at initialize",
-                FP32 * max(shards.sub_groups),
-                ("init",),
-                "4 x largest sub-group",
+                "optimizer states",
+                states,
+                STEPS,
+                f"{recipe.optimizer} on {numel} elements, from the first step",
                 source,
             ),
+            _term("gradient partitions", b * numel, STEPS, f"{b} x {numel}", source),
         ]
-    if zero.contiguous_gradients:
-        bucket = b * zero.reduce_bucket_size
+    bucket = b * zero.reduce_bucket_size if zero.contiguous_gradients else 0
+    buffers = bucket if zero.offloads_optimizer else max(FP32 * max(shards.sub_groups), b * numel + bucket)
+    terms.append(
+        _term("buffers at initialize", buffers, ("init",), "max(4 x largest sub-group, gradients + bucket)", source)
+    )
+    if bucket:
         terms.append(_term("reduce bucket", bucket, STEPS, f"{b} x {zero.reduce_bucket_size}", source))
     persistent = shards.persistent_bytes
     terms.append(_term("persistent parameters", persistent, STEPS, "gathered for good", source))

@@ -36,8 +36,13 @@ class Partitions:
     """Largest trainable parameter, in elements."""
 
 
-def partition(items: Instances, num_ranks: int) -> Partitions:
+def partition(items: Instances, num_ranks: int, rank: int | None = None) -> Partitions:
     """Cut every optimizer group into N equal partitions.
+
+    Args:
+        rank: whose bytes to count; None takes the rank whose partition touches the most elements.
+
+    The formula, per group:
 
         S = ceil(group / 2 N) * 2
 
@@ -51,7 +56,8 @@ def partition(items: Instances, num_ranks: int) -> Partitions:
         for number in group:
             for owner in owners(items, number, size):
                 touched[owner] += items.numel[number]
-    rank = max(range(num_ranks), key=touched.__getitem__)
+    if rank is None:
+        rank = max(range(num_ranks), key=touched.__getitem__)
     fragments = [
         _fragment(items, number, size, rank)
         for size, group in zip(sizes, items.groups, strict=True)
@@ -155,7 +161,10 @@ class Stage12Engine:
         self.bucket_numel += numel
 
     def end_backward(self) -> None:
-        """The epilogue: what is left is reduced, buckets go, the partition's gradients stay for the step."""
+        """The epilogue: what is left is reduced, buckets go, the partition's gradients stay for the step.
+
+        Source: deepspeed 0.19.8, stage_1_and_2.py:1016 (independent_gradient_partition_epilogue).
+        """
         if not self.reduces_in_hooks:
             for group in self.items.groups:
                 for number in group:
@@ -164,6 +173,9 @@ class Stage12Engine:
         for number in self.waiting:
             self._free(number)
         self.waiting = []
+        for number in list(self.own):
+            if self.contiguous or not self.is_mine(number):
+                self._free(number)
         if self.contiguous:
             self.meter.add(Kind.BUCKETS, -self.bucket_bytes)
 

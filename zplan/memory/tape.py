@@ -273,6 +273,9 @@ class BlockTape:
     """After a forward that kept; includes freeing the saved tensors and the incoming gradient, ends with the
     gradient of the input live."""
     backward_after_recompute: tuple[Step, ...]
+    recompute_whole: tuple[Step, ...]
+    """Reentrant checkpointing knows no early stop: the whole forward runs again."""
+    backward_after_whole: tuple[Step, ...]
 
 
 Build = Callable[[Tape, Value], Value]
@@ -284,7 +287,10 @@ def record_block(build: Build, input_bytes: int, output_bytes: int) -> BlockTape
     kept, kept_backward, last_saving = _run(build, input_bytes, output_bytes, Tape())
     loose, _, _ = _run(build, input_bytes, output_bytes, Tape(keeps=False), keeps_input=True)
     again, again_backward, _ = _run(build, input_bytes, output_bytes, Tape(stop_at=last_saving), keeps_input=True)
+    whole, whole_backward, _ = _run(build, input_bytes, output_bytes, Tape(), keeps_input=True)
     return BlockTape(
+        recompute_whole=whole,
+        backward_after_whole=whole_backward,
         forward=kept,
         forward_without_saving=loose,
         recompute=again,

@@ -19,7 +19,7 @@ from zplan.memory.stage0 import Stage0Engine
 from zplan.memory.stage3 import Shards, Stage3Engine
 from zplan.memory.stage12 import Partitions, Stage12Engine
 from zplan.memory.tape import BlockTape, Event, Step, Tape, Value, record_block
-from zplan.memory.trainable import LaidBlock, Layout
+from zplan.memory.trainable import LaidBlock, Layout, Weight
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.zero_config import Choice
@@ -58,7 +58,10 @@ class Recording:
     head_bytes: int
     """Output weight in the training dtype."""
     head_trains: bool
-    embedding_trains: bool
+    reentrant: bool
+    """Adapters under ZeRO-3 force reentrant checkpointing (trl 1.16.0, sft_trainer.py:872)."""
+    head_is_embedding: bool
+    """Tied: one weight, two gradients that are added before the engine sees them."""
 
 
 _RECORDINGS: dict[tuple[Any, ...], Recording] = {}
@@ -86,9 +89,12 @@ def record(shape: ModelShape, recipe: Recipe, layout: Layout, *, micro_batch: in
 
 def _record(shape: ModelShape, recipe: Recipe, layout: Layout, sizes: Sizes) -> Recording:
     hidden = sizes.bytes(shape.hidden_size)
-    heads = [laid for laid in layout.blocks if laid.block.role == "head"]
+    heads = [
+        weight for laid in layout.blocks if laid.block.role == "head" for weight in laid.weights if is_output(weight)
+    ]
     embeddings = [laid for laid in layout.blocks if laid.block.role == "embedding"]
-    head_trains = any(weight.trainable for laid in (heads or embeddings) for weight in laid.weights)
+    outputs = heads or [laid.weights[0] for laid in embeddings]
+    head_trains = any(weight.trainable for weight in outputs)
     return Recording(
         shape=shape,
         layout=layout,
@@ -108,7 +114,15 @@ def _record(shape: ModelShape, recipe: Recipe, layout: Layout, sizes: Sizes) -> 
         batch_bytes=_batch_bytes(shape, sizes),
         head_bytes=shape.vocab_size * shape.hidden_size * sizes.itemsize,
         head_trains=head_trains,
-        embedding_trains=any(weight.trainable for laid in embeddings for weight in laid.weights),
+        reentrant=recipe.method != "full",
+        head_is_embedding=not heads,
+    )
+
+
+def is_output(weight: Weight) -> bool:
+    """The output projection's weight or bias, in the block that also holds the final norm."""
+    return weight.group == 0 or (
+        weight.name.endswith("bias") and "norm" not in weight.module and "ln_" not in weight.name
     )
 
 
@@ -125,7 +139,7 @@ def _record_one(laid: LaidBlock, shape: ModelShape, sizes: Sizes, hidden: int) -
         return Recorded(
             laid=laid, tape=record_block(build_layer(laid, shape, sizes, modules), hidden, hidden), modules=modules
         )
-    if role == "final":
+    if role in ("final", "head"):
         return Recorded(laid=laid, tape=_record_final(laid, shape, sizes, modules, hidden), modules=modules)
     return Recorded(laid=laid, tape=None, modules=modules)
 
@@ -148,12 +162,15 @@ class Replay:
         self.recording, self.choice, self.meter, self.engine = recording, choice, meter, engine
         self.stage3 = engine if isinstance(engine, Stage3Engine) else None
         self.module_base = module_bases(recording)
+        self.root = root_module(recording)
 
     def run(self) -> None:
         """One micro-step and the update."""
         meter, r = self.meter, self.recording
         meter.start("forward")
         meter.add(Kind.ACTIVATIONS, r.batch_bytes)
+        if self.stage3 is not None:
+            self.stage3.pre_module(self.root)
         self._forward()
         self._loss_forward()
         meter.start("backward")
@@ -189,38 +206,27 @@ class Replay:
         if self.stage3 is not None:
             self.stage3.post_module(self.module_base[index])
 
-    def _gather_head(self, sign: int) -> None:
-        if self.stage3 is not None and self.stage3.num_ranks > 1:
-            self.meter.add(Kind.GATHERED_PARAMETERS, sign * self.recording.head_bytes)
-
     def _loss_forward(self) -> None:
         loss = self.recording.loss
-        self._gather_head(1)
         self.meter.touch(Kind.LOSS, loss.forward)
         self.meter.add(Kind.LOSS, loss.kept)
-        self._gather_head(-1)
+        if self.stage3 is not None:
+            self.stage3.post_module(self.root)
 
     # -- backward ------------------------------------------------------------------------------------------------
     def _loss_backward(self) -> None:
         meter, r = self.meter, self.recording
-        self._gather_head(1)
+        if self.stage3 is not None:
+            self.stage3.pre_module(self.root)
         meter.touch(Kind.LOSS, r.loss.backward)
-        self._gather_head(-1)
         meter.add(Kind.LOSS, -r.loss.kept)
-        head = self._head_number()
-        if r.head_trains and head is not None:
-            self.engine.gradient(head)
+        if r.head_trains and not r.head_is_embedding:
+            for number in output_numbers(r):
+                self.engine.gradient(number)
         elif r.head_trains:
             meter.add(Kind.GRADIENTS, r.head_bytes)
         meter.touch(Kind.LOSS, r.loss.hidden_gradient + r.loss.spread)
         meter.add(Kind.ACTIVATIONS, r.loss.hidden_gradient)
-
-    def _head_number(self) -> int | None:
-        """The output weight; None if it is the embedding's (its gradient waits for the embedding's)."""
-        for index, block in enumerate(self.recording.blocks):
-            if block.laid.block.role == "head":
-                return self.recording.items.base[index]
-        return None
 
     def _backward(self) -> None:
         r = self.recording
@@ -231,25 +237,35 @@ class Replay:
             checkpointed = self._is_checkpointed(block)
             for layer in reversed(range(block.laid.repeat)):
                 if checkpointed:
-                    self._play(block.tape.recompute, index, layer)
-                    self._play(block.tape.backward_after_recompute, index, layer)
-                    self.meter.add(Kind.ACTIVATIONS, -r.hidden_bytes)
+                    again, back = _recomputation(block.tape, reentrant=r.reentrant and self.stage3 is not None)
+                    self._play(again, index, layer)
+                    self._play(back, index, layer)
+                    extra = r.hidden_bytes if back is block.tape.backward_after_whole else 0
+                    self.meter.add(Kind.ACTIVATIONS, -r.hidden_bytes - extra)
                 else:
                     self._play(block.tape.backward, index, layer)
         self._embedding_backward()
+        if self.stage3 is not None:
+            self.stage3.post_module(self.root)
 
     def _embedding_backward(self) -> None:
         r = self.recording
-        if not r.embedding_trains:
-            return
         for index, block in enumerate(r.blocks):
             if block.laid.block.role != "embedding":
                 continue
+            if block.laid.trainable_numel == (0, 0):
+                continue
+            if self.stage3 is not None:
+                self.stage3.pre_module(self.module_base[index])
             for local, weight in enumerate(block.laid.weights):
-                if self._head_number() is None and local == 0:
+                if not weight.trainable:
+                    continue
+                if r.head_is_embedding and local == 0:
                     self.meter.touch(Kind.GRADIENTS, weight.numel * weight.itemsize)
                     self.meter.add(Kind.GRADIENTS, -r.head_bytes)
                 self.engine.gradient(r.items.base[index] + local)
+            if self.stage3 is not None:
+                self.stage3.post_module(self.module_base[index])
 
     def _play(self, steps: Sequence[Step], index: int, layer: int) -> None:
         meter, stage3 = self.meter, self.stage3
@@ -279,6 +295,31 @@ def module_bases(recording: Recording) -> tuple[int, ...]:
     return tuple(bases)
 
 
+def root_module(recording: Recording) -> int:
+    """The number of the model itself.
+
+    The loss reads the head's weight outside the head's module; DeepSpeed registers it as an external parameter of the
+    model, which from the second step on gathers it before everything else.
+
+    Source: deepspeed 0.19.8, runtime/zero/parameter_offload.py (ZeROOrderedDict.__getitem__, iter_params).
+    """
+    last = len(recording.blocks) - 1
+    block = recording.blocks[last]
+    return module_bases(recording)[last] + max(len(block.modules.numbers), 1) * block.laid.repeat
+
+
+def output_numbers(recording: Recording) -> tuple[int, ...]:
+    """The parameters of the output projection; the embedding's weight if they are tied."""
+    found = [
+        recording.items.base[index] + local
+        for index, block in enumerate(recording.blocks)
+        if block.laid.block.role == "head"
+        for local, weight in enumerate(block.laid.weights)
+        if is_output(weight)
+    ]
+    return tuple(found) if found else (recording.items.base[0],)
+
+
 def module_parameters(recording: Recording) -> dict[int, tuple[int, ...]]:
     """Module number -> the parameters it owns."""
     owned: dict[int, list[int]] = {}
@@ -289,15 +330,28 @@ def module_parameters(recording: Recording) -> dict[int, tuple[int, ...]]:
         for layer in range(block.laid.repeat):
             first = recording.items.base[index] + layer * len(block.laid.weights)
             for local, weight in enumerate(block.laid.weights):
-                name = weight.module if weight.module in names else f"{weight.module}.base_layer"
-                module = base + layer * per_layer + names.get(name, names.get(weight.module, 0))
-                owned.setdefault(module, []).append(first + local)
+                local_module = names.get(f"{weight.module}.base_layer", names.get(weight.module))
+                if local_module is None and block.tape is not None:
+                    continue  # the head's own module never runs
+                owned.setdefault(base + layer * per_layer + (local_module or 0), []).append(first + local)
+    owned[root_module(recording)] = list(output_numbers(recording))
     return {module: tuple(numbers) for module, numbers in owned.items()}
+
+
+def _recomputation(tape: BlockTape, *, reentrant: bool) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+    if reentrant:
+        return tape.recompute_whole, tape.backward_after_whole
+    return tape.recompute, tape.backward_after_recompute
+
+
+def _is_embedding(block: Recorded) -> bool:
+    return block.tape is None and block.laid.block.role == "embedding"
 
 
 def fetch_order(recording: Recording, *, checkpointing: bool) -> list[int]:
     """Modules in the order in which a step's trace fetches them."""
-    order: list[int] = []
+    root = root_module(recording)
+    order: list[int] = [root]
     bases = module_bases(recording)
 
     def collect(steps: Sequence[Step], index: int, layer: int) -> None:
@@ -305,19 +359,25 @@ def fetch_order(recording: Recording, *, checkpointing: bool) -> list[int]:
         order.extend(first + a for event, a, _ in steps if event in (Event.PRE_FORWARD, Event.PRE_BACKWARD))
 
     for index, block in enumerate(recording.blocks):
-        if block.tape is None and block.laid.block.role == "embedding":
+        if _is_embedding(block):
             order.append(bases[index])
         for layer in range(block.laid.repeat if block.tape else 0):
             assert block.tape is not None
             collect(block.tape.forward, index, layer)
+    order.append(root)
     for index in reversed(range(len(recording.blocks))):
         tape = recording.blocks[index].tape
         layers = recording.blocks[index].laid
         for layer in reversed(range(layers.repeat if tape else 0)):
             assert tape is not None
             if checkpointing and layers.block.role in ("layer", "encoder_layer"):
-                collect(tape.recompute, index, layer)
+                collect(_recomputation(tape, reentrant=recording.reentrant)[0], index, layer)
             collect(tape.backward, index, layer)
+    order.extend(
+        base
+        for base, block in zip(bases, recording.blocks, strict=True)
+        if _is_embedding(block) and block.laid.trainable_numel != (0, 0)
+    )
     return order
 
 
