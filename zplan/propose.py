@@ -37,7 +37,7 @@ from zplan.zero_config import Choice, OffloadOptimizer, OffloadParam, batch_size
 
 _SEEDS = 4
 """Trials from the baseline and the ranking before the model takes over."""
-_TPE_SUGGESTIONS, _RANDOM_SUGGESTIONS, _NEIGHBOURS = 16, 24, 12
+_TPE_SUGGESTIONS, _RANDOM_SUGGESTIONS, _NEIGHBOURS = 8, 12, 8
 _TRAINER_MICRO_BATCH = 8
 """per_device_train_batch_size of transformers' TrainingArguments."""
 

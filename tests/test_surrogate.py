@@ -1,0 +1,62 @@
+"""What finished trials say about the others."""
+
+from __future__ import annotations
+
+from math import exp, log
+
+import numpy as np
+import pytest
+
+from tests.oracle import TOY_RECIPE, toy_cluster, toy_shape
+from zplan.space import Problem, make_knobs
+from zplan.surrogate import Observation, Surrogate, features
+
+HERE, NEAR, FAR = np.array([0.0, 0.0]), np.array([0.1, 0.0]), np.array([9.0, 9.0])
+
+
+def _ran(point: object, predicted: float, measured: float | None, *, share: float = -1.0) -> Observation:
+    return Observation(
+        point=np.asarray(point),
+        log_predicted=log(predicted),
+        log_measured=log(measured) if measured is not None else None,
+        log_share=share,
+        out_of_memory=measured is None,
+    )
+
+
+def test_without_trials_the_formula_is_believed() -> None:
+    assert Surrogate([]).speed(HERE, log(500))[0] == pytest.approx(log(500))
+
+
+def test_one_trial_corrects_every_speed() -> None:
+    model = Surrogate([_ran(HERE, 100, 50)])
+    assert exp(model.speed(FAR, log(1000))[0]) == pytest.approx(500)  # half of what the formula says, everywhere
+
+
+def test_near_trials_count_more_than_far_ones() -> None:
+    model = Surrogate([_ran(HERE, 100, 100), _ran(FAR, 100, 50)])
+    assert model.speed(NEAR, log(100))[0] > model.speed(FAR, log(100))[0]
+    assert model.speed(NEAR, log(100))[1] < model.speed(np.array([4.0, 4.0]), log(100))[1]
+
+
+def test_out_of_memory_moves_the_limit_below_it() -> None:
+    before = Surrogate([_ran(HERE, 100, 100, share=log(0.7))])
+    after = Surrogate([_ran(HERE, 100, 100, share=log(0.7)), _ran(FAR, 100, None, share=log(0.9))])
+    assert before.fits(log(0.9)) > 0.9
+    assert after.fits(log(0.9)) < 0.2
+    assert after.fits(log(0.7)) > 0.8
+
+
+def test_what_cannot_fit_promises_nothing() -> None:
+    model = Surrogate([_ran(HERE, 100, 100, share=log(0.5)), _ran(FAR, 100, None, share=log(0.6))])
+    assert model.gain(NEAR, log(200), log(2.0)) < 1e-6 < model.gain(NEAR, log(200), log(0.4))
+
+
+def test_an_unordered_knob_is_equally_far_from_all_its_values() -> None:
+    knobs = [
+        knob
+        for knob in make_knobs(Problem(shape=toy_shape(), recipe=TOY_RECIPE, cluster=toy_cluster()))
+        if knob.name == "stage"
+    ]
+    points = [features(knobs, {"stage": stage}) for stage in (0, 1, 3)]
+    assert np.linalg.norm(points[0] - points[1]) == pytest.approx(np.linalg.norm(points[0] - points[2]))
