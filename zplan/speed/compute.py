@@ -72,8 +72,11 @@ def weight_traffic_seconds(work: Work, recipe: Recipe, gpu: Gpu, *, passes: int)
 
 
 def gpu_step_seconds(work: Work, recipe: Recipe, choice: Choice, gpu: Gpu) -> float:
-    """The optimizer's update of this rank's share on the device. 0 if the card's bandwidth is not known."""
-    if gpu.memory_bytes_per_second is None:
+    """The optimizer's update of this rank's share on the device. 0 if the card's bandwidth is not known.
+
+    CPU ranks update in host memory: `offload.cpu_adam_seconds` counts them.
+    """
+    if gpu.memory_bytes_per_second is None or gpu.kind == "cpu":
         return 0.0
     shards = choice.batch.world_size if choice.zero.stage >= 1 else 1
     here = 1.0 - offloaded_share(choice)

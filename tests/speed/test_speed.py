@@ -1,0 +1,222 @@
+"""Step time: hand-worked parts, and properties that hold for any configuration."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.shapes import described_cluster, llama_like
+from zplan.model_shape import Block, ParameterShape
+from zplan.recipe import Recipe
+from zplan.speed.communication import COLLECTIVE_SECONDS, link_bytes_per_second, traffic
+from zplan.speed.compute import ACHIEVABLE_SHARE, backward_flops, flops_per_token, forward_flops
+from zplan.speed.estimate import estimate_speed
+from zplan.speed.offload import (
+    CPU_ADAM_ELEMENTS_PER_SECOND,
+    PAGEABLE_SHARE,
+    cpu_adam_seconds,
+    nvme_seconds,
+    optimizer_link_seconds,
+    parameter_link_seconds,
+)
+from zplan.speed.work import attention_flops, work_of
+from zplan.zero_config import BatchSizes, Choice, OffloadOptimizer, OffloadParam, ZeroConfig
+
+H, F, V, L = 1024, 4096, 32000, 16
+SHAPE = llama_like(hidden_size=H, intermediate_size=F, vocab_size=V, num_hidden_layers=L, num_attention_heads=8)
+LAYERS = L * (4 * H * H + 3 * H * F)
+RECIPE = Recipe(model="m", max_length=2048, train_batch_size=64)
+ATTENTION = L * 4 * (2048 / 2) * H
+"""Forward, per token: scores and values over half the sequence on average."""
+
+
+def choice(*, micro: int = 2, steps: int = 4, world: int = 8, checkpointing: bool = True, **zero: Any) -> Choice:
+    batch = BatchSizes(train_micro_batch_size_per_gpu=micro, gradient_accumulation_steps=steps, world_size=world)
+    return Choice(zero=ZeroConfig(**zero), batch=batch, gradient_checkpointing=checkpointing)
+
+
+def test_full_training_takes_six_flops_per_weight_and_token() -> None:
+    work = work_of(SHAPE, RECIPE)
+    assert work.layer_numel == LAYERS
+    assert work.head_numel == V * H
+    flops = flops_per_token(work, RECIPE, gradient_checkpointing=False)
+    assert flops == pytest.approx(6 * (LAYERS + V * H) + 3.5 * ATTENTION)
+
+
+def test_recomputation_is_one_more_forward_of_the_layers_only() -> None:
+    work = work_of(SHAPE, RECIPE)
+    with_it = flops_per_token(work, RECIPE, gradient_checkpointing=True)
+    without = flops_per_token(work, RECIPE, gradient_checkpointing=False)
+    assert with_it - without == pytest.approx(2 * LAYERS + ATTENTION)
+
+
+def test_lora_needs_no_gradient_of_frozen_weights() -> None:
+    recipe = replace(RECIPE, method="lora", lora_r=8)
+    work = work_of(SHAPE, recipe)
+    adapters = L * 8 * (4 * (H + H) + 3 * (H + F))
+    assert work.adapter_numel == work.trainable_numel == adapters
+    both = forward_flops(work, recipe) + backward_flops(work, recipe)
+    assert both == pytest.approx(4 * (LAYERS + V * H) + 6 * adapters + 3.5 * ATTENTION)
+
+
+def test_a_tied_head_still_multiplies() -> None:
+    tied = llama_like(hidden_size=H, intermediate_size=F, vocab_size=V, num_hidden_layers=L, tie_word_embeddings=True)
+    assert work_of(tied, RECIPE).head_numel == V * H
+
+
+def test_a_token_visits_only_some_experts() -> None:
+    experts = ParameterShape(name="mlp.experts.gate_up_proj", shape=(8, H, F), kind="experts")
+    block = Block(role="layer", path="model.layers.{}", parameters=(experts,), repeat=2)
+    shape = replace(SHAPE, blocks=(block,), num_local_experts=8, num_experts_per_tok=2)
+    assert work_of(shape, RECIPE).layer_numel == 2 * 2 * H * F
+
+
+def test_a_window_shortens_attention() -> None:
+    window = replace(SHAPE, sliding_window=512)
+    assert attention_flops(SHAPE, 2048, masked=True) == L * 4 * 2048 * 1024 * H
+    assert attention_flops(window, 2048, masked=True) == L * 4 * 2048 * (512 - 512 * 512 / (2 * 2048)) * H
+    assert attention_flops(SHAPE, 2048, masked=False) == L * 4 * 2048 * 2048 * H
+    half = replace(window, layer_types=("sliding_attention", "full_attention") * (L // 2))
+    assert (
+        attention_flops(half, 2048, masked=True)
+        == (attention_flops(SHAPE, 2048, masked=True) + attention_flops(window, 2048, masked=True)) / 2
+    )
+
+
+def test_compute_is_flops_over_the_achievable_share() -> None:
+    speed = estimate_speed(SHAPE, RECIPE, choice(world=1, micro=16), described_cluster(gpus_per_node=1))
+    tokens = 16 * 4 * 2048
+    flops = flops_per_token(work_of(SHAPE, RECIPE), RECIPE, gradient_checkpointing=True)
+    assert speed.parts["compute"] == pytest.approx(tokens * flops / (1e15 * ACHIEVABLE_SHARE))
+    assert speed.bound_by == "compute"
+
+
+def test_each_stage_moves_its_own_volume() -> None:
+    num_bytes, ring, link = 2 * SHAPE.num_parameters, 7 / 8, 400e9
+    cluster = described_cluster()
+    seconds = {}
+    for stage in (0, 1, 2, 3):
+        zero = choice(stage=stage, reduce_bucket_size=10**12, stage3_prefetch_bucket_size=10**12)
+        moved = traffic(work_of(SHAPE, RECIPE), RECIPE, zero, cluster)
+        assert moved is not None
+        seconds[stage] = moved
+    all_reduce, gather = 2 * ring * num_bytes / link, ring * num_bytes / link
+    assert seconds[0].total == pytest.approx(all_reduce + COLLECTIVE_SECONDS)
+    assert seconds[1].total == pytest.approx(all_reduce + gather + 2 * COLLECTIVE_SECONDS)
+    assert seconds[2].gradients == pytest.approx(4 * (all_reduce + COLLECTIVE_SECONDS))
+    assert seconds[3].gradients == pytest.approx(4 * (gather + COLLECTIVE_SECONDS))
+    assert seconds[3].parameters == pytest.approx(4 * (2 * gather + 2 * COLLECTIVE_SECONDS))
+
+
+def test_one_gpu_moves_nothing_and_an_unknown_link_gives_no_seconds() -> None:
+    work = work_of(SHAPE, RECIPE)
+    alone = traffic(work, RECIPE, choice(world=1), described_cluster(link=None))
+    assert alone is not None
+    assert alone.total == 0
+    unknown = estimate_speed(SHAPE, RECIPE, choice(), described_cluster(link=None))
+    assert unknown.step_seconds is None
+    assert unknown.tokens_per_second is None
+    assert "compute" in unknown.parts
+
+
+def test_an_unknown_gpu_has_no_speed() -> None:
+    assert estimate_speed(SHAPE, RECIPE, choice(world=1), described_cluster(dense_flops=None)).step_seconds is None
+
+
+def test_a_ring_over_nodes_is_as_fast_as_its_slowest_link() -> None:
+    cluster = described_cluster(nodes=2)
+    assert link_bytes_per_second(cluster, 8) == 400e9
+    assert link_bytes_per_second(cluster, 16) == 50e9
+
+
+def test_optimizer_offload_moves_gradients_down_each_time_and_weights_up_once() -> None:
+    work, cluster = work_of(SHAPE, RECIPE), described_cluster()
+    pinned = choice(stage=2, offload_optimizer=OffloadOptimizer(device="cpu"))
+    share = SHAPE.num_parameters / 8 * 2
+    assert optimizer_link_seconds(work, RECIPE, pinned, cluster) == pytest.approx((4 + 1) * share / 50e9)
+    pageable = choice(stage=2, offload_optimizer=OffloadOptimizer(device="cpu", pin_memory=False))
+    assert optimizer_link_seconds(work, RECIPE, pageable, cluster) == pytest.approx(5 * share / (50e9 * PAGEABLE_SHARE))
+    none = choice(stage=0, offload_optimizer=OffloadOptimizer(device="cpu"))
+    assert optimizer_link_seconds(work, RECIPE, none, cluster) == 0
+
+
+def test_parameter_offload_brings_each_partition_up_twice_a_micro_batch() -> None:
+    offloaded = choice(stage=3, offload_param=OffloadParam(device="cpu"))
+    seconds = parameter_link_seconds(work_of(SHAPE, RECIPE), RECIPE, offloaded, described_cluster())
+    assert seconds == pytest.approx(2 * 4 * SHAPE.num_parameters / 8 * 2 / 50e9)
+
+
+def test_the_cpu_updates_all_partitions_of_its_node() -> None:
+    offloaded = choice(stage=2, offload_optimizer=OffloadOptimizer(device="cpu"))
+    work = work_of(SHAPE, RECIPE)
+    all_cores = cpu_adam_seconds(work, RECIPE, offloaded, described_cluster())
+    assert all_cores == pytest.approx(SHAPE.num_parameters / CPU_ADAM_ELEMENTS_PER_SECOND)
+    half = cpu_adam_seconds(work, RECIPE, offloaded, described_cluster(described=False, num_cpus=24))
+    assert half == pytest.approx(2 * all_cores)
+    two_nodes = replace(offloaded, batch=replace(offloaded.batch, world_size=16))
+    assert cpu_adam_seconds(work, RECIPE, two_nodes, described_cluster(nodes=2)) == pytest.approx(all_cores / 2)
+
+
+def test_partial_offload_updates_only_its_ratio_on_the_cpu() -> None:
+    work, cluster = work_of(SHAPE, RECIPE), described_cluster()
+    whole = choice(stage=3, offload_optimizer=OffloadOptimizer(device="cpu"))
+    part = choice(stage=3, offload_optimizer=OffloadOptimizer(device="cpu", ratio=0.25))
+    assert cpu_adam_seconds(work, RECIPE, part, cluster) == cpu_adam_seconds(work, RECIPE, whole, cluster) / 4
+
+
+def test_nvme_reads_and_writes_three_fp32_states() -> None:
+    swapped = choice(stage=3, offload_optimizer=OffloadOptimizer(device="nvme", nvme_path="/nvme"))
+    seconds = nvme_seconds(work_of(SHAPE, RECIPE), RECIPE, swapped, described_cluster(nvme=True))
+    assert seconds == pytest.approx(2 * 3 * 4 * SHAPE.num_parameters / 5e9)
+    assert nvme_seconds(work_of(SHAPE, RECIPE), RECIPE, swapped, described_cluster()) is None
+
+
+CHOICES = st.builds(
+    choice,
+    micro=st.sampled_from([1, 2, 4]),
+    steps=st.sampled_from([1, 4]),
+    world=st.sampled_from([1, 2, 8]),
+    checkpointing=st.booleans(),
+    stage=st.sampled_from([0, 1, 2, 3]),
+    overlap_comm=st.sampled_from([None, True, False]),
+    offload_optimizer=st.sampled_from([OffloadOptimizer(), OffloadOptimizer(device="cpu")]),
+    offload_param=st.sampled_from([OffloadParam(), OffloadParam(device="cpu")]),
+)
+
+
+@given(CHOICES)
+@settings(max_examples=100, deadline=None)
+def test_a_step_is_never_faster_than_its_arithmetic(chosen: Choice) -> None:
+    speed = estimate_speed(SHAPE, RECIPE, chosen, described_cluster())
+    assert speed.step_seconds is not None
+    assert speed.tokens_per_second is not None
+    assert speed.step_seconds >= speed.parts["compute"]
+    assert speed.step_seconds <= sum(speed.parts.values()) * (1 + 1e-9)
+    assert speed.tokens_per_second == pytest.approx(chosen.batch.train_batch_size * 2048 / speed.step_seconds)
+    assert all(seconds >= 0 for seconds in speed.parts.values())
+
+
+@given(CHOICES)
+@settings(max_examples=100, deadline=None)
+def test_a_faster_link_never_slows_a_step(chosen: Choice) -> None:
+    slow = estimate_speed(SHAPE, RECIPE, chosen, described_cluster(link=50e9)).step_seconds
+    fast = estimate_speed(SHAPE, RECIPE, chosen, described_cluster(link=500e9)).step_seconds
+    assert slow is not None
+    assert fast is not None
+    assert fast <= slow * (1 + 1e-9)
+
+
+@given(CHOICES)
+@settings(max_examples=100, deadline=None)
+def test_overlap_never_slows_a_step(chosen: Choice) -> None:
+    hidden = replace(chosen, zero=replace(chosen.zero, overlap_comm=True))
+    shown = replace(chosen, zero=replace(chosen.zero, overlap_comm=False))
+    cluster = described_cluster()
+    fast, slow = (estimate_speed(SHAPE, RECIPE, item, cluster).step_seconds for item in (hidden, shown))
+    assert fast is not None
+    assert slow is not None
+    assert fast <= slow * (1 + 1e-9)
