@@ -293,8 +293,8 @@ TOPICS: Mapping[str, Topic] = {
         changes=_settings(_ALL_ZERO, ("contiguous_gradients=true", "contiguous_gradients=false")),
     ),
     "gradient_checkpointing": Topic(
-        text="Keeps only the input of each layer and computes the rest again in backward: one more forward of the "
-        "layers for activations of one layer instead of all.",
+        text="Keeps only the input of each layer and computes the rest again in backward. One more forward of the "
+        "layers buys the activations of all layers but one.",
         changes=_checkpointing,
     ),
     "sliding_window": Topic(

@@ -1,0 +1,68 @@
+"""Every option that the tool promises to explain, in words and in bytes."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.shapes import described_cluster, llama_like
+from zplan.errors import ConfigError
+from zplan.explain import TOPICS, Explanation, explain
+from zplan.planner import Fixed, make_choice
+from zplan.recipe import Recipe
+
+SHAPE = llama_like(hidden_size=512, num_hidden_layers=4, vocab_size=8000)
+RECIPE = Recipe(model="m", max_length=512, train_batch_size=16)
+CLUSTER = described_cluster(gpus_per_node=4, nvme=True)
+PROMISED = (
+    "overlap_comm", "allgather_bucket_size", "reduce_bucket_size", "round_robin_gradients", "offload_optimizer",
+    "offload_param", "pin_memory", "stage3_max_live_parameters", "stage3_max_reuse_distance",
+    "stage3_gather_16bit_weights_on_model_save", "sub_group_size", "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold", "contiguous_gradients", "gradient_checkpointing", "sliding_window",
+    "tensor_parallel",
+)  # fmt: skip
+
+
+def ask(key: str, stage: int = 2) -> Explanation:
+    choice = make_choice(SHAPE, RECIPE, CLUSTER, fixed=Fixed(stage=stage))
+    return explain(key, SHAPE, RECIPE, choice, CLUSTER)
+
+
+@pytest.mark.parametrize("key", PROMISED)
+def test_each_option_has_two_or_three_sentences_and_its_effects(key: str) -> None:
+    explanation = ask(key)
+    assert 2 <= len(explanation.text.split(". ")) <= 3 or "(stage 3 only" in explanation.text
+    assert explanation.effects or key in ("sliding_window", "tensor_parallel")
+
+
+def test_nothing_is_explained_that_was_not_promised() -> None:
+    assert set(TOPICS) == set(PROMISED)
+
+
+def test_recomputation_saves_activations_and_costs_speed() -> None:
+    (row,) = ask("gradient_checkpointing").rows
+    assert row.phase_bytes < 0
+    assert row.tokens_per_second is not None
+    assert row.tokens_per_second < 1
+
+
+def test_a_stage_3_option_says_that_it_is_shown_at_stage_3() -> None:
+    assert ask("sub_group_size", stage=2).effects[0].startswith("at stage 3: ")
+    assert not ask("sub_group_size", stage=3).effects[0].startswith("at stage")
+
+
+def test_the_documented_rule_is_named_for_the_buckets() -> None:
+    explanation = ask("allgather_bucket_size")
+    assert explanation.documented_bound_bytes is not None
+    assert "documented 4.5x bound" in explanation.effects[-1]
+
+
+def test_an_unprefixed_or_hyphenated_name_is_understood() -> None:
+    assert ask("max_live_parameters").key == "stage3_max_live_parameters"
+    assert ask("--offload-param").key == "offload_param"
+    assert ask("offload_optimizer.pin_memory").key == "pin_memory"
+
+
+def test_an_unknown_name_lists_the_nearest() -> None:
+    with pytest.raises(ConfigError) as caught:
+        ask("overlap_com")
+    assert caught.value.fix == "--explain overlap_comm"
