@@ -1,0 +1,53 @@
+"""Which launcher started a process, and what it needs before torch is imported."""
+
+from __future__ import annotations
+
+import pytest
+
+from sft.ranks import adopt_slurm, current_rank, environment, launched_by, rank_variables
+from zplan.errors import MachineError
+
+
+def test_a_process_that_nobody_launched_is_no_rank() -> None:
+    assert launched_by({}) is None
+    assert launched_by({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) is None
+
+
+@pytest.mark.parametrize(
+    ("extra", "launcher"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "x"}, "torchrun"),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, "accelerate"),
+        ({}, "deepspeed"),
+    ],
+)
+def test_launchers_are_told_apart_by_their_variables(extra: dict[str, str], launcher: str) -> None:
+    assert launched_by({**rank_variables(rank=1, world_size=2, port=5), **extra}) == launcher
+
+
+def test_srun_variables_become_torch_variables() -> None:
+    variables = {
+        "SLURM_NTASKS": "8",
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "1",
+        "SLURM_NTASKS_PER_NODE": "4",
+        "SLURM_NODELIST": "node1,node2",
+    }
+    assert launched_by(variables) == "srun"
+    adopt_slurm(variables)
+    place = current_rank(variables)
+    assert (place.rank, place.local_rank, place.world_size, place.local_world_size) == (5, 1, 8, 4)
+    assert variables["MASTER_ADDR"] == "node1"
+
+
+def test_a_compressed_node_list_is_refused_with_the_command_that_expands_it() -> None:
+    variables = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODELIST": "node[1-2]"}
+    with pytest.raises(MachineError, match="scontrol show hostnames"):
+        adopt_slurm(variables)
+
+
+def test_cpu_ranks_use_the_cpu_accelerator_and_one_thread() -> None:
+    variables = environment("cpu")
+    assert variables["DS_ACCELERATOR"] == "cpu"
+    assert variables["OMP_NUM_THREADS"] == "1"
+    assert "DS_ACCELERATOR" not in environment("cuda")
