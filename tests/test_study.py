@@ -188,6 +188,21 @@ def test_a_tuner_killed_in_a_trial_loses_only_that_trial_and_runs_it_again(tmp_p
     assert outcome.records[2].key == interrupted
 
 
+def test_a_configuration_that_ends_the_tuner_twice_is_left_alone(tmp_path: Path) -> None:
+    class Deadly:
+        evidence = "measured"
+
+        def run(self, spec: TrialSpec) -> TrialResult:
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            tune(_study(tmp_path), 3, backend=Deadly())
+    outcome = tune(_study(tmp_path), 3)
+    assert outcome.records
+    assert all(record.origin != "baseline" for record in outcome.records)
+
+
 def test_ctrl_c_leaves_a_study_that_resumes(tmp_path: Path) -> None:
     process = _start(_study(tmp_path), 6, 0.4)
     lines = _read_until(process, "started", 2)

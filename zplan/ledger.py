@@ -12,6 +12,7 @@ import os
 import socket
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 STUDY_NAME = "zplan"
 _LOST_OWNER_SECONDS = 6 * 3600.0
 """A trial of another host that runs longer than this is taken for lost: its tuner cannot be looked up from here."""
+_MOST_ATTEMPTS = 2
 T = TypeVar("T")
 Origin = Literal["baseline", "ranking", "search", "confirm"]
 
@@ -116,11 +118,18 @@ class Ledger:
         return tuple(_running(t) for t in trials if "started" in t.user_attrs)
 
     def interrupted(self) -> tuple[Choice, ...]:
-        """Configurations whose tuner died in the middle of the trial, and that nobody has tried again."""
-        done = {record.key for record in self.records()} | {trial.key for trial in self.running()}
+        """Configurations whose tuner died in the middle of the trial, once, and that nobody has tried again."""
+        done = {record.key for record in self.records()} | {trial.key for trial in self.running()} | self.deadly()
+        return tuple({trial.key: trial.choice for trial in self._given_up() if trial.key not in done}.values())
+
+    def deadly(self) -> set[str]:
+        """Keys whose trial was given up twice: whatever ends the tuner there would end it again."""
+        counts = Counter(trial.key for trial in self._given_up())
+        return {key for key, count in counts.items() if count >= _MOST_ATTEMPTS}
+
+    def _given_up(self) -> list[Running]:
         failed = self._study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
-        found = {trial.key: trial.choice for trial in (_running(t) for t in failed if "started" in t.user_attrs)}
-        return tuple(choice for key, choice in found.items() if key not in done)
+        return [_running(trial) for trial in failed if "started" in trial.user_attrs]
 
     def begin(self, space: Space, choice: Choice, *, origin: Origin) -> Running:
         """Store that a trial starts, and by which process."""

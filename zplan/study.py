@@ -185,8 +185,8 @@ class Search:
 
     def __post_init__(self) -> None:
         template = self._spec(self.space.choice({"world_size": 1, "stage": 0}))
-        screen = Screen(self.space, self.formula, template, self.simulator)
-        self._proposer = Proposer(screen, self.shape, self.ranking, seed=self.seed)
+        self._screen = Screen(self.space, self.formula, template, self.simulator)
+        self._proposer = Proposer(self._screen, self.shape, self.ranking, seed=self.seed)
         self._started = time.monotonic()
         self._durations: list[float] = []
 
@@ -227,6 +227,7 @@ class Search:
         if interrupted:
             self.observer.message("a trial that was interrupted is run again")
             return self._proposer.propose(interrupted[0], "search")
+        self._screen.refused |= self.ledger.deadly()
         return self._proposer.next(self.ledger.records(), self.ledger.running())
 
     def _run_one(self, proposal: Proposal) -> Record:

@@ -10,6 +10,7 @@ from tempfile import mkdtemp
 from typing import Literal
 
 from zplan import files
+from zplan.backends.extension_locks import remove_stale_locks
 from zplan.backends.launcher import Launcher, Limits
 from zplan.backends.outcome import Observed, classify
 from zplan.backends.warm import WarmLauncher
@@ -45,6 +46,7 @@ class RealBackend:
             MachineError: the trial's folder cannot be written, too little host memory, a process that will not end.
         """
         _check_ranks(spec)
+        remove_stale_locks()
         out_dir = self._new_folder()
         files.save(spec, out_dir / SPEC_FILE)
         started = time.monotonic()
