@@ -253,8 +253,6 @@ class Replay:
         for index, block in enumerate(r.blocks):
             if block.laid.block.role != "embedding":
                 continue
-            if block.laid.trainable_numel == (0, 0):
-                continue
             if self.stage3 is not None:
                 self.stage3.pre_module(self.module_base[index])
             for local, weight in enumerate(block.laid.weights):
@@ -373,11 +371,7 @@ def fetch_order(recording: Recording, *, checkpointing: bool) -> list[int]:
             if checkpointing and layers.block.role in ("layer", "encoder_layer"):
                 collect(_recomputation(tape, reentrant=recording.reentrant)[0], index, layer)
             collect(tape.backward, index, layer)
-    order.extend(
-        base
-        for base, block in zip(bases, recording.blocks, strict=True)
-        if _is_embedding(block) and block.laid.trainable_numel != (0, 0)
-    )
+    order.extend(base for base, block in zip(bases, recording.blocks, strict=True) if _is_embedding(block))
     return order
 
 
