@@ -34,7 +34,7 @@ def _probe_shape(path: Path, name: str) -> ModelShape:
     _errors.print(f"reading the shape of {name} with transformers (once; cached afterwards)", style="dim")
     from zplan.model_probe import probe_config
 
-    return probe_config(path, name=name)
+    return probe_config(path, name=Path(name).name if Path(name).exists() else name)
 
 
 def _probe_cluster() -> Cluster:
