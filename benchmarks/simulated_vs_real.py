@@ -1,4 +1,6 @@
-"""Simulated against real DeepSpeed on CPU ranks: `python benchmarks/simulated_vs_real.py` writes reports/simulated_vs_real.md.
+"""Simulated against real DeepSpeed on CPU ranks; writes reports/simulated_vs_real.md.
+
+    python benchmarks/simulated_vs_real.py
 
 Both sides run the same trainer code and the same tracker; one on fake tensors and a fake process group, the other on
 real tensors and gloo. Both answer DeepSpeed's questions about asynchrony as CUDA does. No case is left out: one that
@@ -17,32 +19,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.update(
-    DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TQDM_DISABLE="1"
-)
+os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
 
-import torch  # noqa: E402  after the environment
-
-from zplan.hardware import Cluster, Gpu, Host  # noqa: E402
-from zplan.recipe import Recipe  # noqa: E402
-from zplan.simulate.reference import run_on_real_ranks, simulate_in_fork  # noqa: E402
-from zplan.simulate.report import SimulationReport  # noqa: E402
-from zplan.simulate.request import SimulationRequest  # noqa: E402
-from zplan.simulate.run import installed_versions  # noqa: E402
-from zplan.zero_config import BatchSizes, Choice, OffloadOptimizer, OffloadParam, ZeroConfig  # noqa: E402
+from zplan.hardware import Cluster, Gpu, Host
+from zplan.recipe import Recipe
+from zplan.simulate.reference import run_on_real_ranks, simulate_in_fork
+from zplan.simulate.report import SimulationReport
+from zplan.simulate.request import SimulationRequest
+from zplan.simulate.run import installed_versions
+from zplan.simulate.worker import import_libraries
+from zplan.zero_config import BatchSizes, Choice, OffloadOptimizer, OffloadParam, ZeroConfig
 
 REPORT = Path(__file__).parents[1] / "reports" / "simulated_vs_real.md"
 GIB = 1 << 30
-SIZES = dict(
-    hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-    vocab_size=512, max_position_embeddings=512,
-)  # fmt: skip
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 512,
+}  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "tie_word_embeddings": False, **SIZES},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, **SIZES},
     "mistral": {"model_type": "mistral", "tie_word_embeddings": False, "sliding_window": None, **SIZES},
 }
-SMALL = dict(reduce_bucket_size=20_000, stage3_prefetch_bucket_size=20_000, stage3_param_persistence_threshold=100)
+SMALL: dict[str, Any] = {
+    "reduce_bucket_size": 20_000, "stage3_prefetch_bucket_size": 20_000, "stage3_param_persistence_threshold": 100,
+}  # fmt: skip
 """Sizes that matter to a model of 0.2 M parameters as the defaults matter to one of 7 B."""
 CPU_OPTIMIZER, CPU_PARAM = OffloadOptimizer(device="cpu"), OffloadParam(device="cpu")
 
@@ -186,11 +187,11 @@ def render(rows: list[Row]) -> str:
         "",
         f"`python benchmarks/simulated_vs_real.py`, {time.strftime('%Y-%m-%d')}, "
         + ", ".join(f"{name} {version}" for name, version in installed_versions().items())
-        + ". Two optimizer steps, sequences of 64 tokens, models of 0.2 M parameters, bf16; rank 0, bytes of live tensors"
-        " in 512-byte blocks. Both sides run the same trainer and the same tracker; the real side on gloo ranks.",
+        + ". Two optimizer steps, sequences of 64 tokens, models of 0.2 M parameters, bf16; rank 0, bytes of live"
+        " tensors in 512-byte blocks. Both sides run the same trainer and the same tracker; the real side on gloo ranks.",
         "",
-        f"{len(rows)} configurations: {len(done)} ran on both sides, {len(rows) - len(done)} did not. Of those that ran,"
-        f" the whole-run peak is equal to the byte in {exact}; the largest difference of a peak is"
+        f"{len(rows)} configurations: {len(done)} ran on both sides, {len(rows) - len(done)} did not. Of those that"
+        f" ran, the whole-run peak is equal to the byte in {exact}; the largest difference of a peak is"
         f" {max((abs(row.peak_error) for row in done), default=0):.3%}, of a phase"
         f" {max((abs(row.worst_phase_error) for row in done), default=0):.3%};"
         f" collectives (name, count and bytes) are equal in {sum(row.collectives_equal for row in done)}.",
@@ -199,8 +200,8 @@ def render(rows: list[Row]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
         *(table_line(row) for row in rows),
         "",
-        "What this does not show: the kernels that only CUDA has (flash attention, TRL's Triton loss) and the bytes that"
-        " they save, which CPU ranks do not run.",
+        "What this does not show: the kernels that only CUDA has (flash attention, TRL's Triton loss) and the bytes"
+        " that they save, which CPU ranks do not run.",
         "",
     ]
     return "\n".join(lines)
@@ -221,7 +222,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=REPORT)
     parser.add_argument("--only", default="", help="cases whose name contains this")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    import_libraries()
     rows = []
     for case in cases():
         if arguments.only in case.name:

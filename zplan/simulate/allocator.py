@@ -1,4 +1,4 @@
-"""CUDA's caching allocator, replayed on a stream of allocations: reserved bytes, fragmentation, and where the card is full.
+"""CUDA's caching allocator, replayed on a stream of allocations: reserved bytes, and where the card is full.
 
 Source: torch 2.13, c10/cuda/CUDACachingAllocator.cpp and c10/core/CachingDeviceAllocator.h (the constants), with the
 options of PYTORCH_CUDA_ALLOC_CONF under their own names.

@@ -1,4 +1,4 @@
-"""From the stream of allocations to the report: peaks per phase, what was alive at the peak, reserved memory, timeline."""
+"""From the stream of allocations to the report: peaks, what was alive at the peak, reserved memory, timeline."""
 
 from __future__ import annotations
 

@@ -92,7 +92,8 @@ class WorkerClient:
 
     def _read_line(self, seconds: float) -> dict[str, Any] | None:
         """The next answer; None when the worker is gone."""
-        assert self._process is not None and self._process.stdout is not None
+        assert self._process is not None
+        assert self._process.stdout is not None
         deadline = time.monotonic() + seconds
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)

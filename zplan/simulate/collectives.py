@@ -38,7 +38,7 @@ class FinishedWork:
 
 
 class CollectiveRecorder:
-    """Counts calls and bytes per collective; bytes are those of the full tensor (the gather's output, the reduction's input)."""
+    """Counts calls and bytes per collective: a gather's output, a reduction's input."""
 
     def __init__(self) -> None:
         self.totals: dict[str, tuple[int, int]] = {}

@@ -1,4 +1,4 @@
-"""The simulated GPU as a torch device: a Python PrivateUse1 backend with no kernels, so nothing but fake tensors can live on it."""
+"""The simulated GPU as a torch device: a Python PrivateUse1 backend without kernels, for fake tensors only."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ class DispatchCache:
             return tensors[output.argument]
         if output.how == _CONSTANT:
             return output.value
-        with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
+        with torch._C._DisableTorchDispatch():
             inner = torch.empty_strided(
                 output.shape if output.how == _NEW else (0,),
                 output.stride if output.how == _NEW else (1,),
@@ -175,9 +175,13 @@ def _learn_tensor(item: torch.Tensor, tensors: list[FakeTensor], fresh: set[int]
             return _Output(_SAME, argument=number)
     if type(item) is not FakeTensor or item.constant is not None or item.is_sparse or item.is_conj() or item.is_neg():
         return None
-    layout: dict[str, Any] = dict(
-        shape=item.shape, stride=item.stride(), offset=item.storage_offset(), dtype=item.dtype, device=item._fake_device
-    )
+    layout: dict[str, Any] = {
+        "shape": item.shape,
+        "stride": item.stride(),
+        "offset": item.storage_offset(),
+        "dtype": item.dtype,
+        "device": item._fake_device,
+    }
     storage = item.untyped_storage()
     for number, tensor in enumerate(tensors):
         if storage._cdata == tensor.untyped_storage()._cdata:

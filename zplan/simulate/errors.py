@@ -8,7 +8,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
 
 from zplan.simulate.report import SimulationError
 from zplan.simulate.tracker import Tracker
@@ -28,19 +32,19 @@ def explained(tracker: Tracker) -> Iterator[None]:
             module=where,
             operation=str(error.func),
         ) from error
-    except NotImplementedError as error:
+    except (UnsupportedOperatorException, NotImplementedError) as error:
         where = innermost_module(error.__traceback__)
         raise SimulationError(
             f"{where}: {tracker.operation} has no fake kernel ({first_line(error)})",
             module=where,
-            operation=tracker.operation,
+            operation=str(tracker.operation),
         ) from error
     except Exception as error:
         where = innermost_module(error.__traceback__)
         raise SimulationError(
             f"{where}: {type(error).__name__}: {first_line(error)} (in {tracker.phase}, at {tracker.operation})",
             module=where,
-            operation=tracker.operation,
+            operation=str(tracker.operation),
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What a CUDA kernel does that a fake one does not: scratch memory, answers read on the host, shapes that depend on data."""
+"""What a CUDA kernel does that a fake one does not: scratch memory, answers to the host, shapes that follow data."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ Handler = Callable[["Tracker", Any, Any, Any], Any]
 
 
 def read_on_host(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
-    """A device value read by Python. What DeepSpeed reads are overflow and mismatch counts (none) and norms; what others
-    read asks for the common case, such as a mask without padding (yes)."""
+    """A device value read by Python.
+
+    What DeepSpeed reads are overflow and mismatch counts (none) and norms; what others read asks for the common case,
+    such as a mask without padding (yes).
+    """
     dtype = args[0].dtype
     if dtype.is_floating_point:
         return 1.0

@@ -1,4 +1,4 @@
-"""The same run on real tensors and real CPU ranks (gloo), counted by the same tracker: what the simulation is held against."""
+"""The same run on real tensors and real CPU ranks (gloo), counted by the same tracker: what a simulation is held to."""
 
 from __future__ import annotations
 

@@ -30,6 +30,7 @@ from zplan.simulate.patches import (
 from zplan.simulate.report import CollectiveTotal, SimulationReport
 from zplan.simulate.request import SimulationRequest
 from zplan.simulate.selfcheck import VERIFIED, check_seams
+from zplan.simulate.trace import write_trace
 from zplan.simulate.tracker import Tracker
 from zplan.simulate.trainer import REPLACED, Run
 from zplan.zero_config import deepspeed_config
@@ -62,20 +63,17 @@ def simulate_run(request: SimulationRequest) -> SimulationReport:
         steps=request.steps,
         initialise=request.initialise,
     )
-    with simulated_machine(request, tracker, recorder):
-        with explained(tracker), fake_mode, tracker:
-            trainer.train(run, tracker)
+    with simulated_machine(request, tracker, recorder), explained(tracker), fake_mode, tracker:
+        trainer.train(run, tracker)
     report = make_report(request, tracker, recorder, wall_seconds=time.monotonic() - started)
     if request.trace:
-        from zplan.simulate.trace import write_trace
-
         write_trace(request.trace, tracker, recorder)
     return report
 
 
 @contextlib.contextmanager
 def simulated_machine(request: SimulationRequest, tracker: Tracker, recorder: CollectiveRecorder) -> Iterator[None]:
-    """Device, accelerator, process group and patches of a simulated cluster; everything but the device's name is undone."""
+    """Device, accelerator, process group and patches of a simulated cluster; all but the device's name is undone."""
     cluster = request.cluster
     world_size = request.choice.batch.world_size
     gpu = cluster.gpu.kind == "cuda"

@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 from zplan.simulate.report import SimulationError
 
@@ -92,7 +93,7 @@ def _seam_problem(seam: Seam) -> str:
     """Why a seam does not hold; empty when it does."""
     where = f"{seam.module}.{seam.attribute}"
     try:
-        found = importlib.import_module(seam.module)
+        found: Any = importlib.import_module(seam.module)
         for part in seam.attribute.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError):

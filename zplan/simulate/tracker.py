@@ -1,4 +1,4 @@
-"""Tracker: every storage that comes and goes, per kind of memory, with the phase, the category and the call that asked for it.
+"""Tracker: every storage that comes and goes, by kind of memory, with its phase, category and call site.
 
 It sits above the fake tensors as a dispatch mode, so it sees what a real device would be asked for, and nothing of how
 fake tensors work inside. The same class counts real tensors, which is how the simulation is checked.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Block:
     category: Category | None = None
 
 
-class Tracker(TorchDispatchMode):
+class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts bytes per kind of memory and keeps the whole stream of allocations and frees.
 
     Args:
@@ -47,7 +48,7 @@ class Tracker(TorchDispatchMode):
     """
 
     def __init__(self, kinds: dict[str, MemoryKind], *, fake_mode: FakeTensorMode | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kinds = kinds
         self.fake = fake_mode is not None
         self.phase = "load"
@@ -64,7 +65,8 @@ class Tracker(TorchDispatchMode):
         """Optimizer step -> floating point operations."""
         self.step_index = 0
         self.host_reads: dict[str, int] = {}
-        self.operation = ""
+        self.operation: Any = ""
+        """The operation that was dispatched last."""
         self._pin_next = False
         self.run = DispatchCache(self.track, fake_mode) if fake_mode is not None else self.run_and_track
         self.enter_phase("load")
@@ -75,6 +77,7 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.num_operations += 1
+        self.operation = func
         special = kernels.SPECIAL.get(func)
         if special is not None and (self.fake or func in kernels.COUNTED):
             return special(self, func, args, kwargs or {})
@@ -100,7 +103,7 @@ class Tracker(TorchDispatchMode):
         if self._pin_next and kind == "host":
             kind = "pinned"
         block = self._allocate(kind, storage.nbytes())
-        self.live[key] = (block, weakref.ref(storage, lambda _, key=key: self._forget(key)))
+        self.live[key] = (block, weakref.ref(storage, partial(self._forget, key)))
 
     def _allocate(self, kind: MemoryKind, requested: int) -> Block:
         counted = (requested + 511) & ~511 if kind == "gpu" else requested
@@ -116,7 +119,7 @@ class Tracker(TorchDispatchMode):
             self.current[block.kind] -= block.counted_bytes
             self.events.append((FREE, block, self.num_operations))
 
-    def _forget(self, key: int) -> None:
+    def _forget(self, key: int, _: object = None) -> None:
         entry = self.live.pop(key, None)
         if entry is not None:
             self._release(entry[0])
@@ -177,7 +180,7 @@ _PACKAGES = ("deepspeed/", "transformers/", "trl/", "peft/", "accelerate/")
 
 
 def call_site() -> str:
-    """`file:line function` of the innermost frame that is not torch's or ours; in a plain backward, the autograd node."""
+    """`file:line function` of the innermost frame outside torch and this package, or the autograd node."""
     frame: Any = sys._getframe(2)
     while frame is not None:
         path = frame.f_code.co_filename

@@ -1,6 +1,6 @@
 """The training run itself, as transformers, TRL, PEFT, accelerate and DeepSpeed perform it, with the phases marked.
 
-Every step is the libraries' own call. The same code runs on fake tensors and, to check the simulation, on real CPU ranks.
+Every step is the libraries' own call. The same code runs on fake tensors and, as a check, on real CPU ranks.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,7 +37,7 @@ OPTIMIZERS: dict[str, Any] = {
 REPLACED = (
     "weights are not read and not initialised (no_init_weights)",
     "the data loader: every batch holds sequences of max_length tokens, no padding, every label counted",
-    "Trainer's loop: TRL's compute_loss, accelerate's backward and step in Trainer's order, without callbacks or logging",
+    "Trainer's loop: TRL's compute_loss, accelerate's backward and step in its order, no callbacks, no logging",
 )
 
 
@@ -137,7 +138,7 @@ def build_engine(run: Run, model: Any, tracker: Tracker) -> Any:
     label_states(engine, tracker)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda p: label_gradient(p, tracker))
+            parameter.register_post_accumulate_grad_hook(partial(label_gradient, tracker=tracker))
     return engine
 
 
@@ -185,12 +186,12 @@ def trainer_stand_in(run: Run, engine: Any) -> Any:
 def batch(run: Run) -> dict[str, torch.Tensor]:
     """One micro-batch of the longest sequences."""
     shape = (run.choice.batch.train_micro_batch_size_per_gpu, run.recipe.max_length)
-    make = lambda: torch.ones(shape, dtype=torch.int64, device=run.device)  # noqa: E731
-    return {"input_ids": make(), "attention_mask": make(), "labels": make()}
+    names = ("input_ids", "attention_mask", "labels")
+    return {name: torch.ones(shape, dtype=torch.int64, device=run.device) for name in names}
 
 
 def optimizer_step(run: Run, engine: Any, trainer: Any, tracker: Tracker) -> None:
-    """One optimizer step as Trainer._run_epoch, SFTTrainer.compute_loss and accelerate's DeepSpeedEngineWrapper do it."""
+    """One optimizer step as Trainer._run_epoch and accelerate's DeepSpeedEngineWrapper do it."""
     tracker.enter_phase("forward")
     accumulation = run.choice.batch.gradient_accumulation_steps
     batches = [batch(run) for _ in range(accumulation)]
@@ -217,8 +218,7 @@ def compute_loss(run: Run, engine: Any, trainer: Any, inputs: dict[str, Any], nu
         return loss
     if run.recipe.loss == "liger":
         raise SimulationError("liger's Triton kernels do not run on fake tensors", operation="liger_kernel")
-    loss = SFTTrainer.compute_loss(trainer, engine, inputs, num_items_in_batch=num_items)
-    return loss
+    return SFTTrainer.compute_loss(trainer, engine, inputs, num_items_in_batch=num_items)  # type: ignore[no-any-return]
 
 
 def label_parameters(model: Any, tracker: Tracker) -> None:
@@ -227,7 +227,7 @@ def label_parameters(model: Any, tracker: Tracker) -> None:
         tracker.categorise(getattr(parameter, "ds_tensor", None), "parameters")
 
 
-def label_gradient(parameter: torch.Tensor, tracker: Tracker) -> None:
+def label_gradient(parameter: torch.Tensor, *, tracker: Tracker) -> None:
     """A gradient that autograd has made; one that DeepSpeed has moved into a bucket by then stays the bucket's."""
     if parameter.grad is not None:
         block = tracker.block_of(parameter.grad)

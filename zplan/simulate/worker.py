@@ -6,6 +6,8 @@ for the next. It ends when stdin does.
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import signal
@@ -26,12 +28,27 @@ ENVIRONMENT = {
 """No real GPU, no network, one core; set before torch is imported."""
 
 
+LIBRARIES = (
+    "zplan.simulate.run",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # imports torch's compiler
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.module_inject.auto_ep_layer",
+    "peft.utils.transformers_weight_conversion",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.mistral.modeling_mistral",
+    "transformers.models.qwen2.modeling_qwen2",
+    "transformers.models.qwen3.modeling_qwen3",
+    "transformers.models.gemma3.modeling_gemma3",
+)
+"""What runs import late, and the most asked-for families."""
+
+
 def main() -> None:
     """Serve until stdin ends."""
     os.environ.update(ENVIRONMENT)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no answer
-    _import_libraries()
+    import_libraries()
     answers.write(json.dumps({"ready": os.getpid()}) + "\n")
     answers.flush()
     for line in sys.stdin:
@@ -39,13 +56,18 @@ def main() -> None:
             _answer_in_child(line, answers)
 
 
-def _import_libraries() -> None:
+def import_libraries() -> None:
+    """Everything that a run imports, so that no fork imports it again."""
+    for name in LIBRARIES:
+        importlib.import_module(name)
     import torch
 
-    torch.set_num_threads(1)
     from zplan.simulate.device import register_device
 
+    torch.set_num_threads(1)
     register_device()
+    gc.collect()
+    gc.freeze()  # forks neither scan nor copy what the imports left
 
 
 def _answer_in_child(line: str, answers: IO[str]) -> None:

@@ -1,0 +1,106 @@
+"""The dry run through its worker, on a model of 0.1 M parameters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.simulate.conftest import GIB, TINY_LLAMA, TINY_NUMEL, question
+from zplan.simulate.client import SimulationTimeoutError, WorkerClient
+from zplan.simulate.report import SimulationError, SimulationReport
+
+
+def bytes_of(report: SimulationReport, name: str) -> int:
+    return next(item.bytes for item in report.collectives if item.name == name)
+
+
+def test_zero2_reduces_and_gathers_the_model_once_a_step(worker: WorkerClient) -> None:
+    report = worker.ask(question(2))
+    padded = -(-TINY_NUMEL // 8) * 8
+    assert abs(bytes_of(report, "all_gather_into_tensor") - 2 * 2 * padded) <= 2 * 2 * 2 * 8
+    assert report.categories["parameters"] >= 2 * TINY_NUMEL
+
+
+def test_adam_states_are_eight_bytes_a_parameter_shared_by_the_ranks(worker: WorkerClient) -> None:
+    report = worker.ask(question(2, zero={"reduce_bucket_size": 1000}))
+    assert report.categories["optimizer"] == pytest.approx(8 * TINY_NUMEL / 4, abs=16 * 512)
+
+
+def test_offloaded_states_leave_the_gpu_for_pinned_memory(worker: WorkerClient) -> None:
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    with_offload = worker.ask(question(2, zero=_offloads(offload)))
+    without = worker.ask(question(2))
+    assert "optimizer" not in with_offload.categories
+    assert with_offload.pinned_phases["step"] >= 4 * TINY_NUMEL // 4
+    assert without.pinned_phases["step"] == 0
+    assert with_offload.device_to_host_bytes > without.device_to_host_bytes
+
+
+def test_zero3_holds_less_than_zero2_at_idle(worker: WorkerClient) -> None:
+    two, three = worker.ask(question(2)), worker.ask(question(3))
+    assert three.categories["parameters"] < two.categories["parameters"]
+
+
+def test_categories_add_up_to_the_peak(worker: WorkerClient) -> None:
+    report = worker.ask(question(3))
+    assert sum(report.categories.values()) == report.gpu_allocated_bytes
+    assert report.gpu_allocated_bytes == max(report.allocated_phases.values())
+    assert report.gpu_reserved_bytes >= report.gpu_allocated_bytes
+
+
+def test_two_answers_to_one_question_are_equal(worker: WorkerClient) -> None:
+    first, second = worker.ask(question(3)), worker.ask(question(3))
+    assert first.allocated_phases == second.allocated_phases
+    assert first.collectives == second.collectives
+
+
+def test_lora_trains_only_its_adapters(worker: WorkerClient) -> None:
+    report = worker.ask(question(2, recipe={"method": "lora", "lora_r": 4}))
+    assert report.categories.get("optimizer", 0) < 8 * TINY_NUMEL // 4
+
+
+def test_a_full_card_is_reported_in_pytorchs_words(worker: WorkerClient) -> None:
+    report = worker.ask(question(0, card_bytes=4 << 20))
+    assert report.oom_message.startswith("CUDA out of memory. Tried to allocate")
+
+
+def test_a_model_that_needs_downloaded_code_is_named(worker: WorkerClient) -> None:
+    config = {**TINY_LLAMA, "model_type": "brand_new", "auto_map": {"AutoModelForCausalLM": "modeling.BrandNew"}}
+    with pytest.raises(SimulationError, match="trust_remote_code") as caught:
+        worker.ask(question(2, config=config))
+    assert caught.value.module == "modeling.BrandNew"
+
+
+def test_what_cannot_be_simulated_names_the_operation(worker: WorkerClient) -> None:
+    with pytest.raises(SimulationError) as caught:
+        worker.ask(question(2, recipe={"optimizer": "adamw_8bit"}))
+    assert caught.value.operation == "adamw_8bit"
+
+
+def test_cpu_ranks_are_simulated_too(worker: WorkerClient) -> None:
+    report = worker.ask(question(2, kind="cpu", world_size=2))
+    assert report.gpu_allocated_bytes > 0
+    assert report.host_to_device_bytes == 0
+
+
+def test_the_trace_opens_in_perfetto(worker: WorkerClient, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    worker.ask(question(2, trace=str(path)))
+    events = json.loads(path.read_text())["traceEvents"]
+    assert {"M", "X"} <= {event["ph"] for event in events}
+    assert {"forward", "backward", "step"} <= {event["name"] for event in events}
+
+
+def test_a_deadline_ends_the_worker_and_the_next_question_starts_another() -> None:
+    with WorkerClient() as own:
+        with pytest.raises(SimulationTimeoutError):
+            own.ask(question(3), deadline_seconds=0.0)
+        assert own.ask(question(0, card_bytes=GIB)).gpu_allocated_bytes > 0
+
+
+def _offloads(sections: dict[str, dict[str, str]]) -> dict[str, object]:
+    from zplan.zero_config import OffloadOptimizer
+
+    return {"offload_optimizer": OffloadOptimizer(**sections["offload_optimizer"])}  # type: ignore[arg-type]
