@@ -302,7 +302,8 @@ def render(rows: dict[str, list[dict[str, int | None]]], *, budget: int, seeds: 
     lines = [
         "# Trials until within 3 % of the best", "",
         f"`python -m benchmarks.tuner_search`: {budget} trials, {seeds} seed(s), {seconds / 60:.0f} min. A dash: "
-        "not within the budget. Several seeds: the median (a dash counts as more than the budget).", "",
+        "not within the budget. Several seeds: the median (a dash counts as more than the budget). "
+        f"{len(rows)} of {len(PROBLEMS)} problems.", "",
         "| problem | " + " | ".join(METHODS) + " |", "|---" * (len(METHODS) + 1) + "|",
     ]  # fmt: skip
     everything: dict[str, list[int]] = {name: [] for name in METHODS}
@@ -342,9 +343,9 @@ def main() -> None:
         for done in as_completed(waiting):
             name, results = done.result()
             rows[name] = results
-            print(name, results, f"{time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-    text = render(rows, budget=options.budget, seeds=options.seeds, seconds=time.monotonic() - started)
-    save_text(text, options.out)
+            seconds = time.monotonic() - started
+            print(name, results, f"{seconds:.0f} s", file=sys.stderr, flush=True)
+            save_text(render(rows, budget=options.budget, seeds=options.seeds, seconds=seconds), options.out)
 
 
 if __name__ == "__main__":
