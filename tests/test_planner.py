@@ -140,7 +140,7 @@ def test_recomputation_is_a_fix_with_its_price() -> None:
 
 
 def test_when_nothing_fits_each_offered_change_makes_something_fit() -> None:
-    shape = llama_like(hidden_size=1024, num_hidden_layers=12, vocab_size=8000)
+    shape = llama_like(hidden_size=4096, intermediate_size=16384, num_hidden_layers=4, vocab_size=32000)
     recipe = replace(RECIPE, max_length=2048)
     one = rank_candidates(shape, recipe, described_cluster(gpus_per_node=1), fixed=Fixed(micro_batch=1))
     least = min(candidate.memory.gpu.used.low for candidate in one)

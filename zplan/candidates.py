@@ -200,15 +200,27 @@ def best_micro_batch(
 ) -> Candidate:
     """The largest micro-batch that fits, or the smallest one when none does.
 
-    Bisection: a larger micro-batch never needs less memory. Among those that fit, larger is never slower here.
+    A larger micro-batch never needs less memory, and is never slower here: both ends first, then bisection.
+
+    Args:
+        choices: one strategy, from the smallest micro-batch to the largest.
     """
-    best = evaluate(shape, recipe, choices[0], cluster, bucket_rule=bucket_rule)
+
+    def ask(index: int) -> Candidate:
+        return evaluate(shape, recipe, choices[index], cluster, bucket_rule=bucket_rule)
+
     low, high = 0, len(choices) - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        tried = evaluate(shape, recipe, choices[middle], cluster, bucket_rule=bucket_rule)
+    best = ask(high)
+    if best.tier == 0 or high == 0:
+        return best
+    best = ask(low)
+    if best.tier > 0:
+        return best
+    while high - low > 1:
+        middle = (low + high) // 2
+        tried = ask(middle)
         if tried.tier == 0:
             best, low = tried, middle
         else:
-            high = middle - 1
+            high = middle
     return best

@@ -117,13 +117,15 @@ def _best_on(
     smallest: dict[Choice, Candidate] = {}
     for choice, ladder in by_speed:
         first = ladder[0]
-        if first not in smallest:
-            smallest[first] = evaluate(shape, recipe, first, cluster, bucket_rule=bucket_rule)
-        if smallest[first].tier > 0:
+        if first in smallest and smallest[first].tier > 0:
             continue
         tried = evaluate(shape, recipe, choice, cluster, bucket_rule=bucket_rule)
         if tried.tier == 0:
             return tried
+        if first not in smallest:
+            smallest[first] = (
+                tried if choice == first else evaluate(shape, recipe, first, cluster, bucket_rule=bucket_rule)
+            )
     return min(smallest.values(), key=_rank)
 
 
