@@ -229,7 +229,7 @@ def load_model(model_path: str, recipe: Recipe, *, weights: Literal["random", "r
             quantization_config=_quantization(recipe),
             **common,
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"no model can be loaded from {model_path}: {str(error).splitlines()[0]}",
             because="a folder with config.json and *.safetensors is needed; pickled weights are not loaded",

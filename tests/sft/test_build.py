@@ -1,0 +1,96 @@
+"""zplan's names become those of transformers, TRL and PEFT; DeepSpeed's configuration stays as it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from sft import build
+from sft.ranks import free_port, rank_variables
+from tests.sft.warm import make_plan, make_recipe
+from zplan.errors import ConfigError
+from zplan.plan import Plan
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world() -> Iterator[None]:
+    """A process group of one: transformers asks DeepSpeed for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in rank_variables(rank=0, world_size=1, port=free_port()).items():
+            patch.setenv(name, value)
+        build.init_process_group("cpu", timeout_seconds=60)
+        yield
+        torch.distributed.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def config(plan: Plan, out: Path, **run: Any) -> Any:
+    given = {"output_dir": out, "max_steps": 1, "learning_rate": 1e-3, "seed": 1, **run}
+    return build.sft_config(plan.recipe, plan.choice, plan.deepspeed, build.Run(**given), "cpu")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_the_plan_s_deepspeed_configuration_is_handed_over_as_it_is(tmp_path: Path, stage: int) -> None:
+    plan = make_plan(make_recipe(tmp_path, None), stage=stage)
+    args = config(plan, tmp_path)
+    added = {"steps_per_print": math.inf}  # transformers silences the engine's own progress lines
+    assert args.hf_deepspeed_config.config == {**plan.deepspeed, **added}
+
+
+def test_batch_clipping_and_length_are_the_recipe_s(tmp_path: Path) -> None:
+    plan = make_plan(make_recipe(tmp_path, None, max_grad_norm=0.3))
+    args = config(plan, tmp_path)
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 8
+    assert args.max_grad_norm == plan.deepspeed["gradient_clipping"] == 0.3
+    assert args.max_length == 64
+    assert not args.bf16
+
+
+def test_checkpointing_is_reentrant_only_where_peft_and_zero3_need_it(tmp_path: Path) -> None:
+    def reentrant(method: str, stage: int) -> object:
+        plan = make_plan(make_recipe(tmp_path, None, method=method), stage=stage)
+        args = config(plan, tmp_path)
+        return args.activation_checkpointing_kwargs["use_reentrant"]
+
+    assert [reentrant("full", 2), reentrant("lora", 2), reentrant("full", 3), reentrant("lora", 3)] == [
+        False,
+        False,
+        False,
+        True,
+    ]
+
+
+def test_every_optimizer_of_the_table_is_one_of_transformers() -> None:
+    from transformers.training_args import OptimizerNames
+
+    assert set(build.OPTIM.values()) <= {item.value for item in OptimizerNames}
+
+
+def test_an_optimizer_that_transformers_has_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="optimizer is muon"):
+        config(make_plan(make_recipe(tmp_path, None, optimizer="muon")), tmp_path)
+
+
+def test_lora_targets_are_all_linear_or_names() -> None:
+    recipe = make_recipe(Path("m"), None, method="lora", lora_target=("q_proj", "v_proj"), modules_to_save=("lm_head",))
+    lora = build.peft_config(recipe)
+    assert lora is not None
+    assert set(lora.target_modules) == {"q_proj", "v_proj"}
+    assert lora.modules_to_save == ["lm_head"]
+    every = build.peft_config(make_recipe(Path("m"), None, method="lora"))
+    assert every is not None
+    assert every.target_modules == "all-linear"
+    assert build.peft_config(make_recipe(Path("m"), None)) is None
+
+
+def test_a_model_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no model can be loaded"):
+        build.load_model(str(tmp_path), make_recipe(tmp_path, None), weights="real")
+    with pytest.raises(ConfigError, match="no tokenizer can be loaded"):
+        build.load_tokenizer(str(tmp_path))
