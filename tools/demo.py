@@ -1,7 +1,7 @@
 """`make demo`: a real model is planned, tuned and trained before your eyes, step by step.
 
-Every step is a command that you could have typed; it is printed before it runs. Killed at any point, it can be repeated:
-the download is cached and the study resumes.
+Every step is a command that you could have typed; it is printed before it runs. Killed at any point, it can be
+repeated: the download is cached and the study resumes.
 """
 
 from __future__ import annotations

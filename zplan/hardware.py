@@ -10,7 +10,7 @@ DeviceKind = Literal["cuda", "cpu"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """One accelerator of the cluster (all are alike). `kind="cpu"`: a CPU rank with gloo, its memory a share of the host's."""
+    """One accelerator of the cluster (all are alike). `kind="cpu"`: a CPU rank, its memory a share of the host's."""
 
     name: str
     kind: DeviceKind = "cuda"

@@ -1,7 +1,7 @@
 """ModelShape: every parameter of a model by module, shape and role, without a single weight.
 
-Numbers keep the names of config.json. Identical layers are stored once with a repeat count, so that 126 layers cost as
-much arithmetic as one. Produced by `model_probe` (meta device) or read from the catalogue; consumed by memory/ and speed/.
+Numbers keep the names of config.json. Identical layers are stored once with a repeat count. Produced by `model_probe`
+(meta device) or read from the catalogue; consumed by memory/ and speed/.
 """
 
 from __future__ import annotations

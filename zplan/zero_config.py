@@ -1,7 +1,7 @@
 """ZeroConfig, BatchSizes and Choice <-> DeepSpeed JSON, key for key, under DeepSpeed's own names and defaults.
 
-Defaults and bounds: deepspeed 0.19.8, runtime/zero/config.py and runtime/zero/offload_config.py. Buckets, thresholds and
-live limits are in elements, as in DeepSpeed.
+Defaults and bounds: deepspeed 0.19.8, runtime/zero/config.py and runtime/zero/offload_config.py. Buckets, thresholds
+and live limits are in elements, as in DeepSpeed.
 """
 
 from __future__ import annotations
