@@ -9,6 +9,7 @@ import pytest
 
 from tests.shapes import described_cluster, llama_like
 from zplan.ds_config import DsConfigReading, load_ds_config, read_ds_config
+from zplan.ds_keys import OFFLOAD_KEYS, REMOVED_KEYS, REMOVED_ZERO_KEYS, TOP_KEYS, ZERO_KEYS
 from zplan.errors import ConfigError
 from zplan.recipe import Recipe
 from zplan.zero_config import BatchSizes
@@ -215,3 +216,29 @@ def test_the_defaults_are_deepspeeds_own() -> None:
         if not name.startswith("offload"):
             value = theirs.overlap_comm if name == "overlap_comm" else getattr(theirs, name.removeprefix("stage3_"))
             assert value == (ours.overlaps_comm if name == "overlap_comm" else getattr(ours, name)), name
+
+
+def test_deepspeeds_source_reads_every_key_that_is_let_through_at_the_top() -> None:
+    runtime = Path(pytest.importorskip("deepspeed").__file__).parent
+    source = "\n".join(
+        path.read_text(encoding="utf-8")
+        for folder in ("runtime", "comm", "monitor", "profiling", "autotuning", "utils")
+        for path in (runtime / folder).rglob("*.py")
+    )
+    missing = [key for key in TOP_KEYS if f'"{key}"' not in source and f"'{key}'" not in source]
+    assert missing == []
+
+
+def test_the_removed_features_are_those_that_deepspeed_names() -> None:
+    config = pytest.importorskip("deepspeed.runtime.config")
+    assert set(REMOVED_KEYS) == set(config._REMOVED_TOP_LEVEL_CONFIG_KEYS)
+    assert set(REMOVED_ZERO_KEYS) == set(config._REMOVED_ZERO_CONFIG_KEYS)
+
+
+def test_every_zero_key_of_deepspeed_is_known() -> None:
+    config = pytest.importorskip("deepspeed.runtime.zero.config")
+    fields = config.DeepSpeedZeroConfig.model_fields
+    assert {field.alias or name for name, field in fields.items()} == set(ZERO_KEYS)
+    offload = pytest.importorskip("deepspeed.runtime.zero.offload_config")
+    assert set(offload.DeepSpeedZeroOffloadOptimizerConfig.model_fields) == set(OFFLOAD_KEYS["offload_optimizer"])
+    assert set(offload.DeepSpeedZeroOffloadParamConfig.model_fields) == set(OFFLOAD_KEYS["offload_param"])

@@ -164,10 +164,10 @@ TOP_KEYS = frozenset((
     "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "communication_data_type",
     "seq_parallel_communication_data_type", "prescale_gradients", "gradient_predivide_factor",
     "gradient_allreduce_op", "disable_allgather", "disable_python_gc", "activation_checkpointing", "aio",
-    "flops_profiler", "tensorboard", "wandb", "csv_monitor", "comet", "monitor_config", "comms_logger", "autotuning",
-    "data_efficiency", "data_types", "checkpoint", "checkpoint_engine", "compile", "pipeline", "hybrid_engine",
+    "flops_profiler", "tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "autotuning",
+    "data_efficiency", "data_types", "checkpoint", "compile", "pipeline", "hybrid_engine",
     "dataloader_drop_last", "log_level", "timers", "tensor_parallel", "expert_parallel", "sequence_parallel_size",
-    "use_data_before_expert_parallelism", "vocabulary_size", "check_overflow", "datastates_ckpt",
-    "weight_quantization", "gradient_accumulation_dtype", "zero_optimization_allgather_size", "allgather_size",
+    "use_data_before_expert_parallelism", "vocabulary_size", "check_overflow",
+    "weight_quantization", "allgather_size",
 ))  # fmt: skip
 """Top-level keys that are read; DeepSpeed ignores any other without a word."""
