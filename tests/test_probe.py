@@ -1,0 +1,155 @@
+"""The probe, with recorded NVML answers, cgroup files and environment variables in place of a machine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from zplan.catalog import load_gpu, load_links
+from zplan.errors import ConfigError
+from zplan.probe import (
+    CPU_RANKS_VARIABLE,
+    DriverNvml,
+    NvmlGpu,
+    describe_cluster,
+    probe_hardware,
+    probe_host,
+    read_cgroup,
+    visible_devices,
+)
+from zplan.units import GIB
+
+_H100_TOTAL = 85_520_809_984
+"""nvmlDeviceGetMemoryInfo().total of an H100 80GB HBM3."""
+
+
+def h100(free_bytes: int = 84 * GIB) -> NvmlGpu:
+    return NvmlGpu(
+        name="NVIDIA H100 80GB HBM3", total_bytes=_H100_TOTAL, free_bytes=free_bytes, compute_capability="9.0"
+    )
+
+
+class RecordedNvml:
+    def __init__(self, *devices: NvmlGpu) -> None:
+        self._devices = devices
+
+    def devices(self) -> Sequence[NvmlGpu]:
+        return self._devices
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUDA_VISIBLE_DEVICES", CPU_RANKS_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_gpus_are_as_alike_as_the_one_with_least_free_memory(tmp_path: Path) -> None:
+    cluster = probe_hardware(nvml=RecordedNvml(h100(), h100(free_bytes=20 * GIB)), cgroup_root=tmp_path)
+    assert (cluster.gpus_per_node, cluster.nodes, cluster.described) == (2, 1, False)
+    assert cluster.gpu.free_bytes == 20 * GIB
+    assert cluster.gpu.total_bytes == _H100_TOTAL
+
+
+def test_a_gpu_that_the_catalogue_knows_gets_its_published_speeds(tmp_path: Path) -> None:
+    cluster = probe_hardware(nvml=RecordedNvml(h100()), cgroup_root=tmp_path)
+    assert cluster.gpu.dense_flops == load_gpu("h100-80gb").dense_flops
+    assert cluster.host_link_bytes_per_second == load_links("h100-80gb").host_link_bytes_per_second
+    assert cluster.gpu.source.startswith("NVML; speeds: ")
+
+
+def test_the_speed_of_an_unknown_gpu_is_unknown_not_zero(tmp_path: Path) -> None:
+    unheard = NvmlGpu(name="Unheard Of 9000", total_bytes=8 * GIB, free_bytes=7 * GIB, compute_capability="7.5")
+    cluster = probe_hardware(nvml=RecordedNvml(unheard), cgroup_root=tmp_path)
+    assert cluster.gpu.dense_flops is None
+    assert cluster.intra_node_bytes_per_second is None
+
+
+@pytest.mark.parametrize(
+    ("visible", "indices"),
+    [(None, [0, 1, 2]), ("", []), ("-1", []), ("2", [2]), ("2,0", [2, 0]), ("0,7,1", [0])],
+)
+def test_cuda_visible_devices_chooses_as_cuda_does(visible: str | None, indices: list[int]) -> None:
+    devices = [h100(free_bytes=index * GIB) for index in range(3)]
+    assert visible_devices(devices, visible) == [devices[index] for index in indices]
+
+
+def test_cuda_visible_devices_by_uuid_counts_them() -> None:
+    assert len(visible_devices([h100()] * 4, "GPU-1a2b,GPU-3c4d")) == 2
+
+
+def test_cuda_visible_devices_that_means_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES is 'first'"):
+        visible_devices([h100()], "first")
+
+
+def test_without_gpus_the_ranks_share_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CPU_RANKS_VARIABLE, "4")
+    cluster = probe_hardware(nvml=RecordedNvml(), cgroup_root=tmp_path)
+    assert (cluster.gpu.kind, cluster.gpus_per_node) == ("cpu", 4)
+    assert cluster.gpu.free_bytes == cluster.host.available_bytes // 4
+
+
+@pytest.mark.parametrize("text", ["0", "two", "-1", ""])
+def test_a_number_of_ranks_that_means_nothing_is_refused(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CPU_RANKS_VARIABLE, text)
+    with pytest.raises(ConfigError, match=CPU_RANKS_VARIABLE):
+        probe_hardware(nvml=RecordedNvml(), cgroup_root=tmp_path)
+
+
+def test_cgroup_v2_and_v1_limits_are_read(tmp_path: Path) -> None:
+    v2, v1 = tmp_path / "v2", tmp_path / "v1"
+    (v1 / "memory").mkdir(parents=True)
+    v2.mkdir()
+    (v2 / "memory.max").write_text(f"{8 * GIB}\n")
+    (v2 / "memory.current").write_text(f"{3 * GIB}\n")
+    (v1 / "memory" / "memory.limit_in_bytes").write_text(f"{6 * GIB}\n")
+    (v1 / "memory" / "memory.usage_in_bytes").write_text(f"{1 * GIB}\n")
+    assert read_cgroup(v2) == (8 * GIB, 3 * GIB)
+    assert read_cgroup(v1) == (6 * GIB, 1 * GIB)
+
+
+@pytest.mark.parametrize("text", ["max", str(2**63 - 4096)])
+def test_a_cgroup_without_limit_limits_nothing(text: str, tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text(text)
+    (tmp_path / "memory.current").write_text("4096")
+    assert read_cgroup(tmp_path) == (None, 0)
+
+
+def test_a_cgroup_smaller_than_the_machine_is_the_host(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text(str(GIB))
+    (tmp_path / "memory.current").write_text(str(GIB // 4))
+    host = probe_host(tmp_path)
+    assert host.total_bytes == GIB
+    assert host.available_bytes <= GIB - GIB // 4
+
+
+def test_the_driver_is_asked_through_nvml_and_left_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    recorded = SimpleNamespace(
+        NVMLError=RuntimeError,
+        nvmlInit=lambda: calls.append("init"),
+        nvmlShutdown=lambda: calls.append("shutdown"),
+        nvmlDeviceGetCount=lambda: 1,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=_H100_TOTAL, free=84 * GIB),
+        nvmlDeviceGetCudaComputeCapability=lambda handle: (9, 0),
+        nvmlDeviceGetName=lambda handle: b"NVIDIA H100 80GB HBM3",  # bytes before nvidia-ml-py 12
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", recorded)
+    assert DriverNvml().devices() == [h100()]
+    assert calls == ["init", "shutdown"]
+
+
+def test_a_described_cluster_has_the_catalogues_links_and_ram_by_gpu() -> None:
+    cluster = describe_cluster(load_gpu("h100-80gb"), gpus_per_node=8, nodes=2, nvme_bytes=4 << 40)
+    assert (cluster.world_size, cluster.described) == (16, True)
+    assert cluster.host.total_bytes == 8 * 128 * GIB
+    assert cluster.host.nvme_free_bytes == 4 << 40
+    assert cluster.intra_node_bytes_per_second == load_links("h100-80gb").intra_node_bytes_per_second
+    assert cluster.inter_node_bytes_per_second is not None
