@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.shapes import described_cluster, llama_like
 from zplan.ds_config import DsConfigReading, load_ds_config, read_ds_config
@@ -242,3 +244,31 @@ def test_every_zero_key_of_deepspeed_is_known() -> None:
     offload = pytest.importorskip("deepspeed.runtime.zero.offload_config")
     assert set(offload.DeepSpeedZeroOffloadOptimizerConfig.model_fields) == set(OFFLOAD_KEYS["offload_optimizer"])
     assert set(offload.DeepSpeedZeroOffloadParamConfig.model_fields) == set(OFFLOAD_KEYS["offload_param"])
+
+
+SPECIAL = st.sampled_from(["auto", "inf", "nan", "5e8", -1, 1e300])
+JUNK = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["auto", "inf", "nan"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["device", "enabled", "x"]), inner),
+    max_leaves=4,
+)
+
+
+@given(
+    st.dictionaries(st.sampled_from([*TOP_KEYS, "zero", ""]), JUNK, max_size=4),
+    st.dictionaries(st.sampled_from([*ZERO_KEYS, "stge", ""]), JUNK, max_size=4),
+)
+@settings(max_examples=150, deadline=None)
+def test_junk_is_read_or_refused_and_never_crashes(top: dict[str, Any], section: dict[str, Any]) -> None:
+    try:
+        read({**top, "zero_optimization": section})
+    except ConfigError as error:
+        refused = error.problems
+    else:
+        refused = ("nothing",)
+    assert refused

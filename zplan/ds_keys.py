@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
@@ -67,7 +68,8 @@ def _whole_number(value: Any) -> str:
         number = float(value) if isinstance(value, str) else None
     except ValueError:
         number = None
-    return f"; write {int(number)} without quotes" if number is not None and number == int(number) else ""
+    whole = number is not None and isfinite(number) and number.is_integer()
+    return f"; write {int(number)} without quotes" if number is not None and whole else ""
 
 
 _INT, _BOOL = Accepts("int"), Accepts("bool")
