@@ -221,8 +221,8 @@ def test_two_tuners_share_one_study(tmp_path: Path) -> None:
     assert all(lines for lines in finished)
     _, records = load_study(_study(tmp_path))
     searched = [record.key for record in records if record.origin != "confirm"]
-    assert 8 <= len(searched) <= 9
-    assert len(set(searched)) >= len(searched) - 1  # both may take the same one in the same millisecond
+    assert 8 <= len(searched) <= 9  # both may start the last one
+    assert len(set(searched)) == len(searched)
 
 
 def test_a_study_cut_short_while_writing_loses_no_finished_trial(tmp_path: Path) -> None:

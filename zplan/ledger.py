@@ -129,7 +129,28 @@ class Ledger:
 
     def _given_up(self) -> list[Running]:
         failed = self._study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
-        return [_running(trial) for trial in failed if "started" in trial.user_attrs]
+        told = [trial for trial in failed if "started" in trial.user_attrs and "withdrawn" not in trial.user_attrs]
+        return [_running(trial) for trial in told]
+
+    def withdraw_if_taken(self, trial: Running) -> bool:
+        """Whether another tuner has started this configuration before us; then our trial is taken back.
+
+        Two tuners may propose the same at the same moment. Both see both trials; the lower number goes on.
+        """
+        others = [(other.key, other.number) for other in self.running()]
+        others += [(record.key, record.number) for record in self.records()]
+        if not any(key == trial.key and number < trial.number for key, number in others):
+            return False
+
+        def withdraw() -> None:
+            self._trial(trial.number).set_user_attr("withdrawn", True)
+            self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+        _guarded(self._path, withdraw)
+        return True
+
+    def _trial(self, number: int) -> optuna.Trial:
+        return optuna.Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id)
 
     def begin(self, space: Space, choice: Choice, *, origin: Origin) -> Running:
         """Store that a trial starts, and by which process."""
@@ -165,7 +186,7 @@ class Ledger:
 
     def _tell(self, record: Record) -> None:
         number = record.number
-        trial = optuna.Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id)
+        trial = self._trial(number)
         if "record" not in trial.user_attrs:
             trial.set_user_attr("record", files.to_data(record))
         trial.set_constraint("memory", 1.0 if out_of_memory(record.result) else -1.0)

@@ -208,7 +208,7 @@ class Search:
                     f"the best untried configuration promises only {proposal.expected_gain:.1%} more, "
                     f"{_PATIENCE} times in a row"
                 )
-            self._run_one(proposal)
+            self._start_and_run(proposal)
 
     def _budget_ends(self) -> str:
         finished = sum(record.origin != "confirm" for record in self.ledger.records())
@@ -230,8 +230,12 @@ class Search:
         self._screen.refused |= self.ledger.deadly()
         return self._proposer.next(self.ledger.records(), self.ledger.running())
 
-    def _run_one(self, proposal: Proposal) -> Record:
+    def _start_and_run(self, proposal: Proposal) -> None:
         trial = self.ledger.begin(self.space, proposal.choice, origin=proposal.origin)
+        if proposal.origin == "confirm" or not self.ledger.withdraw_if_taken(trial):
+            self._run_one(trial, proposal)
+
+    def _run_one(self, trial: Running, proposal: Proposal) -> None:
         self.observer.trial_started(trial, proposal)
         try:
             result = self.backend.run(self._spec(proposal.choice))
@@ -248,7 +252,6 @@ class Search:
         record = self.ledger.finish(trial, self._record(trial, proposal, result))
         self._durations.append(record.finished - record.started)
         self.observer.trial_finished(record, self._progress())
-        return record
 
     def _record(self, trial: Running, proposal: Proposal, result: TrialResult) -> Record:
         return Record(
@@ -277,7 +280,7 @@ class Search:
             if len(runs) > 1:
                 return _confirmation(runs)
             if attempt < _MOST_CONFIRMATIONS:
-                self._run_one(self._proposer.propose(ranked[0].choice, "confirm"))
+                self._start_and_run(self._proposer.propose(ranked[0].choice, "confirm"))
         return f"{_MOST_CONFIRMATIONS} winners fell behind when they ran again: this machine is not quiet"
 
     def _spec(self, choice: Choice) -> TrialSpec:
