@@ -23,7 +23,7 @@ class Stage0Engine:
         self.num_ranks, self.partial = num_ranks, partial
         self.own: set[int] = set()
 
-    def begin_backward(self) -> None:
+    def begin_micro_step(self) -> None:
         """Gradients of earlier micro-steps are there."""
         if self.partial:
             for group in self.items.groups:

@@ -104,6 +104,7 @@ class Stage12Engine:
         self.bucket_numel = 0
         self.own: dict[int, int] = {}
         self.has_partition_buffer = False
+        self.has_buckets = False
         self.waiting: list[int] = []
 
     def size_of(self, number: int) -> int:
@@ -112,10 +113,8 @@ class Stage12Engine:
     def is_mine(self, number: int) -> bool:
         return self.cut.rank in owners(self.items, number, self.size_of(number))
 
-    def begin_backward(self) -> None:
-        """Buckets appear (setup_buckets), and so do gradients that earlier micro-steps left."""
-        if self.contiguous:
-            self.meter.add(Kind.BUCKETS, self.bucket_bytes)
+    def begin_micro_step(self) -> None:
+        """Gradients that earlier micro-steps left are there already."""
         if self.partial and not self.zero.offloads_optimizer:
             if self.stage == 2:
                 self.meter.add(Kind.GRADIENTS, self.itemsize * self.cut.touched_numel)
@@ -124,9 +123,9 @@ class Stage12Engine:
 
     @property
     def bucket_bytes(self) -> int:
-        """reduce_bucket_size * b * (2 if overlap_comm else 1), live during backward.
+        """reduce_bucket_size * b * (2 if overlap_comm else 1), live from the first gradient to the epilogue.
 
-        Source: deepspeed 0.19.8, stage_1_and_2.py (setup_buckets).
+        Source: deepspeed 0.19.8, stage_1_and_2.py:2287 (process_gradients), :3256 (setup_buckets).
         """
         return self.zero.reduce_bucket_size * self.itemsize * (2 if self.zero.overlaps_comm else 1)
 
@@ -148,6 +147,9 @@ class Stage12Engine:
             self.meter.touch(Kind.GRADIENTS, self.itemsize * self.items.numel[number])
         else:
             self._own(number)
+        if self.contiguous and not self.has_buckets:
+            self.has_buckets = True
+            self.meter.add(Kind.BUCKETS, self.bucket_bytes)
         if self.reduces_in_hooks:
             self._enqueue(number)
 
@@ -176,8 +178,7 @@ class Stage12Engine:
         for number in list(self.own):
             if self.contiguous or not self.is_mine(number):
                 self._free(number)
-        if self.contiguous:
-            self.meter.add(Kind.BUCKETS, -self.bucket_bytes)
+        self.meter.add(Kind.BUCKETS, -self.meter.by_kind[Kind.BUCKETS])
 
     def _reduce(self) -> None:
         if not self.bucket:

@@ -107,6 +107,7 @@ class Stage3Engine:
     Args:
         modules: module number -> its own parameters.
         order: modules in the order in which the recorded trace fetches them, forward and backward.
+        external: parameters registered as external; they are not released (coordinator, release_sub_module).
     """
 
     def __init__(
@@ -120,9 +121,11 @@ class Stage3Engine:
         itemsize: int,
         modules: Mapping[int, Sequence[int]],
         order: Sequence[int],
+        external: Sequence[int] = (),
     ) -> None:
         self.meter, self.items, self.shards, self.zero = meter, items, shards, zero
         self.num_ranks, self.itemsize, self.modules, self.order = num_ranks, itemsize, modules, order
+        self.external = frozenset(external)
         size = len(items.numel)
         self.padded_bytes = [b * part * num_ranks for b, part in zip(items.itemsize, shards.partition, strict=True)]
         self.status = [NOT_AVAILABLE] * size
@@ -228,6 +231,8 @@ class Stage3Engine:
         release = self._releasable(owned)
         for number in owned:
             self.users[number].discard(module)
+            if number in self.external:
+                continue
             if number in release and self.status[number] == AVAILABLE and not self.users[number]:
                 self.meter.add(Kind.GATHERED_PARAMETERS, -self.held[number])
                 self.held[number] = 0
@@ -246,8 +251,8 @@ class Stage3Engine:
         return release
 
     # -- gradients -----------------------------------------------------------------------------------------------
-    def begin_backward(self) -> None:
-        """The bucket is permanent at stage 3: nothing appears."""
+    def begin_micro_step(self) -> None:
+        """Gradients of earlier micro-steps are in the permanent partitions."""
 
     def gradient(self, number: int) -> None:
         """AccumulateGrad ran: into the bucket, or alone if the parameter is larger than the bucket."""

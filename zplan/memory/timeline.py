@@ -28,7 +28,7 @@ from zplan.zero_config import Choice
 class Engine(Protocol):
     """What the replay asks of a stage."""
 
-    def begin_backward(self) -> None: ...
+    def begin_micro_step(self) -> None: ...
     def gradient(self, number: int) -> None: ...
     def end_backward(self) -> None: ...
     def step(self) -> None: ...
@@ -168,13 +168,13 @@ class Replay:
         """One micro-step and the update."""
         meter, r = self.meter, self.recording
         meter.start("forward")
+        self.engine.begin_micro_step()
         meter.add(Kind.ACTIVATIONS, r.batch_bytes)
         if self.stage3 is not None:
             self.stage3.pre_module(self.root)
         self._forward()
         self._loss_forward()
         meter.start("backward")
-        self.engine.begin_backward()
         self._loss_backward()
         self._backward()
         self.engine.end_backward()
@@ -394,6 +394,7 @@ def make_engine(
             itemsize=itemsize,
             modules=module_parameters(recording),
             order=fetch_order(recording, checkpointing=choice.gradient_checkpointing),
+            external=() if recording.head_is_embedding else output_numbers(recording),
         )
     assert cut is not None
     return Stage12Engine(meter, recording.items, cut, zero, itemsize=itemsize, partial=partial)
