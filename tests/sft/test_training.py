@@ -93,6 +93,19 @@ def test_a_resumed_run_ends_like_an_unbroken_one(
     assert losses(train(warm, resumed)) == losses(unbroken)
 
 
+@pytest.mark.slow
+def test_a_run_of_two_ranks_continues_on_one(
+    warm: WarmServer, tiny_model_dir: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe(tiny_model_dir, tiny_dataset)
+    session = make_session(make_plan(recipe, ranks=2), tmp_path)
+    unbroken = train(warm, session)
+    alone, notes = with_resume(replace(session, plan=make_plan(recipe, ranks=1)), str(tmp_path / "checkpoint-3"))
+    assert notes[-1] == "converting it from 2 to 1 ranks"
+    assert alone.universal
+    assert losses(train(warm, alone)) == pytest.approx(losses(unbroken), rel=1e-5)  # fp32 sums in another order
+
+
 def test_sigterm_saves_and_the_next_start_continues(
     warm: WarmServer, tiny_model_dir: Path, tiny_dataset: Path, tmp_path: Path
 ) -> None:
