@@ -1,0 +1,128 @@
+"""Every export target, read back by the tool's own parser where it is installed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from zplan.errors import ConfigError
+from zplan.export import DEEPSPEED_FILE, PLAN_FILE, TARGETS, export_plan
+from zplan.files import load
+from zplan.hardware import Cluster, Gpu, Host
+from zplan.plan import Plan
+from zplan.recipe import Recipe
+from zplan.units import GIB
+from zplan.zero_config import Choice, ZeroConfig, batch_sizes, deepspeed_config
+
+
+def plan(*, nodes: int = 1, stage: Any = 2, **recipe_values: Any) -> Plan:
+    gpu = Gpu(name="A100", total_bytes=80 * GIB, free_bytes=79 * GIB)
+    host = Host(total_bytes=512 * GIB, available_bytes=500 * GIB)
+    cluster = Cluster(gpu=gpu, host=host, gpus_per_node=4, nodes=nodes)
+    recipe = Recipe(model="/models/it's here", dataset="/data/rows.jsonl", train_batch_size=32, **recipe_values)
+    batch = batch_sizes(recipe, micro_batch=2, world_size=cluster.world_size)
+    choice = Choice(zero=ZeroConfig(stage=stage), batch=batch)
+    config = deepspeed_config(recipe, choice, cpu_adam=False)
+    return Plan(model_path=recipe.model, recipe=recipe, choice=choice, deepspeed=config, cluster=cluster)
+
+
+def test_deepspeeds_own_parser_reads_the_exported_configuration() -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    exported = json.loads(export_plan(plan(stage=3), "deepspeed")[DEEPSPEED_FILE])
+    exported["train_batch_size"] //= 4  # the parser multiplies by the world size of this process, 1 instead of 4
+    parsed = DeepSpeedConfig(exported)
+    assert parsed.zero_config.stage == 3
+    assert parsed.train_micro_batch_size_per_gpu == 2
+    assert parsed.gradient_accumulation_steps == 32 // (2 * 4)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_accelerates_own_parser_reads_the_exported_configuration(nodes: int, tmp_path: Path) -> None:
+    from accelerate.commands.config.config_args import ClusterConfig
+
+    path = tmp_path / "accelerate.yaml"
+    path.write_text(export_plan(plan(nodes=nodes), "accelerate")["accelerate.yaml"])
+    parsed = ClusterConfig.from_yaml_file(str(path))
+    assert str(parsed.distributed_type.value) == "DEEPSPEED"
+    assert (parsed.num_machines, parsed.num_processes) == (nodes, 4 * nodes)
+    assert parsed.deepspeed_config["deepspeed_config_file"] == DEEPSPEED_FILE
+
+
+def test_torchrun_and_slurm_carry_the_whole_plan(tmp_path: Path) -> None:
+    for target in ("torchrun", "slurm"):
+        path = tmp_path / PLAN_FILE
+        path.write_text(export_plan(plan(), target)[PLAN_FILE])
+        assert load(Plan, path) == plan()
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize(
+    ("target", "script"), [("torchrun", "train.sh"), ("slurm", "train.sbatch"), ("ms-swift", "ms_swift.sh")]
+)
+def test_scripts_are_valid_bash(target: str, script: str, nodes: int) -> None:
+    text = export_plan(plan(nodes=nodes), target)[script]
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+def test_slurm_asks_for_the_plans_machine() -> None:
+    text = export_plan(plan(nodes=2), "slurm")["train.sbatch"]
+    assert "#SBATCH --nodes=2" in text
+    assert "#SBATCH --gpus-per-node=4" in text
+    assert "--nnodes 2 --nproc-per-node 4" in text
+
+
+@pytest.mark.parametrize(
+    ("target", "file", "micro_batch"),
+    [
+        ("axolotl", "axolotl.yaml", "micro_batch_size"),
+        ("llama-factory", "llama_factory.yaml", "per_device_train_batch_size"),
+    ],
+)
+def test_other_trainers_get_the_plans_batch_and_its_deepspeed_file(target: str, file: str, micro_batch: str) -> None:
+    files = export_plan(plan(), target)
+    config = yaml.safe_load(files[file])
+    assert config[micro_batch] * config["gradient_accumulation_steps"] * 4 == 32
+    assert config["deepspeed"] == DEEPSPEED_FILE
+    assert json.loads(files[DEEPSPEED_FILE]) == plan().deepspeed
+
+
+def test_lora_targets_are_spelt_as_each_tool_spells_them() -> None:
+    everything = plan(method="lora", lora_r=8)
+    named = plan(method="qlora", lora_target=("q_proj", "v_proj"))
+    assert yaml.safe_load(export_plan(everything, "axolotl")["axolotl.yaml"])["lora_target_linear"] is True
+    assert yaml.safe_load(export_plan(named, "axolotl")["axolotl.yaml"])["lora_target_modules"] == ["q_proj", "v_proj"]
+    factory = yaml.safe_load(export_plan(named, "llama-factory")["llama_factory.yaml"])
+    assert (factory["lora_target"], factory["quantization_bit"]) == ("q_proj,v_proj", 4)
+    assert "--target_modules all-linear" in export_plan(everything, "ms-swift")["ms_swift.sh"]
+
+
+def test_every_optimizer_name_is_one_of_transformers() -> None:
+    from transformers.training_args import OptimizerNames
+
+    known = {item.value for item in OptimizerNames}
+    for name in ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "sgd", "lion"):
+        config = yaml.safe_load(export_plan(plan(optimizer=name), "llama-factory")["llama_factory.yaml"])
+        assert config["optim"] in known
+
+
+def test_an_optimizer_that_a_tool_cannot_express_is_refused() -> None:
+    with pytest.raises(ConfigError, match="optimizer muon"):
+        export_plan(plan(optimizer="muon"), "axolotl")
+
+
+def test_numbers_in_yaml_are_read_back_as_numbers() -> None:
+    small = replace(plan(), recipe=replace(plan().recipe, learning_rate=1e-5))
+    assert yaml.safe_load(export_plan(small, "axolotl")["axolotl.yaml"])["learning_rate"] == 1e-5
+
+
+def test_an_unknown_target_names_the_known_ones() -> None:
+    with pytest.raises(ConfigError) as caught:
+        export_plan(plan(), "keras")
+    assert all(target in str(caught.value) for target in TARGETS)
