@@ -75,7 +75,8 @@ def render(rows: list[Row]) -> str:
         + ", ".join(f"{name} {version}" for name, version in installed_versions().items())
         + ". Two optimizer steps, 64 tokens, models of 0.2 M parameters, bf16; rank 0, live tensor bytes.",
         "",
-        f"{len(rows)} configurations, {len(done)} ran. |error| of the peak over all phases: median"
+        f"{len(rows)} of the grid's {len(list(all_cases()))} configurations were tried,"
+        f" {len(done)} ran. |error| of the peak over all phases: median"
         f" {statistics.median(errors):.2%}, 90th percentile {errors[int(0.9 * (len(errors) - 1))]:.2%}, largest"
         f" {errors[-1]:.2%}; within 3 %: {sum(error <= 0.03 for error in errors)}."
         " The goal is a median of 0.5 % and a largest of 3 %.",
@@ -110,8 +111,8 @@ def main() -> None:
         if arguments.only in case.name and arguments.stage in (None, case.zero.stage):
             rows.append(compare(case))
             print(table_line(rows[-1]), file=sys.stderr, flush=True)
-    arguments.out.parent.mkdir(exist_ok=True)
-    arguments.out.write_text(render(rows))
+            arguments.out.parent.mkdir(exist_ok=True)
+            arguments.out.write_text(render(rows))
 
 
 if __name__ == "__main__":

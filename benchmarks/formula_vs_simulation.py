@@ -140,7 +140,8 @@ def render(rows: list[Row], num_layers: int) -> str:
         f"`python -m benchmarks.formula_vs_simulation`, {time.strftime('%Y-%m-%d')}; {num_layers} layers of each model"
         " at its real width and vocabulary; rank 0; GiB of allocated tensors.",
         "",
-        f"{len(rows)} configurations, {len(done)} simulated. Peak |error|: median {statistics.median(errors):.2%},"
+        f"{len(rows)} of the grid's {len(list(cases()))} configurations were tried,"
+        f" {len(done)} simulated. Peak |error|: median {statistics.median(errors):.2%},"
         f" 90th percentile {errors[int(0.9 * (len(errors) - 1))]:.2%}, largest {errors[-1]:.2%};"
         f" within 4 %: {sum(error <= 0.04 for error in errors)}."
         " The goal is a median of 1 % and a largest of 4 % over at least 200 configurations.",

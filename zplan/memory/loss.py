@@ -83,9 +83,9 @@ def _tiled(shape: ModelShape, micro_batch: int, length: int, b: int, head_trains
 
 
 def _full(shape: ModelShape, tokens: int, b: int, head_trains: bool) -> LossCost:
-    """Full logits: b V, fp32 copy, log-softmax kept; backward: two fp32 gradients beside both.
+    """Full logits: b V and an fp32 copy, of which the log-softmax is kept; two fp32 gradients beside it.
 
-    backward = T V (b + 4 + 4 + 4)
+    backward = T V (4 + 4 + 4)
     """
     logits = tokens * shape.vocab_size
     copy = FP32 if b != FP32 else 0
@@ -93,7 +93,7 @@ def _full(shape: ModelShape, tokens: int, b: int, head_trains: bool) -> LossCost
     weight = shape.vocab_size * shape.hidden_size * b if head_trains else 0
     return LossCost(
         forward=logits * (b + copy + FP32),
-        kept=logits * (b + FP32),
+        kept=logits * FP32,
         backward=max(2 * FP32 * logits, FP32 * logits + copy * logits // 2 + hidden + weight),
         hidden_gradient=hidden,
     )
