@@ -20,6 +20,8 @@ from zplan.trial import log_file
 PARENT_VARIABLE = "ZPLAN_TRAIN_PARENT"
 """Process id of the launcher; a rank that finds another parent has been orphaned before it could ask to die with it."""
 _POLL_SECONDS = 0.1
+_REPEAT_SECONDS = 1.0
+"""timeout(1) signals the process and its group: the same request arrives twice."""
 _PEER_GRACE_SECONDS = 10.0
 """After a rank failed, how long its peers may take to say why they end."""
 _STOP_GRACE_SECONDS = 600.0
@@ -33,11 +35,15 @@ class Ranks:
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     stop_signal: int | None = None
     stop_count: int = 0
+    stopped_at: float = 0.0
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """First signal: ask the ranks to save and end. Second: end them."""
+        if self.stop_count and time.monotonic() - self.stopped_at < _REPEAT_SECONDS:
+            return
         self.stop_count += 1
         self.stop_signal = number
+        self.stopped_at = time.monotonic()
         if self.stop_count == 1:
             print("zplan: saving after this step; once more ends at once", file=sys.stderr, flush=True)
             self.send(signal.SIGTERM)
