@@ -20,8 +20,6 @@ from zplan.plan import Plan
 
 DEEPSPEED_FILE = "ds_config.json"
 PLAN_FILE = "plan.json"
-_DTYPES = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}
-"""zplan's dtype -> accelerate's mixed_precision."""
 _OPTIMIZERS = {
     "adamw": "adamw_torch",
     "adamw_8bit": "adamw_bnb_8bit",
