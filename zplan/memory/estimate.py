@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from zplan.hardware import Cluster
@@ -10,7 +11,7 @@ from zplan.memory.documented import documented_bucket_bytes
 from zplan.memory.host import estimate_host
 from zplan.memory.instances import instances
 from zplan.memory.meter import KIND_NAMES, Kind, Meter
-from zplan.memory.resident import Resident, resident
+from zplan.memory.resident import resident
 from zplan.memory.stage3 import Shards, shard
 from zplan.memory.stage12 import Partitions, partition
 from zplan.memory.terms import ByteRange, GpuEstimate, MemoryEstimate, Phase, Term, Verdict
@@ -46,7 +47,8 @@ def estimate_memory(
     cut, shards = _cut(laid, choice, rank)
     still = resident(laid, recipe, choice, cut, shards)
     peaks = _replay(shape, recipe, choice, laid, cut, shards, on_cpu)
-    terms = _terms(still, peaks)
+    # below stage 3 the weights are loaded in host memory and reach the GPU at initialize
+    terms = _terms(still.terms if on_cpu or choice.zero.stage == 3 else _without_load(still.terms), peaks)
     phases: dict[Phase, int] = {
         phase: sum(term.bytes for term in terms if phase in term.phases)
         for phase in ("load", "init", "forward", "backward", "step", "save")
@@ -85,8 +87,13 @@ def _replay(
     return meter.peaks
 
 
-def _terms(still: Resident, peaks: dict[Phase, tuple[int, ...]]) -> tuple[Term, ...]:
-    terms = list(still.terms)
+def _without_load(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    kept = (replace(term, phases=tuple(phase for phase in term.phases if phase != "load")) for term in terms)
+    return tuple(term for term in kept if term.phases)
+
+
+def _terms(still: tuple[Term, ...], peaks: dict[Phase, tuple[int, ...]]) -> tuple[Term, ...]:
+    terms = list(still)
     for phase in ("forward", "backward", "step"):
         for kind, num_bytes in enumerate(peaks.get(phase, ())):
             if num_bytes:

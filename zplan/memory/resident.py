@@ -28,7 +28,7 @@ class Resident:
 def resident(laid: Layout, recipe: Recipe, choice: Choice, cut: Partitions | None, shards: Shards | None) -> Resident:
     """The permanent terms of the configured stage."""
     if shards is not None:
-        return _stage3(recipe, choice, shards)
+        return _stage3(laid, recipe, choice, shards)
     if cut is not None:
         return _stage12(laid, recipe, choice, cut)
     return _stage0(laid, recipe)
@@ -96,7 +96,7 @@ def _stage12(laid: Layout, recipe: Recipe, choice: Choice, cut: Partitions) -> R
     return Resident(terms=(*terms, *after, _term(name, extra, ("init",), formula, source)), partition_numel=numel)
 
 
-def _stage3(recipe: Recipe, choice: Choice, shards: Shards) -> Resident:
+def _stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards) -> Resident:
     """b P + 4 P + states(P) + b P gradients + the bucket + persistent parameters, less what is offloaded.
 
     Source: deepspeed 0.19.8, stage3.py (_create_fp16_partitions, _create_fp32_partitions, grad_partitions_flat_buffer,
@@ -125,9 +125,18 @@ def _stage3(recipe: Recipe, choice: Choice, shards: Shards) -> Resident:
             _term("gradient partitions", b * numel, STEPS, f"{b} x {numel}", source),
         ]
     bucket = b * zero.reduce_bucket_size if zero.contiguous_gradients else 0
-    buffers = bucket if zero.offloads_optimizer else max(FP32 * max(shards.sub_groups), b * numel + bucket)
+    gathered = b * laid.largest_trainable  # each trainable parameter is gathered once while the optimizer is built
+    buffers = bucket + gathered
+    if not zero.offloads_optimizer:
+        buffers = max(FP32 * max(shards.sub_groups), b * numel + bucket + gathered)
     terms.append(
-        _term("buffers at initialize", buffers, ("init",), "max(4 x largest sub-group, gradients + bucket)", source)
+        _term(
+            "buffers at initialize",
+            buffers,
+            ("init",),
+            "max(4 x largest sub-group, gradients + bucket + largest parameter)",
+            source,
+        )
     )
     if bucket:
         terms.append(_term("reduce bucket", bucket, STEPS, f"{b} x {zero.reduce_bucket_size}", source))
