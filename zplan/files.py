@@ -127,6 +127,7 @@ def save_text(text: str, path: Path | str) -> None:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # NamedTemporaryFile's 0600 is for secrets
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
@@ -136,3 +137,10 @@ def save_text(text: str, path: Path | str) -> None:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """The process's file mode mask; it can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -8,10 +8,10 @@ from typing import Literal
 from zplan.hardware import Cluster
 from zplan.memory import runtime
 from zplan.memory.documented import documented_bucket_bytes
-from zplan.memory.host import estimate_host
+from zplan.memory.host import estimate_host, host_bytes, ranks_of_node
 from zplan.memory.instances import instances
 from zplan.memory.meter import KIND_NAMES, Kind, Meter
-from zplan.memory.resident import resident
+from zplan.memory.resident import Resident, resident
 from zplan.memory.stage3 import Shards, shard
 from zplan.memory.stage12 import Partitions, partition
 from zplan.memory.terms import ByteRange, GpuEstimate, MemoryEstimate, Phase, Term, Verdict
@@ -23,7 +23,7 @@ from zplan.zero_config import Choice
 
 BucketRule = Literal["engine", "documented"]
 MARGIN_LOW, MARGIN_HIGH = 0.98, 1.04
-"""The formula's own error: the bounds that the agreement tables in reports/ must keep."""
+"""The formula's own error, assumed; reports/ shows where it is larger."""
 
 
 def estimate_memory(
@@ -47,6 +47,8 @@ def estimate_memory(
     cut, shards = _cut(laid, choice, rank)
     still = resident(laid, recipe, choice, cut, shards)
     peaks = _replay(shape, recipe, choice, laid, cut, shards, on_cpu)
+    if on_cpu:
+        still = replace(still, terms=(*still.terms, *offloaded_to_itself(laid, recipe, choice, cluster, still)))
     # below stage 3 the weights are loaded in host memory and reach the GPU at initialize
     terms = _terms(still.terms if on_cpu or choice.zero.stage == 3 else _without_load(still.terms), peaks)
     phases: dict[Phase, int] = {
@@ -62,6 +64,19 @@ def estimate_memory(
         host=host,
         nvme=nvme,
         notes=_notes(choice, on_cpu),
+    )
+
+
+def offloaded_to_itself(
+    laid: Layout, recipe: Recipe, choice: Choice, cluster: Cluster, still: Resident
+) -> tuple[Term, ...]:
+    """What a CPU rank "offloads" stays in its own memory: the host's offload terms, of one rank."""
+    found = host_bytes(laid, recipe, choice, cluster, partition_numel=still.partition_numel, rank_bytes=0)
+    ranks = ranks_of_node(choice, cluster)
+    return tuple(
+        replace(term, bytes=term.bytes // ranks, formula=f"{term.formula}, of one rank")
+        for term in found.terms
+        if term.name.startswith("offloaded")
     )
 
 

@@ -42,7 +42,8 @@ def estimate_host(
 
     Args:
         partition_numel: trainable elements of one rank (S), padding included.
-        rank_bytes: tensor bytes of one rank that live in host memory anyway (CPU ranks), 0 on GPUs.
+        rank_bytes: tensor bytes of one rank that live in host memory anyway (CPU ranks, offloaded ones included), 0 on
+            GPUs.
     """
     found = host_bytes(layout, recipe, choice, cluster, partition_numel=partition_numel, rank_bytes=rank_bytes)
     phases = {phase: sum(term.bytes for term in found.terms if phase in term.phases) for phase in PHASES}
@@ -74,11 +75,16 @@ def _host_verdict(resident: int, pinned: int, cluster: Cluster) -> tuple[Verdict
     return ("tight" if resident * 1.1 > free else "fits"), 0
 
 
+def ranks_of_node(choice: Choice, cluster: Cluster) -> int:
+    """Ranks that one node runs; fewer than its GPUs when the run uses fewer."""
+    return min(cluster.gpus_per_node, choice.batch.world_size)
+
+
 def host_bytes(
     layout: Layout, recipe: Recipe, choice: Choice, cluster: Cluster, *, partition_numel: int, rank_bytes: int
 ) -> HostBytes:
     """All terms of the node."""
-    ranks, zero, b = cluster.gpus_per_node, choice.zero, recipe.weight_bytes
+    ranks, zero, b = ranks_of_node(choice, cluster), choice.zero, recipe.weight_bytes
     on_cpu = cluster.gpu.kind == "cpu"
     terms = [_processes(ranks, on_cpu)]
     pinned = nvme = 0
@@ -87,11 +93,11 @@ def host_bytes(
             _term("tensors of all ranks", ranks * rank_bytes, STEADY, f"{ranks} ranks x {rank_bytes}", "CPU ranks")
         )
     terms.append(_loading(layout, recipe, choice, ranks))
-    if zero.offloads_optimizer:
+    if zero.offloads_optimizer and not rank_bytes:
         states, pins, disk = _optimizer(layout, recipe, choice, ranks, partition_numel, on_cpu)
         terms.extend(states)
         pinned, nvme = pinned + pins, nvme + disk
-    if zero.offloads_param:
+    if zero.offloads_param and not rank_bytes:
         states, pins, disk = _parameters(layout, choice, ranks, b)
         terms.extend(states)
         pinned, nvme = pinned + pins, nvme + disk

@@ -23,8 +23,7 @@ ALLOCATOR_ROUNDING = 512
 SEGMENT = 2 * MIB
 """kSmallBuffer / kRoundLarge: segments are multiples of 2 MiB."""
 RESERVED_OVER_ALLOCATED = (1.0, 1.06, 1.20)
-"""Segments that no live block fills: lower end nothing, expected and upper from allocator replays of traced steps of
-7B models; expandable segments bring it near the lower end."""
+"""Segments that no live block fills: assumed, lower end nothing; `zplan simulate` replays the allocator instead."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,6 +86,7 @@ def build_model(run: Run) -> Any:
         model: Any = AutoModelForCausalLM.from_config(
             config, dtype=DTYPES[recipe.dtype], attn_implementation=recipe.attention
         )
+    model.tie_weights()  # skipped under no_init_weights
     lora = recipe.method == "lora"
     if lora:
         model = get_peft_model(model, lora_config(recipe), **_adapter_dtype(run))
