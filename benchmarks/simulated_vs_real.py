@@ -188,7 +188,7 @@ def render(rows: list[Row]) -> str:
         f"`python benchmarks/simulated_vs_real.py`, {time.strftime('%Y-%m-%d')}, "
         + ", ".join(f"{name} {version}" for name, version in installed_versions().items())
         + ". Two optimizer steps, sequences of 64 tokens, models of 0.2 M parameters, bf16; rank 0, bytes of live"
-        " tensors in 512-byte blocks. Both sides run the same trainer and the same tracker; the real side on gloo ranks.",
+        " tensors in 512-byte blocks. Both sides run the same trainer and tracker; the real side on gloo ranks.",
         "",
         f"{len(rows)} configurations: {len(done)} ran on both sides, {len(rows) - len(done)} did not. Of those that"
         f" ran, the whole-run peak is equal to the byte in {exact}; the largest difference of a peak is"
