@@ -47,6 +47,18 @@ def print_data_report(loaded: Data) -> None:
                 console.print(f"    {place}", markup=False)
 
 
+def settle(engine: Any) -> None:
+    """Wait for ZeRO-3's gathers that nobody will use and give all gathered parameters back.
+
+    A forward without a backward (evaluation) leaves prefetched parameters in flight, and DeepSpeed refuses to partition
+    those again: "Cannot partition a param in flight".
+
+    Source: deepspeed 0.19.8, runtime/zero/partitioned_param_coordinator.py:537 (release_and_reset_all).
+    """
+    if hasattr(engine, "empty_partition_cache"):
+        engine.empty_partition_cache()
+
+
 def gather_weights(model: Any, place: Rank) -> dict[str, torch.Tensor] | None:
     """The trainable model's weights on rank 0's host, one parameter at a time; None elsewhere and where nobody shards.
 

@@ -153,6 +153,7 @@ def finish(prepared: Prepared) -> int:
     if not stopped:
         if prepared.data.held_out:
             trainer.evaluate()
+        outputs.settle(trainer.model_wrapped)
         state = outputs.gather_weights(trainer.accelerator.unwrap_model(trainer.model), place)
         if place.is_first:
             outputs.save_model(trainer, prepared.tokenizer, state, Path(session.output_dir))

@@ -12,10 +12,12 @@ import sys
 import time
 from pathlib import Path
 
+from zplan.probe import probe_hardware
+
 BIN = Path(sys.executable).parent
 MODEL, DATASET = ".cache/demo/SmolLM2-135M-Instruct", ".cache/demo/construction-faq.jsonl"
 QUESTION = "What is a bygglov (building permit)?"
-ON_GPU = Path("/proc/driver/nvidia/version").exists()
+ON_GPU = probe_hardware().gpu.kind == "cuda"
 RECIPE = (
     ["--max-length", "160", "--train-batch-size", "16"] if ON_GPU else ["--max-length", "96", "--train-batch-size", "4"]
 )
@@ -46,7 +48,7 @@ def main() -> None:
     )  # fmt: skip
     step(
         "train with it", "python", "-m", "sft.train", "--plan", "profiles/best.json", "--max-steps", STEPS,
-        "--eval-fraction", "0.03", "--sample-prompt", QUESTION, "--output-dir", "runs/demo",
+        "--eval-fraction", "0.03", "--sample-prompt", QUESTION, "--output-dir", "runs/demo", "--save-steps", STEPS,
     )  # fmt: skip
     print(f"\ndone in {time.monotonic() - started:.0f} s: the model is in runs/demo, the plan in profiles/best.json")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,6 +55,21 @@ def test_a_full_fine_tuning_learns_and_leaves_a_model_that_transformers_loads(
     assert all(after[name].shape == before[name].shape for name in before)
     assert not after["lm_head.weight"].equal(before["lm_head.weight"])
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template
+
+
+def test_weights_of_a_tied_model_are_gathered_after_an_evaluation(
+    warm: WarmServer, tiny_model_dir: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    """As SmolLM2: a tied head that ZeRO-3 gathers for the loss, and nothing persistent."""
+    model_dir = tmp_path / "tied"
+    shutil.copytree(tiny_model_dir, model_dir)
+    config = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    zero = {"stage3_param_persistence_threshold": 640, "stage3_prefetch_bucket_size": 3686}
+    plan = make_plan(make_recipe(model_dir, tiny_dataset), stage=3, ranks=2, **zero)
+    report = train(warm, make_session(plan, tmp_path / "run", eval_fraction=0.1, max_steps=2, save_steps=2))
+    assert report["outcome"] == "finished"
+    assert (tmp_path / "run" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(2, 1), (3, 2)])
