@@ -52,6 +52,10 @@ class CollectiveRecorder:
         num_bytes = max((t.numel() * t.element_size() for t in tensors), default=0)
         if name in ("all_gather", "reduce_scatter", "all_gather_coalesced", "all_reduce_coalesced"):
             num_bytes = sum(t.numel() * t.element_size() for t in tensors) - num_bytes * (name == "all_gather")
+        self.add(name, num_bytes)
+
+    def add(self, name: str, num_bytes: int) -> None:
+        """Count one call."""
         count, total = self.totals.get(name, (0, 0))
         self.totals[name] = (count + 1, total + num_bytes)
         self.log.append((self.clock(), name, num_bytes))

@@ -109,13 +109,35 @@ def install_deepspeed_patches(patches: Patches, recorder: CollectiveRecorder) ->
     # the probe of every op starts compilers
     patches.set(importlib.import_module("deepspeed.ops"), "__compatible_ops__", {})
     zero_utils = importlib.import_module("deepspeed.runtime.zero.utils")
-    # rank 0 would compare its own values with what it received from itself
-    patches.set(zero_utils, "get_lst_from_rank0", list)
+    # rank 0 would compare its own values with what it received from itself; the broadcasts are counted
+    agreement = Agreement(recorder)
+    patches.set(zero_utils, "get_lst_from_rank0", agreement.from_rank0)
     for module in ("stage3", "partition_parameters", "partitioned_param_coordinator", "utils"):
         owner = importlib.import_module(f"deepspeed.runtime.zero.{module}")
-        for check in ("assert_ints_same_as_other_ranks", "assert_lst_len_same_as_other_ranks"):
+        for check, answer in (
+            ("assert_ints_same_as_other_ranks", agreement.on_ints),
+            ("assert_lst_len_same_as_other_ranks", agreement.on_length),
+        ):
             if check in vars(owner):
-                patches.set(owner, check, lambda values: None)
+                patches.set(owner, check, answer)
+
+
+class Agreement:
+    """DeepSpeed's checks that all ranks hold the same integers (runtime/zero/utils.py): int64 lists from rank 0."""
+
+    def __init__(self, recorder: CollectiveRecorder) -> None:
+        self._recorder = recorder
+
+    def from_rank0(self, values: list[int]) -> list[int]:
+        self._recorder.add("broadcast", 8 * len(values))
+        return list(values)
+
+    def on_length(self, values: list[int]) -> None:
+        self.from_rank0([len(values)])
+
+    def on_ints(self, values: list[int]) -> None:
+        self.on_length(values)
+        self.from_rank0(values)
 
 
 def install_recorder(patches: Patches, recorder: CollectiveRecorder) -> None:
