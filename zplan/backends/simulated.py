@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from zplan.recipe import Recipe
 from zplan.simulate.client import SimulationTimeoutError, WorkerClient, shared_worker
 from zplan.simulate.report import SimulationError, SimulationReport
 from zplan.simulate.request import SimulationRequest
+from zplan.speed.estimate import estimate_speed
 from zplan.trial import Outcome, TrialResult, TrialSpec
 from zplan.zero_config import Choice
 
@@ -66,7 +68,7 @@ def with_layers(shape: ModelShape, layers: int | None) -> Mapping[str, Any]:
 
 
 class SimulatedBackend:
-    """Answers from a dry run of the installed engine. Seconds per step are not simulated."""
+    """Bytes from a dry run of the installed engine; seconds per step are the speed model's."""
 
     evidence: Literal["simulated"] = "simulated"
 
@@ -90,7 +92,10 @@ class SimulatedBackend:
         except SimulationError as error:
             outcome = Outcome.ENV_BROKEN if error.broken else Outcome.BAD_CONFIG
             return TrialResult(outcome=outcome, evidence="simulated", message=error.what)
-        return as_result(report, spec)
+        speed = estimate_speed(self.shape, spec.recipe, spec.choice, spec.cluster)
+        return replace(
+            as_result(report, spec), step_seconds=speed.step_seconds, tokens_per_second=speed.tokens_per_second
+        )
 
 
 def as_result(report: SimulationReport, spec: TrialSpec) -> TrialResult:

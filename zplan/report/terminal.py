@@ -13,7 +13,7 @@ from zplan.hardware import Cluster
 from zplan.memory.terms import MemoryEstimate, Term
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
-from zplan.report.labels import STRATEGY_LEGEND, choice_label, strategy_code
+from zplan.report.labels import STRATEGY_LEGEND, strategy_code
 from zplan.trial import Outcome
 from zplan.units import format_bytes, format_count, format_seconds
 
@@ -206,24 +206,23 @@ def outcome_text(outcome: Outcome) -> Text:
 
 
 def render_records(records: Sequence[Record], *, best: Record | None) -> RenderableType:
-    """The trials of a study, fastest first."""
+    """The trials of a study, fastest first; it fits 80 columns."""
     table = _table("Trials")
-    for heading, justify in (
-        ("", "left"), ("trial", "right"), ("configuration", "left"), ("outcome", "left"), ("GPU", "right"),
-        ("predicted", "right"), ("host / node", "right"), ("step", "right"), ("tokens/s", "right"),
-    ):  # fmt: skip
-        table.add_column(heading, justify=justify, no_wrap=heading != "configuration")  # type: ignore[arg-type]
+    for heading in ("", "#", "configuration", "outcome", "GPU", "predicted", "host/node", "tokens/s"):
+        justify: Literal["left", "right"] = "left" if heading in ("", "configuration", "outcome") else "right"
+        table.add_column(heading, justify=justify, no_wrap=heading != "configuration")
     for record in records:
-        result, predicted = record.result, record.predicted
+        result, predicted, batch = record.result, record.predicted, record.choice.batch
+        again = " again" if record.origin == "confirm" else ""
+        cut = f"{batch.train_micro_batch_size_per_gpu}x{batch.gradient_accumulation_steps}"
         table.add_row(
             "→" if best is not None and record.number == best.number else "",
             str(record.number),
-            choice_label(record.choice) + (" (confirmed)" if record.origin == "confirm" else ""),
+            f"{strategy_code(record.choice, batch.world_size)} {cut} on {batch.world_size}{again}",
             outcome_text(result.outcome),
             format_bytes(result.gpu_allocated_bytes),
             format_bytes(predicted.gpu_allocated_bytes if predicted else None),
             format_bytes(result.host_resident_bytes),
-            format_seconds(result.step_seconds),
             f"{result.tokens_per_second:,.1f}" if result.tokens_per_second else "-",
         )
     return table
