@@ -7,15 +7,17 @@ from typing import Literal
 
 from zplan.hardware import Cluster
 from zplan.memory import runtime
+from zplan.memory.course import STEP_PHASES, Kinds, StepPhase, course
 from zplan.memory.documented import documented_bucket_bytes
 from zplan.memory.host import estimate_host, host_bytes, ranks_of_node
 from zplan.memory.instances import instances
-from zplan.memory.meter import KIND_NAMES, Kind, Meter
+from zplan.memory.meter import KIND_NAMES, Kind
+from zplan.memory.replay import step_peaks
 from zplan.memory.resident import Resident, resident
 from zplan.memory.stage3 import Shards, shard
 from zplan.memory.stage12 import Partitions, partition
 from zplan.memory.terms import ByteRange, GpuEstimate, MemoryEstimate, Phase, Term, Verdict
-from zplan.memory.timeline import Replay, make_engine, record
+from zplan.memory.timeline import record
 from zplan.memory.trainable import Layout, layout
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
@@ -95,11 +97,10 @@ def _replay(
     cut: Partitions | None,
     shards: Shards | None,
     on_cpu: bool,
-) -> dict[Phase, tuple[int, ...]]:
+) -> dict[StepPhase, Kinds]:
     recording = record(shape, recipe, laid, micro_batch=choice.batch.train_micro_batch_size_per_gpu, on_cpu=on_cpu)
-    meter = Meter()
-    Replay(recording, choice, meter, make_engine(recording, choice, meter, cut, shards)).run()
-    return meter.peaks
+    walked = course(recording, checkpointing=choice.gradient_checkpointing, fetches=shards is not None)
+    return step_peaks(walked, recording.items, choice, cut, shards, itemsize=recording.sizes.itemsize)
 
 
 def _without_load(terms: tuple[Term, ...]) -> tuple[Term, ...]:
@@ -107,10 +108,10 @@ def _without_load(terms: tuple[Term, ...]) -> tuple[Term, ...]:
     return tuple(term for term in kept if term.phases)
 
 
-def _terms(still: tuple[Term, ...], peaks: dict[Phase, tuple[int, ...]]) -> tuple[Term, ...]:
+def _terms(still: tuple[Term, ...], peaks: dict[StepPhase, Kinds]) -> tuple[Term, ...]:
     terms = list(still)
-    for phase in ("forward", "backward", "step"):
-        for kind, num_bytes in enumerate(peaks.get(phase, ())):
+    for phase in STEP_PHASES:
+        for kind, num_bytes in enumerate(peaks[phase]):
             if num_bytes:
                 terms.append(
                     Term(

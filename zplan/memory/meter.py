@@ -1,10 +1,8 @@
-"""Meter: live bytes by kind while a step is replayed, and what was live at each phase's peak."""
+"""Meter: live bytes by kind, and what was live at the largest moment since the last mark."""
 
 from __future__ import annotations
 
 from enum import IntEnum
-
-from zplan.memory.terms import Phase
 
 
 class Kind(IntEnum):
@@ -29,30 +27,20 @@ KIND_NAMES = {
 
 
 class Meter:
-    """Counts what the replay adds and frees; remembers the composition of the largest moment of the current phase."""
+    """Counts what is added and freed; remembers the composition of the largest moment since the last mark."""
 
-    __slots__ = ("_phase", "by_kind", "peak_by_kind", "peak_bytes", "peaks", "total_bytes")
+    __slots__ = ("by_kind", "peak_by_kind", "peak_bytes", "total_bytes")
 
     def __init__(self) -> None:
         self.by_kind = [0] * len(Kind)
         self.total_bytes = 0
         self.peak_bytes = 0
         self.peak_by_kind = tuple(self.by_kind)
-        self.peaks: dict[Phase, tuple[int, ...]] = {}
-        self._phase: Phase = "forward"
 
-    def start(self, phase: Phase) -> None:
-        """Close the running phase and begin another, from what is live now."""
-        self.close()
-        self._phase = phase
+    def mark(self) -> None:
+        """From here on the peak is a new one, at least what is live now."""
         self.peak_bytes = self.total_bytes
         self.peak_by_kind = tuple(self.by_kind)
-
-    def close(self) -> None:
-        """Keep the running phase's peak (the larger one if the phase ran before)."""
-        known = self.peaks.get(self._phase)
-        if known is None or sum(known) < self.peak_bytes:
-            self.peaks[self._phase] = self.peak_by_kind
 
     def add(self, kind: int, num_bytes: int) -> None:
         """Allocate (positive) or free (negative)."""

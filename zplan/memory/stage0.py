@@ -30,6 +30,12 @@ class Stage0Engine:
                 for number in group:
                     self.gradient(number)
 
+    def pre_module(self, module: int) -> None:
+        """Parameters are whole all the time."""
+
+    def post_module(self, module: int) -> None:
+        """Nothing to give back."""
+
     def gradient(self, number: int) -> None:
         num_bytes = self.itemsize * self.items.numel[number]
         if number in self.own:

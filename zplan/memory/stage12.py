@@ -141,6 +141,12 @@ class Stage12Engine:
     def _free(self, number: int) -> None:
         self.meter.add(Kind.GRADIENTS, -self.own.pop(number, 0))
 
+    def pre_module(self, module: int) -> None:
+        """Parameters are whole all the time."""
+
+    def post_module(self, module: int) -> None:
+        """Nothing to give back."""
+
     def gradient(self, number: int) -> None:
         """AccumulateGrad ran: keep the gradient, or add it to the one of earlier micro-steps, then maybe reduce."""
         if number in self.own:

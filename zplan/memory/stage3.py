@@ -268,8 +268,9 @@ class Stage3Engine:
         self.bucket_numel += numel
 
     def end_backward(self) -> None:
-        """The epilogue reduces what is left."""
+        """The epilogue reduces what is left, and what is still gathered is given back."""
         self._reduce()
+        self.meter.add(Kind.GATHERED_PARAMETERS, -self.meter.by_kind[Kind.GATHERED_PARAMETERS])
 
     def _reduce(self) -> None:
         if not self.bucket:
@@ -302,8 +303,6 @@ class Stage3Engine:
 
         Source: deepspeed 0.19.8, stage3.py (_prepare_sub_group, _prepare_fp32_grad_for_sub_group).
         """
-        self.meter.add(Kind.GATHERED_PARAMETERS, -self.meter.by_kind[Kind.GATHERED_PARAMETERS])
-        self.meter.start("step")
         if self.zero.offloads_optimizer:
             return
         self.meter.touch(Kind.TEMPORARIES, 2 * FP32 * self.shards.largest_partition)

@@ -1,37 +1,22 @@
-"""One optimizer step of one rank, replayed: forward, loss, backward, reduction, update.
+"""The recording of a model: tapes of its blocks, cost of its loss, and the order in which modules run and are fetched.
 
-Activations come from the tapes of the blocks, gradients and parameters go through the engine of the stage; the meter
-sees both, so that what is live at the same time is counted at the same time and nothing else is.
+Nothing here depends on the ZeRO configuration.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from zplan.memory.blocks import build_layer
 from zplan.memory.instances import Instances, instances
 from zplan.memory.loss import INT64, LossCost, loss_cost
-from zplan.memory.meter import Kind, Meter
 from zplan.memory.operations import Modules, Sizes, norm
-from zplan.memory.stage0 import Stage0Engine
-from zplan.memory.stage3 import Shards, Stage3Engine
-from zplan.memory.stage12 import Partitions, Stage12Engine
 from zplan.memory.tape import BlockTape, Event, Step, Tape, Value, record_block
 from zplan.memory.trainable import LaidBlock, Layout, Weight
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
-from zplan.zero_config import Choice
-
-
-class Engine(Protocol):
-    """What the replay asks of a stage."""
-
-    def begin_micro_step(self) -> None: ...
-    def gradient(self, number: int) -> None: ...
-    def end_backward(self) -> None: ...
-    def step(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,135 +140,6 @@ def _record_final(laid: LaidBlock, shape: ModelShape, sizes: Sizes, modules: Mod
     return record_block(forward, hidden, hidden)
 
 
-class Replay:
-    """Runs a recording through an engine."""
-
-    def __init__(self, recording: Recording, choice: Choice, meter: Meter, engine: Engine) -> None:
-        self.recording, self.choice, self.meter, self.engine = recording, choice, meter, engine
-        self.stage3 = engine if isinstance(engine, Stage3Engine) else None
-        self.module_base = module_bases(recording)
-        self.root = root_module(recording)
-
-    def run(self) -> None:
-        """One micro-step and the update."""
-        meter, r = self.meter, self.recording
-        meter.start("forward")
-        self.engine.begin_micro_step()
-        meter.add(Kind.ACTIVATIONS, r.batch_bytes)
-        if self.stage3 is not None:
-            self.stage3.pre_module(self.root)
-        self._forward()
-        self._loss_forward()
-        meter.start("backward")
-        self._loss_backward()
-        self._backward()
-        self.engine.end_backward()
-        meter.add(Kind.ACTIVATIONS, -meter.by_kind[Kind.ACTIVATIONS])
-        if self.stage3 is None:
-            meter.start("step")
-        self.engine.step()
-        meter.close()
-
-    # -- forward -------------------------------------------------------------------------------------------------
-    def _forward(self) -> None:
-        for index, block in enumerate(self.recording.blocks):
-            if block.tape is None:
-                if block.laid.block.role == "embedding":
-                    self._embed(index)
-                continue
-            checkpointed = self._is_checkpointed(block)
-            steps = block.tape.forward_without_saving if checkpointed else block.tape.forward
-            for layer in range(block.laid.repeat):
-                self._play(steps, index, layer)
-
-    def _is_checkpointed(self, block: Recorded) -> bool:
-        return self.choice.gradient_checkpointing and block.laid.block.role in ("layer", "encoder_layer")
-
-    def _embed(self, index: int) -> None:
-        if self.stage3 is not None:
-            self.stage3.pre_module(self.module_base[index])
-        self.meter.add(Kind.ACTIVATIONS, self.recording.hidden_bytes)
-        if self.stage3 is not None:
-            self.stage3.post_module(self.module_base[index])
-
-    def _loss_forward(self) -> None:
-        loss = self.recording.loss
-        self.meter.touch(Kind.LOSS, loss.forward)
-        self.meter.add(Kind.LOSS, loss.kept)
-        if self.stage3 is not None:
-            self.stage3.post_module(self.root)
-
-    # -- backward ------------------------------------------------------------------------------------------------
-    def _loss_backward(self) -> None:
-        meter, r = self.meter, self.recording
-        if self.stage3 is not None:
-            self.stage3.pre_module(self.root)
-        meter.touch(Kind.LOSS, r.loss.backward)
-        meter.add(Kind.LOSS, -r.loss.kept)
-        if r.head_trains and not r.head_is_embedding:
-            for number in output_numbers(r):
-                self.engine.gradient(number)
-        elif r.head_trains:
-            meter.add(Kind.GRADIENTS, r.head_bytes)
-        meter.touch(Kind.LOSS, r.loss.hidden_gradient + r.loss.spread)
-        meter.add(Kind.ACTIVATIONS, r.loss.hidden_gradient)
-
-    def _backward(self) -> None:
-        r = self.recording
-        for index in reversed(range(len(r.blocks))):
-            block = r.blocks[index]
-            if block.tape is None:
-                continue
-            checkpointed = self._is_checkpointed(block)
-            for layer in reversed(range(block.laid.repeat)):
-                if checkpointed:
-                    again, back = _recomputation(block.tape, reentrant=r.reentrant and self.stage3 is not None)
-                    self._play(again, index, layer)
-                    self._play(back, index, layer)
-                    extra = r.hidden_bytes if back is block.tape.backward_after_whole else 0
-                    self.meter.add(Kind.ACTIVATIONS, -r.hidden_bytes - extra)
-                else:
-                    self._play(block.tape.backward, index, layer)
-        self._embedding_backward()
-        if self.stage3 is not None:
-            self.stage3.post_module(self.root)
-
-    def _embedding_backward(self) -> None:
-        r = self.recording
-        for index, block in enumerate(r.blocks):
-            if block.laid.block.role != "embedding":
-                continue
-            if self.stage3 is not None:
-                self.stage3.pre_module(self.module_base[index])
-            for local, weight in enumerate(block.laid.weights):
-                if not weight.trainable:
-                    continue
-                if r.head_is_embedding and local == 0:
-                    self.meter.touch(Kind.GRADIENTS, weight.numel * weight.itemsize)
-                    self.meter.add(Kind.GRADIENTS, -r.head_bytes)
-                self.engine.gradient(r.items.base[index] + local)
-            if self.stage3 is not None:
-                self.stage3.post_module(self.module_base[index])
-
-    def _play(self, steps: Sequence[Step], index: int, layer: int) -> None:
-        meter, stage3 = self.meter, self.stage3
-        laid = self.recording.blocks[index].laid
-        weights = self.recording.items.base[index] + layer * len(laid.weights)
-        modules = self.module_base[index] + layer * max(len(self.recording.blocks[index].modules.numbers), 1)
-        for event, a, b in steps:
-            if event == Event.BYTES:
-                if meter.total_bytes + b > meter.peak_bytes:
-                    meter.touch(Kind.ACTIVATIONS, b)
-                meter.add(Kind.ACTIVATIONS, a)
-            elif event == Event.GRADIENT:
-                self.engine.gradient(weights + a)
-            elif stage3 is not None:
-                if event in (Event.PRE_FORWARD, Event.PRE_BACKWARD):
-                    stage3.pre_module(modules + a)
-                else:
-                    stage3.post_module(modules + a)
-
-
 def module_bases(recording: Recording) -> tuple[int, ...]:
     """Number of the first module of each block; every layer has as many as the block's tape names."""
     bases, total = [], 0
@@ -336,7 +192,8 @@ def module_parameters(recording: Recording) -> dict[int, tuple[int, ...]]:
     return {module: tuple(numbers) for module, numbers in owned.items()}
 
 
-def _recomputation(tape: BlockTape, *, reentrant: bool) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+def recomputation(tape: BlockTape, *, reentrant: bool) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+    """How a checkpointed block runs again in backward, and the backward after it."""
     if reentrant:
         return tape.recompute_whole, tape.backward_after_whole
     return tape.recompute, tape.backward_after_recompute
@@ -369,32 +226,7 @@ def fetch_order(recording: Recording, *, checkpointing: bool) -> list[int]:
         for layer in reversed(range(layers.repeat if tape else 0)):
             assert tape is not None
             if checkpointing and layers.block.role in ("layer", "encoder_layer"):
-                collect(_recomputation(tape, reentrant=recording.reentrant)[0], index, layer)
+                collect(recomputation(tape, reentrant=recording.reentrant)[0], index, layer)
             collect(tape.backward, index, layer)
     order.extend(base for base, block in zip(bases, recording.blocks, strict=True) if _is_embedding(block))
     return order
-
-
-def make_engine(
-    recording: Recording, choice: Choice, meter: Meter, cut: Partitions | None, shards: Shards | None
-) -> Engine:
-    """The engine of the configured stage."""
-    world, zero = choice.batch.world_size, choice.zero
-    partial = choice.batch.gradient_accumulation_steps > 1
-    itemsize = recording.sizes.itemsize
-    if zero.stage == 0:
-        return Stage0Engine(meter, recording.items, itemsize=itemsize, num_ranks=world, partial=partial)
-    if shards is not None:
-        return Stage3Engine(
-            meter,
-            recording.items,
-            shards,
-            zero,
-            num_ranks=world,
-            itemsize=itemsize,
-            modules=module_parameters(recording),
-            order=fetch_order(recording, checkpointing=choice.gradient_checkpointing),
-            external=() if recording.head_is_embedding else output_numbers(recording),
-        )
-    assert cut is not None
-    return Stage12Engine(meter, recording.items, cut, zero, itemsize=itemsize, partial=partial)

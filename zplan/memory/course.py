@@ -1,0 +1,287 @@
+"""The course of a step: which calls the engine of the stage gets, and the bytes of activations and loss around them.
+
+A course knows nothing of buckets, partitions or offload. It depends on the model, the micro-batch and recomputation;
+what the engine holds at each of its calls depends on the ZeRO configuration alone. Two tables of bytes over the same
+calls, added, are the step: `zplan.memory.replay` adds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Literal
+
+from zplan.memory.meter import Kind, Meter
+from zplan.memory.tape import Event, Step
+from zplan.memory.timeline import (
+    Recorded,
+    Recording,
+    fetch_order,
+    module_bases,
+    module_parameters,
+    output_numbers,
+    recomputation,
+    root_module,
+)
+
+StepPhase = Literal["forward", "backward", "step"]
+STEP_PHASES: tuple[StepPhase, ...] = ("forward", "backward", "step")
+Kinds = tuple[int, ...]
+"""Bytes by Kind."""
+
+
+class Op(IntEnum):
+    """What the engine is asked to do."""
+
+    NOTHING = 0
+    """End of a phase: closes the last stretch of bytes."""
+    BEGIN = 1
+    PRE_MODULE = 2
+    POST_MODULE = 3
+    GRADIENT = 4
+    END_BACKWARD = 5
+    STEP = 6
+
+
+Call = tuple[int, int]
+"""(Op, number of the module or of the parameter)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Script:
+    """The calls of a step and what a ZeRO-3 engine must know to follow them. One object per distinct script."""
+
+    calls: Mapping[StepPhase, tuple[Call, ...]]
+    modules: Mapping[int, tuple[int, ...]]
+    """Module number -> parameters it owns. Empty below stage 3."""
+    order: tuple[int, ...]
+    """Modules in the order in which a step fetches them."""
+    external: tuple[int, ...]
+    """Parameters that DeepSpeed registers as external; they are not released."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stretch:
+    """One phase: bytes outside the engine before and at each call."""
+
+    peaks: tuple[int, ...]
+    """Largest moment since the call before."""
+    peak_kinds: tuple[Kinds, ...]
+    levels: tuple[int, ...]
+    """Live while the call runs."""
+    level_kinds: tuple[Kinds, ...]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Course:
+    """A script with the bytes around its calls."""
+
+    script: Script
+    stretches: Mapping[StepPhase, Stretch]
+
+
+@dataclass(slots=True)
+class _Noted:
+    calls: list[Call] = field(default_factory=list)
+    peaks: list[int] = field(default_factory=list)
+    peak_kinds: list[Kinds] = field(default_factory=list)
+    levels: list[int] = field(default_factory=list)
+    level_kinds: list[Kinds] = field(default_factory=list)
+
+
+class _Walk:
+    """Goes through a recording and notes every call.
+
+    Args:
+        fetches: modules gather their parameters (stage 3); otherwise their calls are left out.
+    """
+
+    def __init__(self, recording: Recording, *, checkpointing: bool, fetches: bool) -> None:
+        self.recording, self.checkpointing, self.fetches = recording, checkpointing, fetches
+        self.meter = Meter()
+        self.module_base = module_bases(recording)
+        self.root = root_module(recording)
+        self.noted: dict[StepPhase, _Noted] = {phase: _Noted() for phase in STEP_PHASES}
+        self.current = self.noted["forward"]
+
+    def run(self) -> dict[StepPhase, _Noted]:
+        """One micro-step and the update."""
+        meter, r = self.meter, self.recording
+        self.call(Op.BEGIN)
+        meter.add(Kind.ACTIVATIONS, r.batch_bytes)
+        self.pre(self.root)
+        self._forward()
+        self._loss_forward()
+        self._begin("backward")
+        self._loss_backward()
+        self._backward()
+        self.call(Op.END_BACKWARD)
+        meter.add(Kind.ACTIVATIONS, -meter.by_kind[Kind.ACTIVATIONS])
+        self._begin("step")
+        self.call(Op.STEP)
+        return self.noted
+
+    def call(self, op: Op, number: int = 0) -> None:
+        """Note the bytes up to here; the engine acts here."""
+        meter, noted = self.meter, self.current
+        noted.calls.append((int(op), number))
+        noted.peaks.append(meter.peak_bytes)
+        noted.peak_kinds.append(meter.peak_by_kind)
+        meter.mark()
+        noted.levels.append(meter.total_bytes)
+        noted.level_kinds.append(meter.peak_by_kind)
+
+    def pre(self, module: int) -> None:
+        if self.fetches:
+            self.call(Op.PRE_MODULE, module)
+
+    def post(self, module: int) -> None:
+        if self.fetches:
+            self.call(Op.POST_MODULE, module)
+
+    def _begin(self, phase: StepPhase) -> None:
+        self.call(Op.NOTHING)
+        self.current = self.noted[phase]
+
+    # -- forward -------------------------------------------------------------------------------------------------
+    def _forward(self) -> None:
+        for index, block in enumerate(self.recording.blocks):
+            if block.tape is None:
+                if block.laid.block.role == "embedding":
+                    self._embed(index)
+                continue
+            steps = block.tape.forward_without_saving if self._is_checkpointed(block) else block.tape.forward
+            for layer in range(block.laid.repeat):
+                self._play(steps, index, layer)
+
+    def _is_checkpointed(self, block: Recorded) -> bool:
+        return self.checkpointing and block.laid.block.role in ("layer", "encoder_layer")
+
+    def _embed(self, index: int) -> None:
+        self.pre(self.module_base[index])
+        self.meter.add(Kind.ACTIVATIONS, self.recording.hidden_bytes)
+        self.post(self.module_base[index])
+
+    def _loss_forward(self) -> None:
+        loss = self.recording.loss
+        self.meter.touch(Kind.LOSS, loss.forward)
+        self.meter.add(Kind.LOSS, loss.kept)
+        self.post(self.root)
+
+    # -- backward ------------------------------------------------------------------------------------------------
+    def _loss_backward(self) -> None:
+        meter, r = self.meter, self.recording
+        self.pre(self.root)
+        meter.touch(Kind.LOSS, r.loss.backward)
+        meter.add(Kind.LOSS, -r.loss.kept)
+        if r.head_trains and not r.head_is_embedding:
+            for number in output_numbers(r):
+                self.call(Op.GRADIENT, number)
+        elif r.head_trains:
+            meter.add(Kind.GRADIENTS, r.head_bytes)
+        meter.touch(Kind.LOSS, r.loss.hidden_gradient + r.loss.spread)
+        meter.add(Kind.ACTIVATIONS, r.loss.hidden_gradient)
+
+    def _backward(self) -> None:
+        r = self.recording
+        for index in reversed(range(len(r.blocks))):
+            block = r.blocks[index]
+            if block.tape is None:
+                continue
+            checkpointed = self._is_checkpointed(block)
+            for layer in reversed(range(block.laid.repeat)):
+                if checkpointed:
+                    again, back = recomputation(block.tape, reentrant=r.reentrant and self.fetches)
+                    self._play(again, index, layer)
+                    self._play(back, index, layer)
+                    extra = r.hidden_bytes if back is block.tape.backward_after_whole else 0
+                    self.meter.add(Kind.ACTIVATIONS, -r.hidden_bytes - extra)
+                else:
+                    self._play(block.tape.backward, index, layer)
+        self._embedding_backward()
+        self.post(self.root)
+
+    def _embedding_backward(self) -> None:
+        r = self.recording
+        for index, block in enumerate(r.blocks):
+            if block.laid.block.role != "embedding":
+                continue
+            self.pre(self.module_base[index])
+            for local, weight in enumerate(block.laid.weights):
+                if not weight.trainable:
+                    continue
+                if r.head_is_embedding and local == 0:
+                    self.meter.touch(Kind.GRADIENTS, weight.numel * weight.itemsize)
+                    self.meter.add(Kind.GRADIENTS, -r.head_bytes)
+                self.call(Op.GRADIENT, r.items.base[index] + local)
+            self.post(self.module_base[index])
+
+    def _play(self, steps: Sequence[Step], index: int, layer: int) -> None:
+        meter = self.meter
+        block = self.recording.blocks[index]
+        weights = self.recording.items.base[index] + layer * len(block.laid.weights)
+        modules = self.module_base[index] + layer * max(len(block.modules.numbers), 1)
+        for event, a, b in steps:
+            if event == Event.BYTES:
+                meter.touch(Kind.ACTIVATIONS, b)
+                meter.add(Kind.ACTIVATIONS, a)
+            elif event == Event.GRADIENT:
+                self.call(Op.GRADIENT, weights + a)
+            elif event in (Event.PRE_FORWARD, Event.PRE_BACKWARD):
+                self.pre(modules + a)
+            else:
+                self.post(modules + a)
+
+
+_COURSES: dict[tuple[int, bool, bool], tuple[Recording, Course]] = {}
+_SCRIPTS: dict[tuple[object, ...], Script] = {}
+MOST_KEPT = 1024
+
+
+def course(recording: Recording, *, checkpointing: bool, fetches: bool) -> Course:
+    """The course of a recording; kept, because a search changes the ZeRO configuration more often than the model.
+
+    Args:
+        checkpointing: layers are recomputed in backward.
+        fetches: stage 3, whose engine follows every module.
+    """
+    key = (id(recording), checkpointing, fetches)
+    known = _COURSES.get(key)
+    if known is not None and known[0] is recording:
+        return known[1]
+    noted = _Walk(recording, checkpointing=checkpointing, fetches=fetches).run()
+    made = Course(
+        script=_script(recording, noted, checkpointing=checkpointing, fetches=fetches),
+        stretches={
+            phase: Stretch(
+                peaks=tuple(part.peaks),
+                peak_kinds=tuple(part.peak_kinds),
+                levels=tuple(part.levels),
+                level_kinds=tuple(part.level_kinds),
+            )
+            for phase, part in noted.items()
+        },
+    )
+    if len(_COURSES) >= MOST_KEPT:
+        _COURSES.clear()
+    _COURSES[key] = (recording, made)
+    return made
+
+
+def _script(recording: Recording, noted: Mapping[StepPhase, _Noted], *, checkpointing: bool, fetches: bool) -> Script:
+    """Recordings that differ in bytes only (micro-batch, length, attention, loss) share one script."""
+    calls = {phase: tuple(part.calls) for phase, part in noted.items()}
+    order = tuple(fetch_order(recording, checkpointing=checkpointing)) if fetches else ()
+    key = (recording.items, order, *calls.values())
+    known = _SCRIPTS.get(key)
+    if known is None:
+        if len(_SCRIPTS) >= MOST_KEPT:
+            _SCRIPTS.clear()
+        known = _SCRIPTS[key] = Script(
+            calls=calls,
+            modules=module_parameters(recording) if fetches else {},
+            order=order,
+            external=() if recording.head_is_embedding or not fetches else output_numbers(recording),
+        )
+    return known
