@@ -13,6 +13,7 @@ from enum import IntEnum
 from typing import Literal
 
 from zplan.memory.meter import Kind, Meter
+from zplan.memory.stage3 import Fetches
 from zplan.memory.tape import Event, Step
 from zplan.memory.timeline import (
     Recorded,
@@ -55,7 +56,7 @@ class Script:
     calls: Mapping[StepPhase, tuple[Call, ...]]
     modules: Mapping[int, tuple[int, ...]]
     """Module number -> parameters it owns. Empty below stage 3."""
-    order: tuple[int, ...]
+    fetches: Fetches
     """Modules in the order in which a step fetches them."""
     external: tuple[int, ...]
     """Parameters that DeepSpeed registers as external; they are not released."""
@@ -278,10 +279,11 @@ def _script(recording: Recording, noted: Mapping[StepPhase, _Noted], *, checkpoi
     if known is None:
         if len(_SCRIPTS) >= MOST_KEPT:
             _SCRIPTS.clear()
+        modules = module_parameters(recording) if fetches else {}
         known = _SCRIPTS[key] = Script(
             calls=calls,
-            modules=module_parameters(recording) if fetches else {},
-            order=order,
+            modules=modules,
+            fetches=Fetches.of(order, modules, recording.items.numel),
             external=() if recording.head_is_embedding or not fetches else output_numbers(recording),
         )
     return known

@@ -146,7 +146,7 @@ def _engine(
             num_ranks=num_ranks,
             itemsize=itemsize,
             modules=script.modules,
-            order=script.order,
+            fetches=script.fetches,
             external=script.external,
         )
     if cut is not None:

@@ -6,9 +6,12 @@ Source: deepspeed 0.19.8, runtime/zero/stage3.py, partition_parameters.py, parti
 
 from __future__ import annotations
 
+import sys
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from zplan.memory.instances import Instances
 from zplan.memory.meter import Kind, Meter
@@ -91,6 +94,41 @@ def _sub_groups(items: Instances, parts: Sequence[int], sub_group_size: int) -> 
     return tuple(totals), tuple(counts)
 
 
+@dataclass(frozen=True, slots=True)
+class Fetches:
+    """The recorded trace: which module is fetched at which step, and how far it is to the next use of a parameter."""
+
+    queue: tuple[tuple[int, int], ...]
+    """(parameter, step) in the order of the trace."""
+    uses: Mapping[int, tuple[int, ...]]
+    """Steps that use a parameter, ascending."""
+    passed: tuple[int, ...]
+    """Elements of all modules fetched before a step."""
+
+    @classmethod
+    def of(cls, order: Sequence[int], modules: Mapping[int, Sequence[int]], numel: Sequence[int]) -> Fetches:
+        """From the modules in the order in which a step fetches them."""
+        queue = tuple((number, step) for step, module in enumerate(order) for number in modules.get(module, ()))
+        uses: dict[int, list[int]] = {}
+        for number, step in queue:
+            uses.setdefault(number, []).append(step)
+        sizes = (sum(numel[number] for number in modules.get(module, ())) for module in order)
+        return cls(
+            queue=queue,
+            uses={number: tuple(steps) for number, steps in uses.items()},
+            passed=tuple(accumulate(sizes, initial=0)),
+        )
+
+    def distance(self, number: int, step: int) -> int:
+        """Elements fetched from `step` until the parameter is used again; more than any limit if it is not.
+
+        Source: deepspeed 0.19.8, runtime/zero/partitioned_param_coordinator.py (__params_to_release).
+        """
+        uses = self.uses.get(number, ())
+        index = bisect_left(uses, step)
+        return self.passed[uses[index]] - self.passed[step] if index < len(uses) else sys.maxsize
+
+
 @dataclass(slots=True)
 class _Gather:
     """One collective: the flat buffer of a coalesced gather lives until the last of its parameters is waited for."""
@@ -106,7 +144,7 @@ class Stage3Engine:
 
     Args:
         modules: module number -> its own parameters.
-        order: modules in the order in which the recorded trace fetches them, forward and backward.
+        fetches: modules in the order in which the recorded trace fetches them, forward and backward.
         external: parameters registered as external; they are not released (coordinator, release_sub_module).
     """
 
@@ -120,11 +158,11 @@ class Stage3Engine:
         num_ranks: int,
         itemsize: int,
         modules: Mapping[int, Sequence[int]],
-        order: Sequence[int],
+        fetches: Fetches,
         external: Sequence[int] = (),
     ) -> None:
         self.meter, self.items, self.shards, self.zero = meter, items, shards, zero
-        self.num_ranks, self.itemsize, self.modules, self.order = num_ranks, itemsize, modules, order
+        self.num_ranks, self.itemsize, self.modules, self.fetches = num_ranks, itemsize, modules, fetches
         self.external = frozenset(external)
         size = len(items.numel)
         self.padded_bytes = [b * part * num_ranks for b, part in zip(items.itemsize, shards.partition, strict=True)]
@@ -132,7 +170,7 @@ class Stage3Engine:
         self.held = [0] * size
         for number in shards.persistent:
             self.status[number] = AVAILABLE
-        self.queue = deque((number, step) for step, module in enumerate(order) for number in modules.get(module, ()))
+        self.queue = deque(fetches.queue)
         self.last_use = [-(10**10)] * size
         self.users: list[set[int]] = [set() for _ in range(size)]
         self.inflight: dict[int, _Gather] = {}
@@ -146,14 +184,15 @@ class Stage3Engine:
     # -- parameters ----------------------------------------------------------------------------------------------
     def pre_module(self, module: int) -> None:
         """fetch_sub_module: gather what the module needs, wait for it, prefetch what comes next."""
-        needed = self.modules.get(module, ())
-        self._gather(needed)
-        for number in needed:
-            self.users[number].add(module)
-            if number in self.inflight:
-                self._wait(number)
-        self._pop_queue(needed)
-        if self.prefetch_numel > 0:
+        needed = self.modules.get(module)
+        if needed:
+            self._gather(needed)
+            for number in needed:
+                self.users[number].add(module)
+                if number in self.inflight:
+                    self._wait(number)
+            self._pop_queue(needed)
+        if self.prefetch_numel > 0 and self.queue:
             self._prefetch()
         self.step_id += 1
 
@@ -167,13 +206,13 @@ class Stage3Engine:
 
     def _prefetch(self) -> None:
         limit = min(self.zero.stage3_max_live_parameters - self.available_numel, self.prefetch_numel)
-        chosen: list[int] = []
+        chosen: set[int] = set()
         numel = 0
         while self.queue and numel < limit:
             number, step = self.queue.popleft()
             self.last_use[number] = max(self.last_use[number], step)
             if self.status[number] == NOT_AVAILABLE and number not in chosen:
-                chosen.append(number)
+                chosen.add(number)
                 numel += self.items.numel[number]
         if chosen:
             self._gather(sorted(chosen))
@@ -240,15 +279,14 @@ class Stage3Engine:
                 self.available_numel -= self.items.numel[number]
 
     def _releasable(self, owned: Sequence[int]) -> set[int]:
-        release = {p for p in owned if p not in self.shards.persistent and self.last_use[p] <= self.step_id}
-        distance = 0
-        for module in self.order[self.step_id :]:
-            if distance >= self.zero.stage3_max_reuse_distance or not release:
-                break
-            for number in self.modules.get(module, ()):
-                release.discard(number)
-                distance += self.items.numel[number]
-        return release
+        step_id, reach = self.step_id, self.zero.stage3_max_reuse_distance
+        return {
+            number
+            for number in owned
+            if number not in self.shards.persistent
+            and self.last_use[number] <= step_id
+            and self.fetches.distance(number, step_id) >= reach
+        }
 
     # -- gradients -----------------------------------------------------------------------------------------------
     def begin_micro_step(self) -> None:
