@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import typer
+import click
 from rich.console import Console
 
 from zplan.errors import ConfigError, ExitCode, ZplanError
-from zplan.options import Flags, expand
+from zplan.options import Flags, SectionedCommand, shared_flags
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -20,13 +20,15 @@ if TYPE_CHECKING:
     from zplan.job import Job
     from zplan.model_shape import ModelShape
 
-app = typer.Typer(
-    help="Plan, prove and tune the memory of a DeepSpeed fine-tuning run before it starts.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-)  # fmt: skip
 _errors = Console(stderr=True, highlight=False)
 _screen = Console(highlight=False)
 BEST_PLAN = "profiles/best.json"
+STUDY = "profiles/study.journal"
+
+
+@click.group(no_args_is_help=True, context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100})
+def app() -> None:
+    """Plan, prove and tune the memory of a DeepSpeed fine-tuning run before it starts."""
 
 
 def _probe_shape(path: Path, name: str) -> ModelShape:
@@ -65,11 +67,12 @@ def _finish(flags: Flags, data: Any, *, text: RenderableType, code: ExitCode) ->
         from zplan.files import save_json
 
         save_json(data, flags.out)
-    raise typer.Exit(code)
+    raise click.exceptions.Exit(int(code))
 
 
 @app.command()
-def inspect(*, json: Annotated[bool, typer.Option("--json", help="JSON on stdout and nothing else.")] = False) -> None:
+@click.option("--json", is_flag=True, help="JSON on stdout and nothing else.")
+def inspect(*, json: bool) -> None:
     """This machine: GPUs, host limits, software; what is wrong and how to mend it."""
     from zplan.doctor import diagnose, inspect_data
     from zplan.report.terminal import render_machine
@@ -86,13 +89,10 @@ def inspect(*, json: Annotated[bool, typer.Option("--json", help="JSON on stdout
     )
 
 
-@app.command()
-@expand
-def estimate(
-    *,
-    flags: Flags,
-    explain: Annotated[str | None, typer.Option(help="Explain one option, with its effect in bytes.")] = None,
-) -> None:
+@app.command(cls=SectionedCommand)
+@click.option("--explain", help="Explain one option, with its effect in bytes.")
+@shared_flags
+def estimate(*, flags: Flags, explain: str | None) -> None:
     """GPU and host memory and step time from the model's shape: a ranked table, or one configuration in detail."""
     from zplan.commands.estimate import estimate as run
 
@@ -100,14 +100,11 @@ def estimate(
     _finish(flags, answer.data, text=answer.text, code=answer.code)
 
 
-@app.command()
-@expand
-def simulate(
-    *,
-    flags: Flags,
-    steps: Annotated[int, typer.Option(help="Optimizer steps to run.")] = 2,
-    trace: Annotated[str | None, typer.Option(help="Write a Chrome/Perfetto trace to this file.")] = None,
-) -> None:
+@app.command(cls=SectionedCommand)
+@click.option("--steps", default=2, help="Optimizer steps to run.", show_default=True)
+@click.option("--trace", help="Write a Chrome/Perfetto trace to this file.")
+@shared_flags
+def simulate(*, flags: Flags, steps: int, trace: str | None) -> None:
     """Run the installed DeepSpeed engine itself on simulated GPUs: exact bytes, no GPU needed."""
     from zplan.commands.simulate import simulate as run
 
@@ -115,19 +112,16 @@ def simulate(
     _finish(flags, answer.data, text=answer.text, code=answer.code)
 
 
-@app.command()
-@expand
+@app.command(cls=SectionedCommand)
+@click.option("--trials", default=20, help="Trials to have in the study when done.", show_default=True)
+@click.option("--backend", default="real", help="real, simulated or formula.", show_default=True)
+@click.option("--study", default=STUDY, help="Journal file or database URL; running again resumes.", show_default=True)
+@click.option("--timeout", type=float, help="Seconds for the whole search.")
+@click.option("--timed-steps", default=3, help="Timed optimizer steps of each trial.", show_default=True)
+@click.option("--seed", default=0, help="Seed of the search.", show_default=True)
+@shared_flags
 def tune(
-    *,
-    flags: Flags,
-    trials: Annotated[int, typer.Option(help="Trials to have in the study when done.")] = 20,
-    backend: Annotated[str, typer.Option(help="real, simulated or formula.")] = "real",
-    study: Annotated[
-        str, typer.Option(help="Journal file or database URL; running again resumes.")
-    ] = "profiles/study.journal",
-    timeout: Annotated[float | None, typer.Option(help="Seconds for the whole search.")] = None,
-    timed_steps: Annotated[int, typer.Option(help="Timed optimizer steps of each trial.")] = 3,
-    seed: Annotated[int, typer.Option(help="Seed of the search.")] = 0,
+    *, flags: Flags, trials: int, backend: str, study: str, timeout: float | None, timed_steps: int, seed: int
 ) -> None:
     """Search for the fastest configuration that fits, with short real trials; writes profiles/best.json."""
     from zplan.commands.tune import tune as run
@@ -140,12 +134,10 @@ def tune(
 
 
 @app.command()
-def report(
-    study: Annotated[str, typer.Argument(help="Journal file or database URL.")] = "profiles/study.journal",
-    *,
-    out: Annotated[str, typer.Option(help="HTML file to write.")] = "reports/study.html",
-) -> None:
-    """One self-contained HTML file about a study."""
+@click.argument("study", default=STUDY)
+@click.option("--out", default="reports/study.html", help="HTML file to write.", show_default=True)
+def report(study: str, *, out: str) -> None:
+    """One self-contained HTML file about STUDY, a journal file or a database URL."""
     from zplan.report.html import write_report
 
     path = write_report(study, Path(out))
@@ -153,15 +145,11 @@ def report(
 
 
 @app.command()
-def export(
-    plan: Annotated[str, typer.Argument(help="A plan of profiles/.")],
-    *,
-    to: Annotated[
-        str, typer.Option(help="deepspeed, accelerate, torchrun, slurm, axolotl, llama-factory or ms-swift.")
-    ],
-    out: Annotated[str, typer.Option(help="Folder to write into.")] = "profiles/export",
-) -> None:
-    """Write a plan as the files of another tool."""
+@click.argument("plan")
+@click.option("--to", required=True, help="deepspeed, accelerate, torchrun, slurm, axolotl, llama-factory or ms-swift.")
+@click.option("--out", default="profiles/export", help="Folder to write into.", show_default=True)
+def export(plan: str, *, to: str, out: str) -> None:
+    """Write PLAN, a plan of profiles/, as the files of another tool."""
     from zplan.export import export_plan
     from zplan.files import load, save_text
     from zplan.plan import Plan
@@ -185,18 +173,24 @@ def _fail(error: ZplanError) -> int:
     return int(error.exit_code)
 
 
+def _as_config_error(error: click.ClickException) -> ConfigError:
+    context = getattr(error, "ctx", None)
+    return ConfigError(error.format_message(), fix=f"{context.command_path if context else 'zplan'} --help")
+
+
 def main() -> NoReturn:
     """Turn errors into text and exit codes, once, here."""
-    from typer._click.exceptions import ClickException
-
     try:
         result = app(standalone_mode=False)
         code = int(result) if isinstance(result, int) else 0
     except ZplanError as error:
         code = _fail(error)
-    except ClickException as error:
-        code = _fail(ConfigError(error.format_message(), fix="zplan --help"))
-    except (KeyboardInterrupt, typer.Abort):
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        code = error.exit_code
+    except click.ClickException as error:
+        code = _fail(_as_config_error(error))
+    except (KeyboardInterrupt, click.Abort):
         _errors.print("zplan: interrupted")
         code = ExitCode.INTERRUPTED
     except BrokenPipeError:

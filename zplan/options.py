@@ -1,18 +1,17 @@
-"""The command-line flags, the same for every command, and how they become a Recipe and a Cluster.
+"""The command-line flags, the same for every command.
 
-`expand` lets a command take one `Flags` value: Typer sees the fields of the dataclass as its options.
+`shared_flags` lets a command take one `Flags` value: every field of the dataclass is an option of the command, in the
+section of the help that its annotation names.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from typer import Option
+import click
 
 _MODEL, _RECIPE, _CHOICE, _CLUSTER, _OUTPUT = (
     "Model",
@@ -23,8 +22,37 @@ _MODEL, _RECIPE, _CHOICE, _CLUSTER, _OUTPUT = (
 )
 
 
-def _flag(help_text: str, panel: str, *names: str, **more: Any) -> Any:
-    return Option(*names, help=help_text, rich_help_panel=panel, show_default=False, **more)
+class FlagOption(click.Option):
+    """An option that knows its section of the help."""
+
+    def __init__(self, *args: Any, section: str = "", **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.section = section
+
+
+class SectionedCommand(click.Command):
+    """Its own options first, then the shared ones by section."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                sections.setdefault(getattr(parameter, "section", "") or "Options", []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+@dataclass(frozen=True, slots=True)
+class _Flag:
+    help: str
+    section: str
+    names: tuple[str, ...]
+
+
+def _flag(help_text: str, section: str, *names: str) -> _Flag:
+    return _Flag(help_text, section, names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,28 +112,37 @@ class Flags:
     verbose: Annotated[bool, _flag("Every term and where it comes from.", _OUTPUT, "--verbose", "-v")] = False
 
 
-def expand(command: Callable[..., None]) -> Callable[..., None]:
-    """Give Typer the fields of `Flags` in place of the parameter `flags`."""
-    hints = get_type_hints(Flags, include_extras=True)
-    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
-    shared = [
-        inspect.Parameter(
-            item.name, inspect.Parameter.KEYWORD_ONLY, default=_default(item), annotation=hints[item.name]
-        )
-        for item in dataclasses.fields(Flags)
-    ]
-    names = {item.name for item in dataclasses.fields(Flags)}
+def shared_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a click command the fields of `Flags` as options; it receives them as one value, `flags`."""
+    options = _options()
+    names = [option.name for option in options]
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
-        flags = Flags(**{name: value for name, value in values.items() if name in names})
-        command(flags=flags, **{name: value for name, value in values.items() if name not in names})
+        given = {name: values.pop(name) for name in names if name is not None}
+        command(flags=Flags(**given), **values)
 
-    keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-    run.__signature__ = inspect.Signature([*keyword_only, *shared])  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in [*keyword_only, *shared]}
+    run.__click_params__ = [*getattr(command, "__click_params__", ()), *reversed(options)]  # type: ignore[attr-defined]
     return run
 
 
-def _default(item: dataclasses.Field[Any]) -> Any:
-    return item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+@functools.cache
+def _options() -> tuple[FlagOption, ...]:
+    hints = get_type_hints(Flags, include_extras=True)
+    return tuple(_option(name, *get_args(hint)) for name, hint in hints.items())
+
+
+def _option(name: str, kind: Any, flag: _Flag) -> FlagOption:
+    spelled = flag.names or (f"--{name.replace('_', '-')}",)
+    several = get_origin(kind) is list
+    default = getattr(Flags, name, None)
+    scalar = next(part for part in (get_args(kind) or (kind,)) if part is not type(None))
+    more: dict[str, Any] = {"is_flag": True} if scalar is bool else {"type": scalar}
+    return FlagOption(
+        [name, *spelled], help=flag.help, section=flag.section, default=() if several else default,
+        multiple=several, callback=_as_list if several else None, **more,
+    )  # fmt: skip
+
+
+def _as_list(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> list[str]:
+    return list(values)
