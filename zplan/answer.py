@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -19,6 +20,7 @@ from zplan.zero_config import Choice, zero_section
 _VERSIONS = ("zplan", "deepspeed", "torch", "transformers", "trl", "peft")
 
 
+@cache
 def package_versions() -> dict[str, str | None]:
     """Installed versions of what the numbers depend on; null where a package is missing. Imports none of them."""
     return {name: _version(name) for name in _VERSIONS}

@@ -14,6 +14,8 @@ from zplan.errors import ConfigError, ExitCode, ZplanError
 from zplan.options import Flags, SectionedCommand, shared_flags
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from rich.console import RenderableType
 
     from zplan.hardware import Cluster
@@ -55,18 +57,18 @@ def _show(renderable: RenderableType | str) -> None:
     _screen.print(renderable)
 
 
-def _finish(flags: Flags, data: Any, *, text: RenderableType, code: ExitCode) -> NoReturn:
+def _finish(flags: Flags, data: Callable[[], Mapping[str, Any]], *, text: RenderableType, code: ExitCode) -> NoReturn:
     """Print once (table or JSON), write --out, leave with the verdict's code."""
     if flags.json:
         import json
 
-        sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
+        sys.stdout.write(json.dumps(data(), indent=2, allow_nan=False) + "\n")
     else:
         _show(text)
     if flags.out:
         from zplan.files import save_json
 
-        save_json(data, flags.out)
+        save_json(data(), flags.out)
     raise click.exceptions.Exit(int(code))
 
 
@@ -83,7 +85,7 @@ def inspect(*, json: bool) -> None:
     flags = Flags(json=json)
     _finish(
         flags,
-        inspect_data(cluster, findings),
+        lambda: inspect_data(cluster, findings),
         text=render_machine(cluster, findings),
         code=ExitCode.BROKEN_MACHINE if broken else ExitCode.OK,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 class Answer:
     """What a command found: for programs, for people, and as an exit code."""
 
-    data: dict[str, Any]
+    data: Callable[[], Mapping[str, Any]]
+    """Made only when it is asked for: what most people read is the text."""
     text: RenderableType
     code: ExitCode = ExitCode.OK

@@ -35,7 +35,7 @@ def _detail(job: Job, *, verbose: bool, quiet: bool) -> Answer:
     body: list[RenderableType] = [render_detail(candidate, fixes, verbose=verbose)]
     body += [Text(f"warning: {line}", style="yellow") for line in job.warnings]
     return Answer(
-        data=estimate_data(
+        data=lambda: estimate_data(
             candidate, shape=job.shape, recipe=job.recipe, cluster=job.cluster, origins=job.origins, fixes=fixes
         ),
         text=_headed(job, Group(*body), quiet=quiet),
@@ -55,7 +55,9 @@ def _ranked(job: Job, *, quiet: bool) -> Answer:
         body.append(Text("nothing fits", style="red"))
         body += [Text(f"  {change.change}") for change in changes]
     return Answer(
-        data=candidates_data(candidates, shape=job.shape, recipe=job.recipe, cluster=job.cluster, changes=changes),
+        data=lambda: candidates_data(
+            candidates, shape=job.shape, recipe=job.recipe, cluster=job.cluster, changes=changes
+        ),
         text=_headed(job, Group(*body), quiet=quiet),
         code=ExitCode.OK if best is not None else ExitCode.DOES_NOT_FIT,
     )
@@ -88,7 +90,7 @@ def _explained(job: Job, key: str) -> Answer:
         "text": explanation.text,
         "effects": list(explanation.effects),
     }
-    return Answer(data=data, text=Group(*lines))
+    return Answer(data=lambda: data, text=Group(*lines))
 
 
 def _code(candidate: Candidate) -> ExitCode:

@@ -34,7 +34,7 @@ def simulate(job: Job, *, steps: int, trace: str | None, quiet: bool) -> Answer:
     fits = not report.oom_message and report.gpu_reserved_bytes <= job.cluster.gpu.free_bytes
     body = render_simulation(report, candidate, fits=fits)
     return Answer(
-        data=_data(job, candidate, report, fits=fits),
+        data=lambda: _data(job, candidate, report, fits=fits),
         text=body if quiet else _headed(job, body),
         code=ExitCode.OK if fits else ExitCode.DOES_NOT_FIT,
     )

@@ -157,9 +157,9 @@ def _answer(outcome: StudyOutcome, plan_path: str, study: str) -> Answer:
     lines = [render_records(_by_speed(outcome.records), best=outcome.best), Text(f"stopped: {outcome.stop_reason}")]
     if outcome.plan is None:
         lines.append(Text("no configuration ran; see the outcomes above", style="red"))
-        return Answer(data=data, text=Group(*lines), code=ExitCode.DOES_NOT_FIT)
+        return Answer(data=lambda: data, text=Group(*lines), code=ExitCode.DOES_NOT_FIT)
     lines.append(Text(f"wrote {plan_path}; train with: python -m sft.train --plan {plan_path}"))
-    return Answer(data=data, text=Group(*lines))
+    return Answer(data=lambda: data, text=Group(*lines))
 
 
 def _by_speed(records: Sequence[Record]) -> list[Record]:
