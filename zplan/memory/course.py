@@ -118,10 +118,19 @@ class _Walk:
         self._loss_backward()
         self._backward()
         self.call(Op.END_BACKWARD)
-        meter.add(Kind.ACTIVATIONS, -meter.by_kind[Kind.ACTIVATIONS])
+        meter.add(Kind.ACTIVATIONS, self._input_bytes() - meter.by_kind[Kind.ACTIVATIONS])
         self._begin("step")
         self.call(Op.STEP)
         return self.noted
+
+    def _input_bytes(self) -> int:
+        """Adapters under checkpointing make the embedding's output a leaf: it and its gradient stay with the loss,
+        which lives until the engine has stepped.
+
+        Source: transformers 5.23.0, modeling_utils.py (enable_input_require_grads); accelerate 1.15.0,
+        utils/deepspeed.py (DeepSpeedEngineWrapper.backward: backward and step in one call).
+        """
+        return 2 * self.recording.hidden_bytes if self.recording.reentrant and self.checkpointing else 0
 
     def call(self, op: Op, number: int = 0) -> None:
         """Note the bytes up to here; the engine acts here."""
@@ -200,6 +209,7 @@ class _Walk:
                     self.meter.add(Kind.ACTIVATIONS, -r.hidden_bytes - extra)
                 else:
                     self._play(block.tape.backward, index, layer)
+        self.meter.add(Kind.ACTIVATIONS, self._input_bytes() // 2)
         self._embedding_backward()
         self.post(self.root)
 

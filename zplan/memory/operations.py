@@ -216,32 +216,49 @@ def fused_attention(
 def eager_attention(
     tape: Tape, sizes: Sizes, q: Value, k: Value, v: Value, *, num_heads: int, q_width: int, k_width: int, v_width: int
 ) -> Value:
-    """Attention with the S x S matrix: repeated keys and values, fp32 softmax kept, its cast kept for values.
+    """Attention with the S x S matrix, once in the training dtype and twice in fp32 while softmax runs.
 
-    Source: transformers 5.23.0, models/llama/modeling_llama.py (eager_attention_forward).
+    The weights are returned to the layer, which holds them until it ends. A product of batches wants B and H as one
+    dimension, which q does not allow for B > 1 and is copied; so is the gradient of the result.
+
+    Source: transformers 5.23.0, models/llama/modeling_llama.py (eager_attention_forward, LlamaDecoderLayer.forward).
     """
     scores = sizes.micro_batch * num_heads * sizes.length * sizes.length
     small, large = scores * sizes.itemsize, scores * FP32
     wide = sizes.bytes(q_width)
-    repeats = k_width != q_width
+    repeats, batched = k_width != q_width, sizes.micro_batch > 1
     keys = tape.apply(wide, [(k, sizes.bytes(k_width))], temporary=wide) if repeats else k
     values = tape.apply(wide, [(v, sizes.bytes(v_width))], temporary=wide) if repeats else v
-    product = tape.apply(small, [(q, wide), (keys, wide)], saves=(q, keys))
+    queries = tape.apply(wide, [(q, None)]) if batched else q
+    product = tape.apply(small, [(queries, wide), (keys, wide)], saves=(queries, keys))
+    if batched:
+        tape.drop(queries)
     scaled = tape.apply(small, [(product, small)])
     tape.drop(product)
     masked = tape.apply(small, [(scaled, None)])
     tape.drop(scaled)
-    soft = tape.apply(large, [(masked, small)], saves_output=True, temporary=large, forward_temporary=large - small)
-    cast = tape.apply(small, [(soft, large)]) if small != large else soft
+    weights = _fp32_softmax(tape, masked, small, large)
     tape.drop(masked)
-    if cast is not soft:
-        tape.drop(soft)
-    out = tape.apply(wide, [(cast, small), (values, wide)], saves=(cast, values))
+    out = tape.apply(wide, [(weights, small), (values, wide)], saves=(weights, values))
     if repeats:
         tape.drop(keys, values)
-    flat = tape.apply(wide, [(out, wide)])
-    tape.drop(out, cast)
+    viewed = tape.apply(None, [(out, wide if batched else None)])
+    flat = tape.apply(wide, [(viewed, None)])
+    tape.drop(out, viewed)
+    tape.hold(weights)
     return flat
+
+
+def _fp32_softmax(tape: Tape, x: Value, small: int, large: int) -> Value:
+    """softmax(x, dtype=float32).to(x.dtype): a cast up, the softmax, which keeps its output, a cast down."""
+    if small == large:
+        return tape.apply(large, [(x, large)], saves_output=True)
+    wide = tape.apply(large, [(x, small)])
+    soft = tape.apply(large, [(wide, large)], saves_output=True)
+    tape.drop(wide)
+    cast = tape.apply(small, [(soft, large)])
+    tape.drop(soft)
+    return cast
 
 
 def activation(tape: Tape, sizes: Sizes, x: Value, width: int, hidden_act: str) -> Value:

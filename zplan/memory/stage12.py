@@ -114,12 +114,19 @@ class Stage12Engine:
         return self.cut.rank in owners(self.items, number, self.size_of(number))
 
     def begin_micro_step(self) -> None:
-        """Gradients that earlier micro-steps left are there already."""
-        if self.partial and not self.zero.offloads_optimizer:
-            if self.stage == 2:
-                self.meter.add(Kind.GRADIENTS, self.itemsize * self.cut.touched_numel)
-            else:
-                self._keep_all_gradients()
+        """What earlier micro-steps left: stage 2 its own gradients (on the host under offload); stage 1, which reduces
+        nothing before the last micro-step, all gradients and the buckets.
+
+        Source: deepspeed 0.19.8, stage_1_and_2.py:2293 (reduce_ready_partitions_and_remove_grads), engine.py:3085
+        (allreduce_gradients).
+        """
+        if not self.partial:
+            return
+        if self.stage == 1:
+            self._keep_all_gradients()
+            self._set_up_buckets()
+        elif not self.zero.offloads_optimizer:
+            self.meter.add(Kind.GRADIENTS, self.itemsize * self.cut.touched_numel)
 
     @property
     def bucket_bytes(self) -> int:
@@ -128,6 +135,11 @@ class Stage12Engine:
         Source: deepspeed 0.19.8, stage_1_and_2.py:2287 (process_gradients), :3256 (setup_buckets).
         """
         return self.zero.reduce_bucket_size * self.itemsize * (2 if self.zero.overlaps_comm else 1)
+
+    def _set_up_buckets(self) -> None:
+        if self.contiguous and not self.has_buckets:
+            self.has_buckets = True
+            self.meter.add(Kind.BUCKETS, self.bucket_bytes)
 
     def _keep_all_gradients(self) -> None:
         for group in self.items.groups:
@@ -153,9 +165,7 @@ class Stage12Engine:
             self.meter.touch(Kind.GRADIENTS, self.itemsize * self.items.numel[number])
         else:
             self._own(number)
-        if self.contiguous and not self.has_buckets:
-            self.has_buckets = True
-            self.meter.add(Kind.BUCKETS, self.bucket_bytes)
+        self._set_up_buckets()
         if self.reduces_in_hooks:
             self._enqueue(number)
 
@@ -203,21 +213,34 @@ class Stage12Engine:
 
         Source: deepspeed 0.19.8, stage_1_and_2.py (average_tensor, allreduce_and_copy_with_multiple_ranks).
         """
-        numel = sum(self.items.numel[number] for number in self.bucket)
-        if self.contiguous and self.zero.reduce_scatter:
-            return self.itemsize * numel if self._has_several_owners() else 0
         if self.contiguous:
-            return 0
-        return self.itemsize * numel if len(self.bucket) > 1 else 0
+            return self.itemsize * self._largest_flattened() if self.zero.reduce_scatter else 0
+        return self.itemsize * self.bucket_numel if len(self.bucket) > 1 else 0
 
-    def _has_several_owners(self) -> bool:
-        first: int | None = None
+    def _largest_flattened(self) -> int:
+        """Slices of the bucket by owner are flattened until they exceed the bucket size; a single one is a view.
+
+        Source: deepspeed 0.19.8, stage_1_and_2.py (average_tensor, allreduce_and_scatter); torch 2.13.0,
+        torch/csrc/utils/tensor_flatten.h (flatten_dense_tensors).
+        """
+        largest = numel = count = 0
+        for _, size in self._slices():
+            numel, count = numel + size, count + 1
+            if numel > self.zero.reduce_bucket_size:
+                largest, numel, count = max(largest, numel if count > 1 else 0), 0, 0
+        return max(largest, numel if count > 1 else 0)
+
+    def _slices(self) -> list[tuple[int, int]]:
+        """(owner, elements) in the order of the bucket, neighbours of one owner as one slice."""
+        found: list[tuple[int, int]] = []
         for number in self.bucket:
-            owning = owners(self.items, number, self.size_of(number))
-            if len(owning) > 1 or (first is not None and owning.start != first):
-                return True
-            first = owning.start
-        return False
+            size = self.size_of(number)
+            for owner in owners(self.items, number, size):
+                numel = _fragment(self.items, number, size, owner)
+                if found and found[-1][0] == owner:
+                    numel += found.pop()[1]
+                found.append((owner, numel))
+        return found
 
     def _after_reduction(self, number: int) -> None:
         if self.stage == 2 and not self.is_mine(number):

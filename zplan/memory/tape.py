@@ -94,6 +94,7 @@ class Tape:
     _peak: int = 0
     _stopped: bool = False
     _live: int = 0
+    _held: list[Value] = field(default_factory=list)
 
     # -- bytes ---------------------------------------------------------------------------------------------------
     def _add(self, num_bytes: int) -> None:
@@ -130,6 +131,15 @@ class Tape:
         """Python locals going away."""
         for value in values:
             self._release(value.storage)
+
+    def hold(self, value: Value) -> None:
+        """A local of the block itself: it goes when the block returns."""
+        self._held.append(value)
+
+    def leave(self) -> None:
+        """The block returns."""
+        self.drop(*self._held)
+        self._held.clear()
 
     def _release(self, tensor: Tensor) -> None:
         tensor.refs -= 1
@@ -268,7 +278,8 @@ class BlockTape:
     forward_without_saving: tuple[Step, ...]
     """The first forward of a checkpointed block: the input stays, the output is new."""
     recompute: tuple[Step, ...]
-    """Up to the early stop; ends with the saved tensors live."""
+    """Up to the early stop; ends with the saved tensors live. It begins with the modules whose backward hook comes
+    before the first saved tensor is asked for: asking for it is what starts a recomputation."""
     backward: tuple[Step, ...]
     """After a forward that kept; includes freeing the saved tensors and the incoming gradient, ends with the
     gradient of the input live."""
@@ -288,14 +299,15 @@ def record_block(build: Build, input_bytes: int, output_bytes: int) -> BlockTape
     loose, _, _ = _run(build, input_bytes, output_bytes, Tape(keeps=False), keeps_input=True)
     again, again_backward, _ = _run(build, input_bytes, output_bytes, Tape(stop_at=last_saving), keeps_input=True)
     whole, whole_backward, _ = _run(build, input_bytes, output_bytes, Tape(), keeps_input=True)
+    hooks = next((i for i, step in enumerate(again_backward) if step[0] != Event.PRE_BACKWARD), 0)
     return BlockTape(
         recompute_whole=whole,
         backward_after_whole=whole_backward,
         forward=kept,
         forward_without_saving=loose,
-        recompute=again,
+        recompute=again_backward[:hooks] + again,
         backward=kept_backward,
-        backward_after_recompute=again_backward,
+        backward_after_recompute=again_backward[hooks:],
     )
 
 
@@ -306,6 +318,7 @@ def _run(
     if keeps_input:
         source.storage.refs += 1
     out = build(tape, source)
+    tape.leave()
     tape.drop(source)
     tape.resume()
     tape.flush()

@@ -112,9 +112,15 @@ def is_output(weight: Weight) -> bool:
 
 
 def _batch_bytes(shape: ModelShape, sizes: Sizes) -> int:
-    """input_ids, labels and attention_mask (int64), positions, and cos and sin of the rotary embedding."""
+    """input_ids, labels and attention_mask (int64), positions, cos and sin of the rotary embedding, eager's masks.
+
+    Source: transformers 5.23.0, masking_utils.py (eager_mask): one B x S x S of the training dtype for each kind of
+    layer (full, sliding).
+    """
     rotary = 2 * sizes.length * shape.head_dim * sizes.itemsize
-    return 3 * INT64 * sizes.tokens + INT64 * sizes.length + rotary
+    kinds = max(len(set(shape.layer_types)), 1) if sizes.attention == "eager" else 0
+    masks = kinds * sizes.micro_batch * sizes.length * sizes.length * sizes.itemsize
+    return 3 * INT64 * sizes.tokens + INT64 * sizes.length + rotary + masks
 
 
 def _record_one(laid: LaidBlock, shape: ModelShape, sizes: Sizes, hidden: int) -> Recorded:
