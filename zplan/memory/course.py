@@ -43,6 +43,10 @@ class Op(IntEnum):
     GRADIENT = 4
     END_BACKWARD = 5
     STEP = 6
+    RECOMPUTED_MODULE = 7
+    """PRE_MODULE within a reentrant recomputation."""
+    END_RECOMPUTED = 8
+    """The layer that was recomputed has had its backward."""
 
 
 Call = tuple[int, int]
@@ -202,10 +206,13 @@ class _Walk:
             checkpointed = self._is_checkpointed(block)
             for layer in reversed(range(block.laid.repeat)):
                 if checkpointed:
-                    again, back = recomputation(block.tape, reentrant=r.reentrant and self.fetches)
-                    self._play(again, index, layer)
+                    reentrant = r.reentrant and self.fetches
+                    again, back = recomputation(block.tape, reentrant=reentrant)
+                    self._play(again, index, layer, recomputed=reentrant)
                     self._play(back, index, layer)
-                    extra = r.hidden_bytes if back is block.tape.backward_after_whole else 0
+                    if reentrant:
+                        self.call(Op.END_RECOMPUTED)
+                    extra = r.hidden_bytes if reentrant else 0
                     self.meter.add(Kind.ACTIVATIONS, -r.hidden_bytes - extra)
                 else:
                     self._play(block.tape.backward, index, layer)
@@ -228,7 +235,7 @@ class _Walk:
                 self.call(Op.GRADIENT, r.items.base[index] + local)
             self.post(self.module_base[index])
 
-    def _play(self, steps: Sequence[Step], index: int, layer: int) -> None:
+    def _play(self, steps: Sequence[Step], index: int, layer: int, *, recomputed: bool = False) -> None:
         meter = self.meter
         block = self.recording.blocks[index]
         weights = self.recording.items.base[index] + layer * len(block.laid.weights)
@@ -239,6 +246,8 @@ class _Walk:
                 meter.add(Kind.ACTIVATIONS, a)
             elif event == Event.GRADIENT:
                 self.call(Op.GRADIENT, weights + a)
+            elif event == Event.PRE_FORWARD and recomputed:
+                self.call(Op.RECOMPUTED_MODULE, modules + a)
             elif event in (Event.PRE_FORWARD, Event.PRE_BACKWARD):
                 self.pre(modules + a)
             else:

@@ -36,6 +36,12 @@ class Stage0Engine:
     def post_module(self, module: int) -> None:
         """Nothing to give back."""
 
+    def recomputed_module(self, module: int) -> None:
+        """Nothing to gather."""
+
+    def end_recomputed(self) -> None:
+        """Nothing to give back."""
+
     def gradient(self, number: int) -> None:
         num_bytes = self.itemsize * self.items.numel[number]
         if number in self.own:

@@ -159,6 +159,12 @@ class Stage12Engine:
     def post_module(self, module: int) -> None:
         """Nothing to give back."""
 
+    def recomputed_module(self, module: int) -> None:
+        """Nothing to gather."""
+
+    def end_recomputed(self) -> None:
+        """Nothing to give back."""
+
     def gradient(self, number: int) -> None:
         """AccumulateGrad ran: keep the gradient, or add it to the one of earlier micro-steps, then maybe reduce."""
         if number in self.own:
@@ -194,6 +200,12 @@ class Stage12Engine:
         for number in list(self.own):
             if self.contiguous or not self.is_mine(number):
                 self._free(number)
+        if self.stage == 2 and self.partial and not self.zero.offloads_optimizer:
+            # this micro-step's gradients were added to the earlier ones (stage_1_and_2.py:1043)
+            for number in list(self.own):
+                self._free(number)
+            if self.has_partition_buffer:
+                self.meter.add(Kind.GRADIENTS, -self.itemsize * self.cut.touched_numel)
         self.meter.add(Kind.BUCKETS, -self.meter.by_kind[Kind.BUCKETS])
 
     def _reduce(self) -> None:

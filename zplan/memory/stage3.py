@@ -19,6 +19,8 @@ from zplan.zero_config import ZeroConfig
 
 FP32 = 4
 NOT_AVAILABLE, INFLIGHT, AVAILABLE = 0, 1, 2
+RECOMPUTED = -1
+"""Stands for the recomputed layer among a parameter's users."""
 COPY_CHUNK_NUMEL = 250_000_000
 """Elements of one offloaded gradient copied at a time (stage3.py, partition_grads)."""
 
@@ -174,6 +176,7 @@ class Stage3Engine:
         self.last_use = [-(10**10)] * size
         self.users: list[set[int]] = [set() for _ in range(size)]
         self.inflight: dict[int, _Gather] = {}
+        self.recomputed: list[int] = []
         self.step_id = 0
         self.available_numel = 0
         self.prefetch_numel = 1 if zero.stage3_allgather_sequential else zero.stage3_prefetch_bucket_size
@@ -273,10 +276,13 @@ class Stage3Engine:
             if number in self.external:
                 continue
             if number in release and self.status[number] == AVAILABLE and not self.users[number]:
-                self.meter.add(Kind.GATHERED_PARAMETERS, -self.held[number])
-                self.held[number] = 0
-                self.status[number] = NOT_AVAILABLE
-                self.available_numel -= self.items.numel[number]
+                self._release(number)
+
+    def _release(self, number: int) -> None:
+        self.meter.add(Kind.GATHERED_PARAMETERS, -self.held[number])
+        self.held[number] = 0
+        self.status[number] = NOT_AVAILABLE
+        self.available_numel -= self.items.numel[number]
 
     def _releasable(self, owned: Sequence[int]) -> set[int]:
         step_id, reach = self.step_id, self.zero.stage3_max_reuse_distance
@@ -287,6 +293,25 @@ class Stage3Engine:
             and self.last_use[number] <= step_id
             and self.fetches.distance(number, step_id) >= reach
         }
+
+    def recomputed_module(self, module: int) -> None:
+        """A frozen parameter that a recomputation fetches belongs to the recomputed layer until its backward is done.
+
+        Source: deepspeed 0.19.8, partitioned_param_coordinator.py:391 (update_recompute_parameters).
+        """
+        self.pre_module(module)
+        for number in self.modules.get(module, ()):
+            if not self.items.trainable[number] and number not in self.shards.persistent:
+                self.users[number].add(RECOMPUTED)
+                self.recomputed.append(number)
+
+    def end_recomputed(self) -> None:
+        """release_sub_module of the layer: its recomputed parameters go, however soon they are used again."""
+        for number in self.recomputed:
+            self.users[number].discard(RECOMPUTED)
+            if self.status[number] == AVAILABLE and not self.users[number] and number not in self.external:
+                self._release(number)
+        self.recomputed = []
 
     # -- gradients -----------------------------------------------------------------------------------------------
     def begin_micro_step(self) -> None:
@@ -334,7 +359,8 @@ class Stage3Engine:
         if not self.zero.offloads_optimizer:
             return 0
         largest = max(self.shards.partition[p] for p in self.bucket)
-        return max(FP32 * largest, 2 * FP32 * min(largest, COPY_CHUNK_NUMEL))
+        norm = 2 * FP32 * min(largest, COPY_CHUNK_NUMEL)  # in fp64
+        return self.itemsize * largest + max(FP32 * largest, norm)
 
     def step(self) -> None:
         """Per sub-group: fp32 gradients of its partitions (and a flat copy first if it has several parameters).

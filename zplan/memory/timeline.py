@@ -232,7 +232,9 @@ def fetch_order(recording: Recording, *, checkpointing: bool) -> list[int]:
         for layer in reversed(range(layers.repeat if tape else 0)):
             assert tape is not None
             if checkpointing and layers.block.role in ("layer", "encoder_layer"):
-                collect(recomputation(tape, reentrant=recording.reentrant)[0], index, layer)
-            collect(tape.backward, index, layer)
+                for steps in recomputation(tape, reentrant=recording.reentrant):
+                    collect(steps, index, layer)
+            else:
+                collect(tape.backward, index, layer)
     order.extend(base for base, block in zip(bases, recording.blocks, strict=True) if _is_embedding(block))
     return order
