@@ -162,6 +162,7 @@ def _attention(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, 
     mixed = attend(
         tape, sizes, q, k, v,
         num_heads=shape.num_attention_heads, q_width=q_width, k_width=k_width, v_width=k_width,
+        softcap=bool(shape.config.get("attn_logit_softcapping", shape.model_type == "gemma2")),
     )  # fmt: skip
     out = ops.linear(tape, modules, sizes, layer.output, mixed, transposed=layer.is_conv1d)
     tape.drop(q, k, v, mixed)

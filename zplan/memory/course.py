@@ -18,6 +18,7 @@ from zplan.memory.tape import Event, Step
 from zplan.memory.timeline import (
     Recorded,
     Recording,
+    external_numbers,
     fetch_order,
     module_bases,
     module_parameters,
@@ -179,6 +180,10 @@ class _Walk:
 
     def _loss_forward(self) -> None:
         loss = self.recording.loss
+        if self.recording.runs_head:
+            self.pre(self.root + 1)
+            self.meter.touch(Kind.LOSS, loss.logits)
+            self.post(self.root + 1)
         self.meter.touch(Kind.LOSS, loss.forward)
         self.meter.add(Kind.LOSS, loss.kept)
         self.post(self.root)
@@ -189,6 +194,9 @@ class _Walk:
         self.pre(self.root)
         meter.touch(Kind.LOSS, r.loss.backward)
         meter.add(Kind.LOSS, -r.loss.kept)
+        if r.runs_head:
+            self.pre(self.root + 1)
+            meter.touch(Kind.LOSS, r.loss.head)
         if r.head_trains and not r.head_is_embedding:
             for number in output_numbers(r):
                 self.call(Op.GRADIENT, number)
@@ -196,6 +204,8 @@ class _Walk:
             meter.add(Kind.GRADIENTS, r.head_bytes)
         meter.touch(Kind.LOSS, r.loss.hidden_gradient + r.loss.spread)
         meter.add(Kind.ACTIVATIONS, r.loss.hidden_gradient)
+        if r.runs_head:
+            self.post(self.root + 1)
 
     def _backward(self) -> None:
         r = self.recording
@@ -230,7 +240,8 @@ class _Walk:
                 if not weight.trainable:
                     continue
                 if r.head_is_embedding and local == 0:
-                    self.meter.touch(Kind.GRADIENTS, weight.numel * weight.itemsize)
+                    # the head's gradient, the embedding's and their sum
+                    self.meter.touch(Kind.GRADIENTS, 2 * weight.numel * weight.itemsize)
                     self.meter.add(Kind.GRADIENTS, -r.head_bytes)
                 self.call(Op.GRADIENT, r.items.base[index] + local)
             self.post(self.module_base[index])
@@ -303,6 +314,6 @@ def _script(recording: Recording, noted: Mapping[StepPhase, _Noted], *, checkpoi
             calls=calls,
             modules=modules,
             fetches=Fetches.of(order, modules, recording.items.numel),
-            external=() if recording.head_is_embedding or not fetches else output_numbers(recording),
+            external=external_numbers(recording) if fetches else (),
         )
     return known

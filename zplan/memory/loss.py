@@ -34,6 +34,10 @@ class LossCost:
     """Gradient of the final hidden states that goes on to the last norm."""
     spread: int = 0
     """Temporaries while that gradient is scattered to all positions."""
+    logits: int = 0
+    """Logits of the training dtype, live while the head's own module runs; 0 if the loss reads the head's weight."""
+    head: int = 0
+    """Live at most in the backward of the head's own module."""
 
 
 def loss_cost(
@@ -85,7 +89,7 @@ def _tiled(shape: ModelShape, micro_batch: int, length: int, b: int, head_trains
 def _full(shape: ModelShape, tokens: int, b: int, head_trains: bool) -> LossCost:
     """Full logits: b V and an fp32 copy, of which the log-softmax is kept; two fp32 gradients beside it.
 
-    backward = T V (4 + 4 + 4)
+    backward = T V (4 + 4 + 4), then b T V and the gradients of the head's module
     """
     logits = tokens * shape.vocab_size
     copy = FP32 if b != FP32 else 0
@@ -94,8 +98,10 @@ def _full(shape: ModelShape, tokens: int, b: int, head_trains: bool) -> LossCost
     return LossCost(
         forward=logits * (b + copy + FP32),
         kept=logits * FP32,
-        backward=max(2 * FP32 * logits, FP32 * logits + copy * logits // 2 + hidden + weight),
+        backward=2 * FP32 * logits,
         hidden_gradient=hidden,
+        logits=logits * b,
+        head=logits * b + hidden + weight,
     )
 
 

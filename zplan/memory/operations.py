@@ -196,8 +196,9 @@ def rotary(tape: Tape, sizes: Sizes, x: Value, width: int) -> Value:
 
 
 def fused_attention(
-    tape: Tape, sizes: Sizes, q: Value, k: Value, v: Value, *, num_heads: int, q_width: int, k_width: int, v_width: int
-) -> Value:
+    tape: Tape, sizes: Sizes, q: Value, k: Value, v: Value, *, num_heads: int, q_width: int, k_width: int, v_width: int,
+    softcap: bool = False,
+) -> Value:  # fmt: skip
     """sdpa and flash attention: keep q, k, v, the output and one fp32 logsumexp per token and head.
 
     Limits: the kernel's own workspace in backward is not counted (it is in `high`).
@@ -214,8 +215,9 @@ def fused_attention(
 
 
 def eager_attention(
-    tape: Tape, sizes: Sizes, q: Value, k: Value, v: Value, *, num_heads: int, q_width: int, k_width: int, v_width: int
-) -> Value:
+    tape: Tape, sizes: Sizes, q: Value, k: Value, v: Value, *, num_heads: int, q_width: int, k_width: int, v_width: int,
+    softcap: bool = False,
+) -> Value:  # fmt: skip
     """Attention with the S x S matrix, once in the training dtype and twice in fp32 while softmax runs.
 
     The weights are returned to the layer, which holds them until it ends. A product of batches wants B and H as one
@@ -235,6 +237,8 @@ def eager_attention(
         tape.drop(queries)
     scaled = tape.apply(small, [(product, small)])
     tape.drop(product)
+    if softcap:
+        scaled = _softcap(tape, scaled, small)
     masked = tape.apply(small, [(scaled, None)])
     tape.drop(scaled)
     weights = _fp32_softmax(tape, masked, small, large)
@@ -247,6 +251,17 @@ def eager_attention(
     tape.drop(out, viewed)
     tape.hold(weights)
     return flat
+
+
+def _softcap(tape: Tape, scores: Value, num_bytes: int) -> Value:
+    """cap * tanh(scores / cap), which keeps the tanh (transformers 5.23.0, models/gemma2/modeling_gemma2.py)."""
+    divided = tape.apply(num_bytes, [(scores, num_bytes)])
+    tape.drop(scores)
+    bent = tape.apply(num_bytes, [(divided, num_bytes)], saves_output=True)
+    tape.drop(divided)
+    out = tape.apply(num_bytes, [(bent, num_bytes)])
+    tape.drop(bent)
+    return out
 
 
 def _fp32_softmax(tape: Tape, x: Value, small: int, large: int) -> Value:
@@ -267,6 +282,6 @@ def activation(tape: Tape, sizes: Sizes, x: Value, width: int, hidden_act: str) 
     if hidden_act == "relu":
         return tape.apply(whole, [(x, whole)], saves_output=True)
     if hidden_act in ("gelu_new", "gelu_fast", "relu2"):
-        pieces = 4 if hidden_act != "relu2" else 1
+        pieces = 3 if hidden_act != "relu2" else 1
         return tape.apply(whole, [(x, whole)], saves=(x,), extra_saved=pieces * whole, temporary=2 * whole)
     return tape.apply(whole, [(x, whole)], saves=(x,))

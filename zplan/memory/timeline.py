@@ -45,6 +45,8 @@ class Recording:
     head_trains: bool
     reentrant: bool
     """Adapters under ZeRO-3 force reentrant checkpointing (trl 1.16.0, sft_trainer.py:872)."""
+    runs_head: bool
+    """Full logits come from the head's own module (number root + 1); TRL's loss reads the head's weight instead."""
     head_is_embedding: bool
     """Tied: one weight, two gradients that are added before the engine sees them."""
 
@@ -100,6 +102,7 @@ def _record(shape: ModelShape, recipe: Recipe, layout: Layout, sizes: Sizes) -> 
         head_bytes=shape.vocab_size * shape.hidden_size * sizes.itemsize,
         head_trains=head_trains,
         reentrant=recipe.method != "full",
+        runs_head=recipe.loss == "full",
         head_is_embedding=not heads,
     )
 
@@ -180,6 +183,11 @@ def output_numbers(recording: Recording) -> tuple[int, ...]:
     return tuple(found) if found else (recording.items.base[0],)
 
 
+def external_numbers(recording: Recording) -> tuple[int, ...]:
+    """Parameters that DeepSpeed registers as external to a module: a head whose weight the loss reads."""
+    return () if recording.head_is_embedding or recording.runs_head else output_numbers(recording)
+
+
 def module_parameters(recording: Recording) -> dict[int, tuple[int, ...]]:
     """Module number -> the parameters it owns."""
     owned: dict[int, list[int]] = {}
@@ -194,7 +202,7 @@ def module_parameters(recording: Recording) -> dict[int, tuple[int, ...]]:
                 if local_module is None and block.tape is not None:
                     continue  # the head's own module never runs
                 owned.setdefault(base + layer * per_layer + (local_module or 0), []).append(first + local)
-    owned[root_module(recording)] = list(output_numbers(recording))
+    owned[root_module(recording) + recording.runs_head] = list(output_numbers(recording))
     return {module: tuple(numbers) for module, numbers in owned.items()}
 
 
@@ -225,7 +233,10 @@ def fetch_order(recording: Recording, *, checkpointing: bool) -> list[int]:
         for layer in range(block.laid.repeat if block.tape else 0):
             assert block.tape is not None
             collect(block.tape.forward, index, layer)
-    order.append(root)
+    if recording.runs_head:
+        order += [root + 1, root, root + 1]
+    else:
+        order.append(root)
     for index in reversed(range(len(recording.blocks))):
         tape = recording.blocks[index].tape
         layers = recording.blocks[index].laid
