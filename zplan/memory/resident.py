@@ -126,7 +126,9 @@ def _stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards) -> Res
         ]
     bucket = b * zero.reduce_bucket_size if zero.contiguous_gradients else 0
     staged = -(-laid.largest_trainable // choice.batch.world_size) if zero.offloads_param else 0
-    gathered = b * (laid.largest_trainable + staged)  # each trainable parameter is gathered once while the optimizer is built
+    gathered = b * (
+        laid.largest_trainable + staged
+    )  # each trainable parameter is gathered once while the optimizer is built
     buffers = bucket + gathered
     if not zero.offloads_optimizer:
         buffers = max(FP32 * max(shards.sub_groups), b * numel + bucket + gathered)
