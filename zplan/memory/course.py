@@ -46,6 +46,8 @@ class Op(IntEnum):
     STEP = 6
     RECOMPUTED_MODULE = 7
     """PRE_MODULE within a reentrant recomputation."""
+    READ_HEAD = 9
+    """The loss reads the head's weight, or is done with it."""
     END_RECOMPUTED = 8
     """The layer that was recomputed has had its backward."""
 
@@ -65,6 +67,8 @@ class Script:
     """Modules in the order in which a step fetches them."""
     external: tuple[int, ...]
     """Parameters that DeepSpeed registers as external; they are not released."""
+    head: tuple[int, ...]
+    """Parameters of the output projection."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,8 +188,12 @@ class _Walk:
             self.pre(self.root + 1)
             self.meter.touch(Kind.LOSS, loss.logits)
             self.post(self.root + 1)
+        elif self.fetches:
+            self.call(Op.READ_HEAD)
         self.meter.touch(Kind.LOSS, loss.forward)
         self.meter.add(Kind.LOSS, loss.kept)
+        if self.fetches and not self.recording.runs_head:
+            self.call(Op.READ_HEAD)
         self.post(self.root)
 
     # -- backward ------------------------------------------------------------------------------------------------
@@ -315,5 +323,6 @@ def _script(recording: Recording, noted: Mapping[StepPhase, _Noted], *, checkpoi
             modules=modules,
             fetches=Fetches.of(order, modules, recording.items.numel),
             external=external_numbers(recording) if fetches else (),
+            head=output_numbers(recording),
         )
     return known

@@ -11,6 +11,7 @@ from zplan.memory.course import STEP_PHASES, Kinds, StepPhase, course
 from zplan.memory.documented import documented_bucket_bytes
 from zplan.memory.host import estimate_host, host_bytes, ranks_of_node
 from zplan.memory.instances import instances
+from zplan.memory.loss import FP32, TOKEN_TILE, VOCAB_TILE
 from zplan.memory.meter import KIND_NAMES, Kind
 from zplan.memory.replay import step_peaks
 from zplan.memory.resident import Resident, resident
@@ -62,7 +63,7 @@ def estimate_memory(
         laid, recipe, choice, cluster, partition_numel=still.partition_numel, rank_bytes=peak if on_cpu else 0
     )
     return MemoryEstimate(
-        gpu=_gpu(terms, phases, peak, recipe, choice, cluster, bucket_rule),
+        gpu=_gpu(terms, phases, peak, recipe, choice, cluster, bucket_rule, _largest_block(shape, laid, recipe, choice)),
         host=host,
         nvme=nvme,
         notes=_notes(choice, on_cpu),
@@ -143,6 +144,7 @@ def _gpu(
     choice: Choice,
     cluster: Cluster,
     bucket_rule: BucketRule,
+    largest_block: int,
 ) -> GpuEstimate:
     on_cpu = cluster.gpu.kind == "cpu"
     documented = documented_bucket_bytes(choice.zero, itemsize=recipe.weight_bytes)
@@ -156,7 +158,7 @@ def _gpu(
         expected=judged + workspace.expected,
         high=int(judged * MARGIN_HIGH) + workspace.high,
     )
-    reserved = runtime.reserved_range(allocated, on_cpu=on_cpu)
+    reserved = runtime.reserved_range(allocated, on_cpu=on_cpu, largest_block=largest_block)
     extra = runtime.overheads(
         on_cpu=on_cpu,
         num_ranks=cluster.world_size,
@@ -179,6 +181,21 @@ def _gpu(
         phases=phases,
         terms=terms,
         documented_bound_bytes=documented,
+    )
+
+
+def _largest_block(shape: ModelShape, laid: Layout, recipe: Recipe, choice: Choice) -> int:
+    """The largest single tensor of a step: a reduce bucket, an fp32 gradient or a gathered weight, logits, scores."""
+    zero, micro_batch = choice.zero, choice.batch.train_micro_batch_size_per_gpu
+    tokens, b = micro_batch * recipe.max_length, recipe.weight_bytes
+    largest = max(weight.numel for block in laid.blocks for weight in block.weights)
+    return max(
+        b * zero.reduce_bucket_size if zero.stage and zero.contiguous_gradients else 0,
+        FP32 * laid.largest_trainable,
+        b * largest if zero.stage == 3 else 0,
+        FP32 * tokens * shape.vocab_size if recipe.loss == "full" else b * min(tokens, TOKEN_TILE) * VOCAB_TILE,
+        FP32 * tokens * recipe.max_length * shape.num_attention_heads if recipe.attention == "eager" else 0,
+        b * tokens * (shape.intermediate_size or 0),
     )
 
 

@@ -28,6 +28,7 @@ class Engine(Protocol):
     def post_module(self, module: int) -> None: ...
     def recomputed_module(self, module: int) -> None: ...
     def end_recomputed(self) -> None: ...
+    def read_head(self, numbers: tuple[int, ...]) -> None: ...
     def gradient(self, number: int) -> None: ...
     def end_backward(self) -> None: ...
     def step(self) -> None: ...
@@ -90,14 +91,14 @@ def _trace(
         return known[2]
     meter = Meter()
     engine = _engine(script, items, choice.zero, cut, shards, meter, choice.batch.world_size, partial, itemsize)
-    made = {phase: _follow(engine, meter, script.calls[phase]) for phase in STEP_PHASES}
+    made = {phase: _follow(engine, meter, script, script.calls[phase]) for phase in STEP_PHASES}
     if len(_TRACES) >= MOST_KEPT:
         _TRACES.clear()
     _TRACES[key] = (script, items, made)
     return made
 
 
-def _follow(engine: Engine, meter: Meter, calls: tuple[Call, ...]) -> Held:
+def _follow(engine: Engine, meter: Meter, script: Script, calls: tuple[Call, ...]) -> Held:
     """Run the engine through the calls of one phase."""
     act: dict[int, Callable[[int], None]] = {
         Op.PRE_MODULE: engine.pre_module,
@@ -107,6 +108,7 @@ def _follow(engine: Engine, meter: Meter, calls: tuple[Call, ...]) -> Held:
         Op.END_BACKWARD: lambda _: engine.end_backward(),
         Op.STEP: lambda _: engine.step(),
         Op.NOTHING: lambda _: None,
+        Op.READ_HEAD: lambda _: engine.read_head(script.head),
         Op.RECOMPUTED_MODULE: engine.recomputed_module,
         Op.END_RECOMPUTED: lambda _: engine.end_recomputed(),
     }

@@ -50,10 +50,14 @@ def overheads(*, on_cpu: bool, num_ranks: int, num_communicators: int) -> Overhe
     return Overheads(CUDA_CONTEXT, nccl)
 
 
-def reserved_range(allocated: ByteRange, *, on_cpu: bool) -> ByteRange:
+def reserved_range(allocated: ByteRange, *, on_cpu: bool, largest_block: int = 0) -> ByteRange:
     """What the caching allocator holds from the driver, from what tensors use.
 
-    allocated * (1.0 | 1.06 | 1.20), rounded up to 2 MiB segments;   CPU ranks: what is allocated
+        allocated * (1.0 | 1.06 | 1.20), rounded up to 2 MiB segments;   CPU ranks: what is allocated
+
+    Args:
+        largest_block: the largest tensor that comes and goes. When the room that it left is split by smaller ones, the
+            next of its kind needs new segments: `high` counts it once more.
     """
     if on_cpu:
         return allocated
@@ -61,7 +65,7 @@ def reserved_range(allocated: ByteRange, *, on_cpu: bool) -> ByteRange:
     return ByteRange(
         low=_segments(allocated.low * low),
         expected=_segments(allocated.expected * middle),
-        high=_segments(allocated.high * high),
+        high=_segments(allocated.high * high + largest_block),
     )
 
 

@@ -42,6 +42,9 @@ class Stage0Engine:
     def end_recomputed(self) -> None:
         """Nothing to give back."""
 
+    def read_head(self, numbers: tuple[int, ...]) -> None:
+        """It is there."""
+
     def gradient(self, number: int) -> None:
         num_bytes = self.itemsize * self.items.numel[number]
         if number in self.own:

@@ -165,6 +165,9 @@ class Stage12Engine:
     def end_recomputed(self) -> None:
         """Nothing to give back."""
 
+    def read_head(self, numbers: tuple[int, ...]) -> None:
+        """It is there."""
+
     def gradient(self, number: int) -> None:
         """AccumulateGrad ran: keep the gradient, or add it to the one of earlier micro-steps, then maybe reduce."""
         if number in self.own:

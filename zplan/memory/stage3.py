@@ -177,6 +177,7 @@ class Stage3Engine:
         self.users: list[set[int]] = [set() for _ in range(size)]
         self.inflight: dict[int, _Gather] = {}
         self.recomputed: list[int] = []
+        self.reads_head = False
         self.step_id = 0
         self.available_numel = 0
         self.prefetch_numel = 1 if zero.stage3_allgather_sequential else zero.stage3_prefetch_bucket_size
@@ -312,6 +313,21 @@ class Stage3Engine:
             if self.status[number] == AVAILABLE and not self.users[number] and number not in self.external:
                 self._release(number)
         self.recomputed = []
+
+    def read_head(self, numbers: tuple[int, ...]) -> None:
+        """A single rank copies the head in the first step, before it is known as external; called again when it goes.
+
+        Later steps have optimizer states in its place, unless they are few (a frozen head) or elsewhere.
+
+        Source: deepspeed 0.19.8, parameter_offload.py (ZeROOrderedDict.__getitem__), partition_parameters.py:2142
+        (_allgather_params_sequential).
+        """
+        few_states = self.zero.offloads_optimizer or not self.items.trainable[numbers[0]]
+        if self.num_ranks > 1 or self.zero.offloads_param or not few_states:
+            return
+        size = sum(self.items.itemsize[p] * self.items.numel[p] for p in numbers if p not in self.shards.persistent)
+        self.meter.add(Kind.GATHERED_PARAMETERS, -size if self.reads_head else size)
+        self.reads_head = not self.reads_head
 
     # -- gradients -----------------------------------------------------------------------------------------------
     def begin_micro_step(self) -> None:
