@@ -207,10 +207,11 @@ def out_of_memory_where_it_fits(
 ) -> bool:
     """Whether the allocator fails on the smallest card on which the formula says `fits`, context and NCCL aside.
 
-    With room to spare the allocator keeps more than it needs; on that card it gives unused segments back first.
+    An estimate with something not modelled is never called that. With room to spare the allocator keeps more than it needs; on that card it gives unused segments back first.
     """
     bound = found.gpu.reserved.high
-    if reserved_bytes <= bound:
+    never_fits = any(note.startswith("not modelled") for note in found.notes)
+    if never_fits or reserved_bytes <= bound:
         return False
     gpu = replace(request.cluster.gpu, total_bytes=bound, free_bytes=bound)
     answer = measured.answer(replace(request, cluster=replace(request.cluster, gpu=gpu)))

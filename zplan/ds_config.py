@@ -106,8 +106,34 @@ def _check_top_keys(data: Mapping[str, Any], found: Findings) -> None:
             found.problems.append(f"{key}: DeepSpeed has no such key and would ignore it; did you mean {near}?")
         else:
             found.warnings.append(f"{key}: DeepSpeed has no such key and ignores it")
+    _check_unplanned(data, found)
     if "activation_checkpointing" in data:
         found.warnings.append("activation_checkpointing has no effect: transformers' models do not use DeepSpeed's")
+
+
+def _check_unplanned(data: Mapping[str, Any], found: Findings) -> None:
+    """Parallelism and dtypes that no part of the plan models: refused, not estimated as if they were not there."""
+    splits = {
+        "tensor_parallel": ("autotp_size", "AutoTP"),
+        "expert_parallel": ("expert_parallel_size", "expert parallelism"),
+    }
+    for key, (inner, name) in splits.items():
+        section = data.get(key)
+        size = section.get(inner, section.get("size", 1)) if isinstance(section, Mapping) else 1
+        enabled = isinstance(section, Mapping) and section.get("enabled") is True
+        if enabled or (isinstance(size, int) and size > 1):
+            found.problems.append(f"{key}: {name} is not modelled: plans are data-parallel; delete the section")
+    if data.get("sequence_parallel_size", 1) not in (1, "auto"):
+        found.problems.append(
+            "sequence_parallel_size: Ulysses sequence parallelism is not modelled: plans are data-parallel; delete it"
+        )
+    types = data.get("data_types")
+    if isinstance(types, Mapping) and types.get("grad_accum_dtype") is not None:
+        found.warnings.append(
+            "data_types.grad_accum_dtype is not modelled: gradients are counted in the training dtype"
+        )
+    if data.get("communication_data_type") is not None:
+        found.warnings.append("communication_data_type is not modelled: buckets are counted in the training dtype")
 
 
 def _read_recipe(data: Mapping[str, Any], recipe: Recipe, found: Findings) -> Recipe:

@@ -11,6 +11,7 @@ from zplan.memory.course import STEP_PHASES, Kinds, StepPhase, course
 from zplan.memory.documented import documented_bucket_bytes
 from zplan.memory.host import estimate_host, host_bytes, ranks_of_node
 from zplan.memory.instances import instances
+from zplan.memory.limits import not_modelled, unchecked
 from zplan.memory.loss import FP32, TOKEN_TILE, VOCAB_TILE
 from zplan.memory.meter import KIND_NAMES, Kind
 from zplan.memory.replay import step_peaks
@@ -62,11 +63,13 @@ def estimate_memory(
     host, nvme = estimate_host(
         laid, recipe, choice, cluster, partition_numel=still.partition_numel, rank_bytes=peak if on_cpu else 0
     )
+    gpu = _gpu(terms, phases, peak, recipe, choice, cluster, bucket_rule, _largest_block(shape, laid, recipe, choice))
+    missing = not_modelled(shape, recipe, choice)
     return MemoryEstimate(
-        gpu=_gpu(terms, phases, peak, recipe, choice, cluster, bucket_rule, _largest_block(shape, laid, recipe, choice)),
+        gpu=replace(gpu, verdict="tight") if missing and gpu.verdict == "fits" else gpu,
         host=host,
         nvme=nvme,
-        notes=_notes(choice, on_cpu),
+        notes=(*missing, *unchecked(shape, recipe), *_notes(choice, on_cpu)),
     )
 
 
@@ -200,7 +203,7 @@ def _largest_block(shape: ModelShape, laid: Layout, recipe: Recipe, choice: Choi
 
 
 def _verdict(used: ByteRange, free_bytes: int) -> tuple[Verdict, int]:
-    """fits: `high` fits; tight: only `expected` does."""
+    """fits: `high` fits; tight: only `expected` does, or something is not modelled (limits.py)."""
     if used.high <= free_bytes:
         return "fits", 0
     short = used.high - free_bytes

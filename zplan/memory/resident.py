@@ -143,6 +143,22 @@ def _stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards) -> Res
     )
     if bucket:
         terms.append(_term("reduce bucket", bucket, STEPS, f"{b} x {zero.reduce_bucket_size}", source))
+    group = min(zero.zero_hpz_partition_size, choice.batch.world_size)
+    if group > 1:
+        copy = sum(
+            block.repeat * weight.itemsize * -(-weight.numel // group)
+            for block in laid.blocks
+            for weight in block.weights
+        )
+        terms.append(
+            _term(
+                "secondary partitions (hpZ)",
+                copy,
+                STEPS,
+                f"a second copy cut over {group} ranks",
+                "deepspeed 0.19.8, runtime/zero/partition_parameters.py (ds_secondary_tensor)",
+            )
+        )
     persistent = shards.persistent_bytes
     terms.append(_term("persistent parameters", persistent, STEPS, "gathered for good", source))
     optimizer = 0 if zero.offloads_optimizer else step_temporary_bytes(recipe.optimizer, max(shards.sub_groups))

@@ -331,7 +331,7 @@ class Stage3Engine:
 
     # -- gradients -----------------------------------------------------------------------------------------------
     def begin_micro_step(self) -> None:
-        """Gradients of earlier micro-steps are in the permanent partitions."""
+        """Earlier gradients are in the permanent partitions."""
 
     def gradient(self, number: int) -> None:
         """AccumulateGrad ran: into the bucket, or alone if the parameter is larger than the bucket."""

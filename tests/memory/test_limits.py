@@ -1,0 +1,63 @@
+"""What the model does not model: said in a note, and never called `fits`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.memory.test_estimate import cluster
+from tests.shapes import llama_like
+from zplan.catalog.find import find_model
+from zplan.ds_config import read_ds_config
+from zplan.errors import ConfigError
+from zplan.memory.estimate import estimate_memory
+from zplan.memory.terms import MemoryEstimate
+from zplan.model_shape import ModelShape
+from zplan.recipe import Recipe
+from zplan.zero_config import BatchSizes, Choice, ZeroConfig
+
+SHAPE = llama_like()
+
+
+def estimate(zero: ZeroConfig, shape: ModelShape = SHAPE, **recipe: Any) -> MemoryEstimate:
+    batch = BatchSizes(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, world_size=8)
+    values = {"model": "any", "train_batch_size": 8, "max_length": 128, **recipe}
+    return estimate_memory(shape, Recipe(**values), Choice(zero=zero, batch=batch), cluster(8))
+
+
+@pytest.mark.parametrize("key", ["zero_quantized_weights", "zero_quantized_gradients", "zero_hpz_partition_size"])
+def test_what_is_not_modelled_is_named_and_never_fits(key: str) -> None:
+    value = 2 if key == "zero_hpz_partition_size" else True
+    plain, with_key = estimate(ZeroConfig(stage=3)), estimate(replace(ZeroConfig(stage=3), **{key: value}))
+    assert plain.gpu.verdict == "fits"
+    assert with_key.gpu.verdict == "tight"
+    assert any(note.startswith("not modelled: ") for note in with_key.notes)
+
+
+def test_latent_attention_is_not_modelled() -> None:
+    shape = find_model("deepseek-v2-lite")
+    assert isinstance(shape, ModelShape)
+    assert estimate(ZeroConfig(stage=3), shape=shape).gpu.verdict != "fits"
+
+
+def test_hpz_keeps_a_second_copy_of_the_weights() -> None:
+    found = estimate(ZeroConfig(stage=3, zero_hpz_partition_size=2))
+    copies = [term.bytes for term in found.gpu.terms if term.name == "secondary partitions (hpZ)"]
+    assert copies == [2 * sum(-(-parameter.numel // 2) for _, parameter in SHAPE.parameters())]
+
+
+def test_what_no_simulation_confirmed_is_a_note_and_may_fit() -> None:
+    found = estimate(ZeroConfig(stage=2), optimizer="lion")
+    assert any(note.startswith("unchecked: ") and "lion" in note for note in found.notes)
+    assert found.gpu.verdict == "fits"
+
+
+@pytest.mark.parametrize(
+    "section", [{"tensor_parallel": {"autotp_size": 2}}, {"sequence_parallel_size": 2}], ids=["AutoTP", "Ulysses"]
+)
+def test_a_file_that_splits_the_model_is_refused(section: dict[str, Any]) -> None:
+    data = {"train_micro_batch_size_per_gpu": 1, **section}
+    with pytest.raises(ConfigError, match="not modelled"):
+        read_ds_config(data, recipe=Recipe(model="any", train_batch_size=8), shape=SHAPE, cluster=cluster(8))
