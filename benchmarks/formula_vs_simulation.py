@@ -207,7 +207,8 @@ def out_of_memory_where_it_fits(
 ) -> bool:
     """Whether the allocator fails on the smallest card on which the formula says `fits`, context and NCCL aside.
 
-    An estimate with something not modelled is never called that. With room to spare the allocator keeps more than it needs; on that card it gives unused segments back first.
+    An estimate with something not modelled is never called that. With room to spare the allocator keeps more than it
+    needs; on that card it gives unused segments back first.
     """
     bound = found.gpu.reserved.high
     never_fits = any(note.startswith("not modelled") for note in found.notes)

@@ -22,22 +22,22 @@ class Measured:
     """Answers by request and by the state of the code that gave them; appended as they come.
 
     Args:
-        name: of the file under .cache/benchmarks.
+        name: of the file under .cache/benchmarks; None keeps nothing.
         ask: gives the report, or raises one of `errors`, whose text is then the answer.
     """
 
     def __init__(
         self,
-        name: str,
+        name: str | None,
         ask: Callable[[SimulationRequest], SimulationReport],
         *,
         errors: tuple[type[Exception], ...],
     ) -> None:
-        self.path = FOLDER / f"{name}.jsonl"
+        self.path = FOLDER / f"{name}.jsonl" if name else None
         self.ask, self.errors = ask, errors
         self.source = simulator_digest()
         self.known: dict[str, dict[str, Any]] = {}
-        if self.path.exists():
+        if self.path is not None and self.path.exists():
             for line in self.path.read_text(encoding="utf-8").splitlines():
                 entry = json.loads(line)
                 self.known[entry["key"]] = entry["answer"]
@@ -48,9 +48,10 @@ class Measured:
         key = hashlib.sha256(data.encode()).hexdigest()
         if key not in self.known:
             self.known[key] = self._measure(request)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as out:
-                out.write(json.dumps({"key": key, "answer": self.known[key]}) + "\n")
+            if self.path is not None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a", encoding="utf-8") as out:
+                    out.write(json.dumps({"key": key, "answer": self.known[key]}) + "\n")
         return self.known[key]
 
     def _measure(self, request: SimulationRequest) -> dict[str, Any]:

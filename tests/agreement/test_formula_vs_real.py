@@ -12,12 +12,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CODE = """
 import json, sys
-from benchmarks.formula_vs_real import compare
+from benchmarks.formula_vs_real import compare, real_ranks
+from benchmarks.measured import Measured
 from benchmarks.simulated_vs_real import SMALL, Case
 from zplan.simulate.worker import import_libraries
 from zplan.zero_config import ZeroConfig
 import_libraries()
-rows = [compare(Case(name="base", zero=ZeroConfig(stage=stage, **SMALL))) for stage in (1, 2, 3)]
+measured = Measured(None, real_ranks, errors=(RuntimeError,))
+rows = [compare(Case(name="base", zero=ZeroConfig(stage=stage, **SMALL)), measured) for stage in (1, 2, 3)]
 print(json.dumps([[row.peak_error, row.error] for row in rows]))
 """
 

@@ -237,7 +237,7 @@ class Stage3Engine:
                 self._hold(number, self.padded_bytes[number])
             else:
                 flat += self.padded_bytes[number]
-        if self.zero.offloads_param:
+        if self.zero.offloads_param:  # partitions are copied from the host first
             self.meter.touch(Kind.GATHERED_PARAMETERS, flat + self._staged_bytes(wanted))
         self.meter.add(Kind.GATHERED_PARAMETERS, flat)
         gather = _Gather(wanted, flat, len(wanted))
@@ -245,10 +245,8 @@ class Stage3Engine:
             self.inflight[number] = gather
 
     def _staged_bytes(self, numbers: Sequence[int]) -> int:
-        """Partitions copied from the host before the gather."""
-        return sum(
-            self.items.itemsize[p] * self.shards.partition[p] for p in numbers if p not in self.shards.persistent
-        )
+        part, itemsize = self.shards.partition, self.items.itemsize
+        return sum(itemsize[p] * part[p] for p in numbers if p not in self.shards.persistent)
 
     def _hold(self, number: int, num_bytes: int) -> None:
         self.held[number] = num_bytes
@@ -397,5 +395,5 @@ class Stage3Engine:
 
         Source: deepspeed 0.19.8, stage3.py (_post_step), partition_parameters.py (_allgather_params_coalesced).
         """
-        staged = sum(self.items.itemsize[p] * self.shards.partition[p] for p in self.shards.persistent)
-        return self.shards.persistent_bytes + (staged if self.zero.offloads_param else 0)
+        again = self.shards.persistent_bytes
+        return again + again // self.num_ranks if self.zero.offloads_param else again
