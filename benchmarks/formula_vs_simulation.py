@@ -33,7 +33,7 @@ from zplan.zero_config import BatchSizes, Choice, OffloadOptimizer, OffloadParam
 REPORT = Path(__file__).parents[1] / "reports" / "formula_vs_simulation.md"
 PHASES = ("init", "forward", "backward", "step")
 SEED = 11
-DRAWS = 3
+DRAWS = 4
 """Configurations of each model at each stage."""
 MODELS = (
     "mistral-7b", "llama-3.2-1b", "llama-3.1-8b", "qwen2.5-0.5b", "qwen2.5-7b", "qwen3-4b", "smollm2-135m",
