@@ -24,6 +24,8 @@ class Sizes:
     itemsize: int
     attention: Attention
     on_cpu: bool
+    fp32_norm_weight: bool = False
+    """RMSNorm multiplies by its weight before the cast back (OLMo 2, Gemma), and keeps the fp32 product."""
 
     @property
     def tokens(self) -> int:
@@ -140,8 +142,17 @@ def rms_norm(tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, wi
     tape.drop(root)
     if casts:
         tape.drop(wide)
-    back = tape.apply(small, [(normal, large)]) if casts else normal
     trains = any(weight.trainable for _, weight in owned)
+    if casts and sizes.fp32_norm_weight:
+        scaled = tape.apply(
+            large, [(normal, large)], saves=(normal,) if trains else (), weights=gradients_of(owned),
+            temporary=large if trains else 0,
+        )  # fmt: skip
+        out = tape.apply(small, [(scaled, large)])
+        tape.drop(normal, scaled)
+        tape.exit(number)
+        return out
+    back = tape.apply(small, [(normal, large)]) if casts else normal
     out = tape.apply(
         small,
         [(back, small)],

@@ -348,7 +348,6 @@ class Stage3Engine:
         """The epilogue reduces what is left, and what is still gathered is given back."""
         self._reduce()
         self.meter.add(Kind.GATHERED_PARAMETERS, -self.meter.by_kind[Kind.GATHERED_PARAMETERS])
-        self.meter.touch(Kind.GATHERED_PARAMETERS, self._persistent_again())
 
     def _reduce(self) -> None:
         if not self.bucket:
@@ -389,11 +388,3 @@ class Stage3Engine:
             flat = self.itemsize * numel if count > 1 else 0
             cast = FP32 * numel if self.itemsize != FP32 else 0
             self.meter.touch(Kind.TEMPORARIES, max(flat + cast, FP32 * numel))
-
-    def _persistent_again(self) -> int:
-        """Persistent parameters are gathered anew after the update: a flat buffer beside them, and what is staged.
-
-        Source: deepspeed 0.19.8, stage3.py (_post_step), partition_parameters.py (_allgather_params_coalesced).
-        """
-        again = self.shards.persistent_bytes
-        return again + again // self.num_ranks if self.zero.offloads_param else again

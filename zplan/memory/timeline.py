@@ -66,6 +66,7 @@ def record(shape: ModelShape, recipe: Recipe, layout: Layout, *, micro_batch: in
         itemsize=recipe.weight_bytes,
         attention=recipe.attention,
         on_cpu=on_cpu,
+        fp32_norm_weight=shape.model_type.startswith(("olmo2", "gemma")),
     )
     made = _record(shape, recipe, layout, sizes)
     if len(_RECORDINGS) > 4096:
