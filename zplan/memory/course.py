@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Literal
 
+from zplan.memory.coordinator import Fetches
 from zplan.memory.meter import Kind, Meter
-from zplan.memory.stage3 import Fetches
 from zplan.memory.tape import Event, Step
 from zplan.memory.timeline import (
     Recorded,
@@ -46,10 +46,10 @@ class Op(IntEnum):
     STEP = 6
     RECOMPUTED_MODULE = 7
     """PRE_MODULE within a reentrant recomputation."""
-    READ_HEAD = 9
-    """The loss reads the head's weight, or is done with it."""
     END_RECOMPUTED = 8
     """The layer that was recomputed has had its backward."""
+    READ_HEAD = 9
+    """The loss reads the head's weight, or is done with it."""
 
 
 Call = tuple[int, int]
@@ -61,10 +61,8 @@ class Script:
     """The calls of a step and what a ZeRO-3 engine must know to follow them. One object per distinct script."""
 
     calls: Mapping[StepPhase, tuple[Call, ...]]
-    modules: Mapping[int, tuple[int, ...]]
-    """Module number -> parameters it owns. Empty below stage 3."""
     fetches: Fetches
-    """Modules in the order in which a step fetches them."""
+    """Modules in the order in which a step fetches them; empty below stage 3."""
     external: tuple[int, ...]
     """Parameters that DeepSpeed registers as external; they are not released."""
     head: tuple[int, ...]
@@ -320,7 +318,6 @@ def _script(recording: Recording, noted: Mapping[StepPhase, _Noted], *, checkpoi
         modules = module_parameters(recording) if fetches else {}
         known = _SCRIPTS[key] = Script(
             calls=calls,
-            modules=modules,
             fetches=Fetches.of(order, modules, recording.items.numel),
             external=external_numbers(recording) if fetches else (),
             head=output_numbers(recording),

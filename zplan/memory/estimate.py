@@ -191,11 +191,10 @@ def _largest_block(shape: ModelShape, laid: Layout, recipe: Recipe, choice: Choi
     """The largest single tensor of a step: a reduce bucket, an fp32 gradient or a gathered weight, logits, scores."""
     zero, micro_batch = choice.zero, choice.batch.train_micro_batch_size_per_gpu
     tokens, b = micro_batch * recipe.max_length, recipe.weight_bytes
-    largest = max(weight.numel for block in laid.blocks for weight in block.weights)
     return max(
         b * zero.reduce_bucket_size if zero.stage and zero.contiguous_gradients else 0,
         FP32 * laid.largest_trainable,
-        b * largest if zero.stage == 3 else 0,
+        b * laid.largest if zero.stage == 3 else 0,
         FP32 * tokens * shape.vocab_size if recipe.loss == "full" else b * min(tokens, TOKEN_TILE) * VOCAB_TILE,
         FP32 * tokens * recipe.max_length * shape.num_attention_heads if recipe.attention == "eager" else 0,
         b * tokens * (shape.intermediate_size or 0),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from zplan.memory.trainable import Layout
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Instances:
     """Parallel tuples over all parameters of all layers, in the order of `model.parameters()`."""
 

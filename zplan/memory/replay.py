@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from operator import add
 from typing import Protocol
 
+from zplan.memory.coordinator import Action, Coordinator, Schedule
 from zplan.memory.course import STEP_PHASES, Call, Course, Kinds, Op, Script, StepPhase
 from zplan.memory.instances import Instances
 from zplan.memory.meter import Meter
@@ -46,6 +47,7 @@ class Held:
 
 Trace = Mapping[StepPhase, Held]
 _TRACES: dict[tuple[object, ...], tuple[Script, Instances, Trace]] = {}
+_SCHEDULES: dict[tuple[object, ...], tuple[Script, Schedule]] = {}
 MOST_KEPT = 4096
 
 
@@ -151,10 +153,34 @@ def _engine(
             zero,
             num_ranks=num_ranks,
             itemsize=itemsize,
-            modules=script.modules,
-            fetches=script.fetches,
-            external=script.external,
+            schedule=_schedule(script, items, zero, shards.persistent),
         )
     if cut is not None:
         return Stage12Engine(meter, items, cut, zero, itemsize=itemsize, partial=partial)
     return Stage0Engine(meter, items, itemsize=itemsize, num_ranks=num_ranks, partial=partial)
+
+
+def _schedule(script: Script, items: Instances, zero: ZeroConfig, persistent: frozenset[int]) -> Schedule:
+    """What the coordinator does at every hook of the script."""
+    key = (
+        id(script), persistent, zero.stage3_prefetch_bucket_size, zero.stage3_max_live_parameters,
+        zero.stage3_max_reuse_distance, zero.stage3_allgather_sequential,
+    )  # fmt: skip
+    known = _SCHEDULES.get(key)
+    if known is not None and known[0] is script:
+        return known[1]
+    coordinator = Coordinator(
+        script.fetches, zero, persistent=persistent, external=script.external, trainable=items.trainable
+    )
+    act: dict[int, Callable[[int], tuple[Action, ...]]] = {
+        Op.PRE_MODULE: coordinator.pre_module,
+        Op.POST_MODULE: coordinator.post_module,
+        Op.RECOMPUTED_MODULE: coordinator.recomputed_module,
+        Op.END_RECOMPUTED: lambda _: coordinator.end_recomputed(),
+    }
+    calls = (call for phase in STEP_PHASES for call in script.calls[phase])
+    made = tuple(act[op](module) for op, module in calls if op in act)
+    if len(_SCHEDULES) >= MOST_KEPT:
+        _SCHEDULES.clear()
+    _SCHEDULES[key] = (script, made)
+    return made

@@ -7,6 +7,7 @@ Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py; line numbers at each ru
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 
 from zplan.memory.instances import Instances
@@ -36,6 +37,7 @@ class Partitions:
     """Largest trainable parameter, in elements."""
 
 
+@lru_cache(1024)
 def partition(items: Instances, num_ranks: int, rank: int | None = None) -> Partitions:
     """Cut every optimizer group into N equal partitions.
 

@@ -6,21 +6,16 @@ Source: deepspeed 0.19.8, runtime/zero/stage3.py, partition_parameters.py, parti
 
 from __future__ import annotations
 
-import sys
-from bisect import bisect_left
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import lru_cache
 
+from zplan.memory.coordinator import Schedule
 from zplan.memory.instances import Instances
 from zplan.memory.meter import Kind, Meter
 from zplan.zero_config import ZeroConfig
 
 FP32 = 4
-NOT_AVAILABLE, INFLIGHT, AVAILABLE = 0, 1, 2
-RECOMPUTED = -1
-"""Stands for the recomputed layer among a parameter's users."""
 COPY_CHUNK_NUMEL = 250_000_000
 """Elements of one offloaded gradient copied at a time (stage3.py, partition_grads)."""
 
@@ -45,6 +40,7 @@ class Shards:
     largest_partition: int
 
 
+@lru_cache(1024)
 def shard(items: Instances, zero: ZeroConfig, num_ranks: int) -> Shards:
     """Partition every parameter, frozen ones too.
 
@@ -96,58 +92,11 @@ def _sub_groups(items: Instances, parts: Sequence[int], sub_group_size: int) -> 
     return tuple(totals), tuple(counts)
 
 
-@dataclass(frozen=True, slots=True)
-class Fetches:
-    """The recorded trace: which module is fetched at which step, and how far it is to the next use of a parameter."""
-
-    queue: tuple[tuple[int, int], ...]
-    """(parameter, step) in the order of the trace."""
-    uses: Mapping[int, tuple[int, ...]]
-    """Steps that use a parameter, ascending."""
-    passed: tuple[int, ...]
-    """Elements of all modules fetched before a step."""
-
-    @classmethod
-    def of(cls, order: Sequence[int], modules: Mapping[int, Sequence[int]], numel: Sequence[int]) -> Fetches:
-        """From the modules in the order in which a step fetches them."""
-        queue = tuple((number, step) for step, module in enumerate(order) for number in modules.get(module, ()))
-        uses: dict[int, list[int]] = {}
-        for number, step in queue:
-            uses.setdefault(number, []).append(step)
-        sizes = (sum(numel[number] for number in modules.get(module, ())) for module in order)
-        return cls(
-            queue=queue,
-            uses={number: tuple(steps) for number, steps in uses.items()},
-            passed=tuple(accumulate(sizes, initial=0)),
-        )
-
-    def distance(self, number: int, step: int) -> int:
-        """Elements fetched from `step` until the parameter is used again; more than any limit if it is not.
-
-        Source: deepspeed 0.19.8, runtime/zero/partitioned_param_coordinator.py (__params_to_release).
-        """
-        uses = self.uses.get(number, ())
-        index = bisect_left(uses, step)
-        return self.passed[uses[index]] - self.passed[step] if index < len(uses) else sys.maxsize
-
-
-@dataclass(slots=True)
-class _Gather:
-    """One collective: the flat buffer of a coalesced gather lives until the last of its parameters is waited for."""
-
-    numbers: Sequence[int]
-    flat_bytes: int
-    waiting: int
-    done: bool = False
-
-
 class Stage3Engine:
-    """Replays PartitionedParameterCoordinator and the gradient path of one micro-step.
+    """The bytes of a schedule of the parameter coordinator, and the gradient path of one micro-step.
 
     Args:
-        modules: module number -> its own parameters.
-        fetches: modules in the order in which the recorded trace fetches them, forward and backward.
-        external: parameters registered as external; they are not released (coordinator, release_sub_module).
+        schedule: what the coordinator does at every call of a module's hook, in the order of the step.
     """
 
     def __init__(
@@ -159,158 +108,86 @@ class Stage3Engine:
         *,
         num_ranks: int,
         itemsize: int,
-        modules: Mapping[int, Sequence[int]],
-        fetches: Fetches,
-        external: Sequence[int] = (),
+        schedule: Schedule,
     ) -> None:
         self.meter, self.items, self.shards, self.zero = meter, items, shards, zero
-        self.num_ranks, self.itemsize, self.modules, self.fetches = num_ranks, itemsize, modules, fetches
-        self.external = frozenset(external)
-        size = len(items.numel)
+        self.num_ranks, self.itemsize = num_ranks, itemsize
+        self.actions = iter(schedule)
+        self.held = [0] * len(items.numel)
         self.padded_bytes = [b * part * num_ranks for b, part in zip(items.itemsize, shards.partition, strict=True)]
-        self.status = [NOT_AVAILABLE] * size
-        self.held = [0] * size
-        for number in shards.persistent:
-            self.status[number] = AVAILABLE
-        self.queue = deque(fetches.queue)
-        self.last_use = [-(10**10)] * size
-        self.users: list[set[int]] = [set() for _ in range(size)]
-        self.inflight: dict[int, _Gather] = {}
-        self.recomputed: list[int] = []
+        self.act: tuple[Callable[[tuple[int, ...]], None], ...] = (
+            self._gather, self._arrive, self._settle, self._release
+        )  # fmt: skip
         self.reads_head = False
-        self.step_id = 0
-        self.available_numel = 0
-        self.prefetch_numel = 1 if zero.stage3_allgather_sequential else zero.stage3_prefetch_bucket_size
         self.bucket: list[int] = []
         self.bucket_numel = 0
         self.own: dict[int, int] = {}
 
     # -- parameters ----------------------------------------------------------------------------------------------
-    def pre_module(self, module: int) -> None:
-        """fetch_sub_module: gather what the module needs, wait for it, prefetch what comes next."""
-        needed = self.modules.get(module)
-        if needed:
-            self._gather(needed)
-            for number in needed:
-                self.users[number].add(module)
-                if number in self.inflight:
-                    self._wait(number)
-            self._pop_queue(needed)
-        if self.prefetch_numel > 0 and self.queue:
-            self._prefetch()
-        self.step_id += 1
+    def pre_module(self, _module: int) -> None:
+        """fetch_sub_module, as scheduled."""
+        self._next()
 
-    def _pop_queue(self, needed: Sequence[int]) -> None:
-        missing = {number for number in needed if self.last_use[number] < self.step_id}
-        found: set[int] = set()
-        while self.queue and len(found) < len(missing):
-            number, step = self.queue.popleft()
-            self.last_use[number] = step
-            found.add(number)
+    def post_module(self, _module: int) -> None:
+        """release_sub_module, as scheduled."""
+        self._next()
 
-    def _prefetch(self) -> None:
-        limit = min(self.zero.stage3_max_live_parameters - self.available_numel, self.prefetch_numel)
-        chosen: set[int] = set()
-        numel = 0
-        while self.queue and numel < limit:
-            number, step = self.queue.popleft()
-            self.last_use[number] = max(self.last_use[number], step)
-            if self.status[number] == NOT_AVAILABLE and number not in chosen:
-                chosen.add(number)
-                numel += self.items.numel[number]
-        if chosen:
-            self._gather(sorted(chosen))
+    def recomputed_module(self, _module: int) -> None:
+        """fetch_sub_module within a reentrant recomputation, as scheduled."""
+        self._next()
 
-    def _gather(self, numbers: Sequence[int]) -> None:
-        wanted = [number for number in numbers if self.status[number] == NOT_AVAILABLE]
-        if not wanted:
-            return
-        self.available_numel += sum(self.items.numel[number] for number in wanted)
-        alone = self.zero.stage3_allgather_sequential or len(wanted) == 1
+    def end_recomputed(self) -> None:
+        """release_sub_module of a recomputed layer, as scheduled."""
+        self._next()
+
+    def _next(self) -> None:
+        for act, numbers in next(self.actions):
+            self.act[act](numbers)
+
+    def _is_coalesced(self, numbers: tuple[int, ...]) -> bool:
+        """Several parameters share one flat buffer (all_gather_coalesced)."""
+        return self.num_ranks > 1 and len(numbers) > 1 and not self.zero.stage3_allgather_sequential
+
+    def _gather(self, numbers: tuple[int, ...]) -> None:
         flat = 0
-        for number in wanted:
-            self.status[number] = INFLIGHT
-            if self.num_ranks == 1:
-                held = self.items.itemsize[number] * self.items.numel[number]
-                self._hold(number, held if self.zero.offloads_param else 0)
-            elif alone:
-                self._hold(number, self.padded_bytes[number])
-            else:
-                flat += self.padded_bytes[number]
-        if self.zero.offloads_param:  # partitions are copied from the host first
-            self.meter.touch(Kind.GATHERED_PARAMETERS, flat + self._staged_bytes(wanted))
+        if self._is_coalesced(numbers):
+            flat = sum(self.padded_bytes[number] for number in numbers)
+        else:
+            for number in numbers:
+                self._hold(number, self._gathered_alone(number))
+        if self.zero.offloads_param:
+            self.meter.touch(Kind.GATHERED_PARAMETERS, flat + self._staged_bytes(numbers))
         self.meter.add(Kind.GATHERED_PARAMETERS, flat)
-        gather = _Gather(wanted, flat, len(wanted))
-        for number in wanted:
-            self.inflight[number] = gather
+
+    def _gathered_alone(self, number: int) -> int:
+        """One rank has nothing to gather; it copies what is on the host."""
+        if self.num_ranks > 1:
+            return self.padded_bytes[number]
+        return self.items.itemsize[number] * self.items.numel[number] if self.zero.offloads_param else 0
 
     def _staged_bytes(self, numbers: Sequence[int]) -> int:
-        part, itemsize = self.shards.partition, self.items.itemsize
-        return sum(itemsize[p] * part[p] for p in numbers if p not in self.shards.persistent)
+        """Partitions copied from the host before the gather."""
+        return sum(
+            self.items.itemsize[p] * self.shards.partition[p] for p in numbers if p not in self.shards.persistent
+        )
 
     def _hold(self, number: int, num_bytes: int) -> None:
         self.held[number] = num_bytes
         self.meter.add(Kind.GATHERED_PARAMETERS, num_bytes)
 
-    def _wait(self, number: int) -> None:
-        gather = self.inflight.pop(number)
-        gather.waiting -= 1
-        if not gather.done:
-            gather.done = True
-            for other in gather.numbers:
-                if gather.flat_bytes:
-                    self._hold(other, self.items.itemsize[other] * self.items.numel[other])
-                self.status[other] = AVAILABLE
-        if gather.waiting == 0 and gather.flat_bytes:
-            self.meter.add(Kind.GATHERED_PARAMETERS, -gather.flat_bytes)
+    def _arrive(self, numbers: tuple[int, ...]) -> None:
+        if self._is_coalesced(numbers):
+            for number in numbers:
+                self._hold(number, self.items.itemsize[number] * self.items.numel[number])
 
-    def post_module(self, module: int) -> None:
-        """release_sub_module: free what is not used again within stage3_max_reuse_distance elements."""
-        owned = self.modules.get(module, ())
-        if not owned:
-            return
-        release = self._releasable(owned)
-        for number in owned:
-            self.users[number].discard(module)
-            if number in self.external:
-                continue
-            if number in release and self.status[number] == AVAILABLE and not self.users[number]:
-                self._release(number)
+    def _settle(self, numbers: tuple[int, ...]) -> None:
+        if self._is_coalesced(numbers):
+            self.meter.add(Kind.GATHERED_PARAMETERS, -sum(self.padded_bytes[number] for number in numbers))
 
-    def _release(self, number: int) -> None:
-        self.meter.add(Kind.GATHERED_PARAMETERS, -self.held[number])
-        self.held[number] = 0
-        self.status[number] = NOT_AVAILABLE
-        self.available_numel -= self.items.numel[number]
-
-    def _releasable(self, owned: Sequence[int]) -> set[int]:
-        step_id, reach = self.step_id, self.zero.stage3_max_reuse_distance
-        return {
-            number
-            for number in owned
-            if number not in self.shards.persistent
-            and self.last_use[number] <= step_id
-            and self.fetches.distance(number, step_id) >= reach
-        }
-
-    def recomputed_module(self, module: int) -> None:
-        """A frozen parameter that a recomputation fetches belongs to the recomputed layer until its backward is done.
-
-        Source: deepspeed 0.19.8, partitioned_param_coordinator.py:391 (update_recompute_parameters).
-        """
-        self.pre_module(module)
-        for number in self.modules.get(module, ()):
-            if not self.items.trainable[number] and number not in self.shards.persistent:
-                self.users[number].add(RECOMPUTED)
-                self.recomputed.append(number)
-
-    def end_recomputed(self) -> None:
-        """release_sub_module of the layer: its recomputed parameters go, however soon they are used again."""
-        for number in self.recomputed:
-            self.users[number].discard(RECOMPUTED)
-            if self.status[number] == AVAILABLE and not self.users[number] and number not in self.external:
-                self._release(number)
-        self.recomputed = []
+    def _release(self, numbers: tuple[int, ...]) -> None:
+        for number in numbers:
+            self._hold(number, -self.held[number])
+            self.held[number] = 0
 
     def read_head(self, numbers: tuple[int, ...]) -> None:
         """A single rank copies the head in the first step, before it is known as external; called again when it goes.

@@ -88,6 +88,11 @@ class Layout:
         return max((weight.numel for laid in self.blocks for weight in laid.weights if weight.trainable), default=0)
 
     @cached_property
+    def largest(self) -> int:
+        """Elements of the largest parameter."""
+        return max(weight.numel for laid in self.blocks for weight in laid.weights)
+
+    @cached_property
     def largest_layer_bytes(self) -> int:
         return max(laid.stored_bytes for laid in self.blocks)
 

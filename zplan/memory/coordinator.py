@@ -1,0 +1,233 @@
+"""ZeRO-3's parameter coordinator: which parameters are gathered, waited for and released at each module of a step.
+
+Only the order matters here, not the bytes: the same schedule serves any number of ranks, any dtype and any offload.
+
+Source: deepspeed 0.19.8, runtime/zero/partitioned_param_coordinator.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from itertools import accumulate
+
+from zplan.zero_config import ZeroConfig
+
+NOT_AVAILABLE, INFLIGHT, AVAILABLE = 0, 1, 2
+RECOMPUTED = -1
+"""Stands for the recomputed layer among a parameter's users."""
+
+
+class Act(IntEnum):
+    """What happens to parameters at a module."""
+
+    GATHER = 0
+    """One collective for all of them is launched."""
+    ARRIVE = 1
+    """The collective is waited for the first time: every parameter becomes a tensor of its own."""
+    SETTLE = 2
+    """The last of its parameters is waited for: a coalesced buffer goes away."""
+    RELEASE = 3
+    """Back to the partition."""
+
+
+Action = tuple[int, tuple[int, ...]]
+"""(Act, parameters)."""
+Schedule = tuple[tuple[Action, ...], ...]
+"""For every call of a module's hook, before and after, in the order of the step: what happens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetches:
+    """The recorded trace: which module is fetched at which step, and how far it is to the next use of a parameter."""
+
+    queue: tuple[tuple[int, int], ...]
+    """(parameter, step) in the order of the trace."""
+    uses: Mapping[int, tuple[int, ...]]
+    """Steps that use a parameter, ascending."""
+    passed: tuple[int, ...]
+    """Elements of all modules fetched before a step."""
+    modules: Mapping[int, tuple[int, ...]]
+    """Module number -> parameters it owns."""
+    numel: tuple[int, ...]
+    """Elements of each parameter."""
+
+    @classmethod
+    def of(cls, order: Sequence[int], modules: Mapping[int, tuple[int, ...]], numel: tuple[int, ...]) -> Fetches:
+        """From the modules in the order in which a step fetches them."""
+        queue = tuple((number, step) for step, module in enumerate(order) for number in modules.get(module, ()))
+        uses: dict[int, list[int]] = {}
+        for number, step in queue:
+            uses.setdefault(number, []).append(step)
+        sizes = (sum(numel[number] for number in modules.get(module, ())) for module in order)
+        return cls(
+            queue=queue,
+            uses={number: tuple(steps) for number, steps in uses.items()},
+            passed=tuple(accumulate(sizes, initial=0)),
+            modules=modules,
+            numel=numel,
+        )
+
+    def distance(self, number: int, step: int) -> int:
+        """Elements fetched from `step` until the parameter is used again; more than any limit if it is not.
+
+        Source: __params_to_release.
+        """
+        uses = self.uses.get(number, ())
+        index = bisect_left(uses, step)
+        return self.passed[uses[index]] - self.passed[step] if index < len(uses) else sys.maxsize
+
+
+@dataclass(slots=True)
+class _Gather:
+    numbers: tuple[int, ...]
+    waiting: int
+    has_arrived: bool = False
+
+
+class Coordinator:
+    """PartitionedParameterCoordinator from the second step on, when the trace is known.
+
+    Args:
+        persistent: parameters that are never released.
+        external: parameters registered as external; they are not released (release_sub_module).
+        trainable: whether each parameter trains.
+    """
+
+    def __init__(
+        self,
+        fetches: Fetches,
+        zero: ZeroConfig,
+        *,
+        persistent: frozenset[int],
+        external: Sequence[int],
+        trainable: Sequence[bool],
+    ) -> None:
+        self.fetches, self.persistent, self.external = fetches, persistent, frozenset(external)
+        self.trainable = trainable
+        self.max_live = zero.stage3_max_live_parameters
+        self.max_reuse = zero.stage3_max_reuse_distance
+        self.prefetch_numel = 1 if zero.stage3_allgather_sequential else zero.stage3_prefetch_bucket_size
+        size = len(fetches.numel)
+        self.status = [NOT_AVAILABLE] * size
+        for number in persistent:
+            self.status[number] = AVAILABLE
+        self.queue = deque(fetches.queue)
+        self.last_use = [-1] * size
+        self.users: list[set[int]] = [set() for _ in range(size)]
+        self.inflight: dict[int, _Gather] = {}
+        self.recomputed: list[int] = []
+        self.step = 0
+        self.available_numel = 0
+        self.actions: list[Action] = []
+
+    def pre_module(self, module: int) -> tuple[Action, ...]:
+        """fetch_sub_module: gather what the module needs, wait for it, prefetch what comes next."""
+        self.actions = []
+        needed = self.fetches.modules.get(module)
+        if needed:
+            self._gather(needed)
+            for number in needed:
+                self.users[number].add(module)
+                if number in self.inflight:
+                    self._wait(number)
+            self._pop_queue(needed)
+        if self.prefetch_numel > 0 and self.queue:
+            self._prefetch()
+        self.step += 1
+        return tuple(self.actions)
+
+    def post_module(self, module: int) -> tuple[Action, ...]:
+        """release_sub_module: free what is not used again within stage3_max_reuse_distance elements."""
+        owned = self.fetches.modules.get(module, ())
+        release = [number for number in owned if self._is_releasable(number)]
+        released = []
+        for number in owned:
+            self.users[number].discard(module)
+            if number in release and self._release(number):
+                released.append(number)
+        return ((int(Act.RELEASE), tuple(released)),) if released else ()
+
+    def recomputed_module(self, module: int) -> tuple[Action, ...]:
+        """A frozen parameter that a recomputation fetches belongs to the recomputed layer until its backward is done.
+
+        Source: update_recompute_parameters (:391).
+        """
+        done = self.pre_module(module)
+        for number in self.fetches.modules.get(module, ()):
+            if not self.trainable[number] and number not in self.persistent:
+                self.users[number].add(RECOMPUTED)
+                self.recomputed.append(number)
+        return done
+
+    def end_recomputed(self) -> tuple[Action, ...]:
+        """release_sub_module of the layer: its recomputed parameters go, however soon they are used again."""
+        released = []
+        for number in self.recomputed:
+            self.users[number].discard(RECOMPUTED)
+            if number not in self.external and self._release(number):
+                released.append(number)
+        self.recomputed = []
+        return ((int(Act.RELEASE), tuple(released)),) if released else ()
+
+    def _release(self, number: int) -> bool:
+        if self.status[number] != AVAILABLE or self.users[number]:
+            return False
+        self.status[number] = NOT_AVAILABLE
+        self.available_numel -= self.fetches.numel[number]
+        return True
+
+    def _is_releasable(self, number: int) -> bool:
+        return (
+            number not in self.persistent
+            and number not in self.external
+            and self.last_use[number] <= self.step
+            and self.fetches.distance(number, self.step) >= self.max_reuse
+        )
+
+    def _pop_queue(self, needed: Sequence[int]) -> None:
+        missing = {number for number in needed if self.last_use[number] < self.step}
+        found: set[int] = set()
+        while self.queue and len(found) < len(missing):
+            number, step = self.queue.popleft()
+            self.last_use[number] = step
+            found.add(number)
+
+    def _prefetch(self) -> None:
+        limit = min(self.max_live - self.available_numel, self.prefetch_numel)
+        chosen: set[int] = set()
+        numel = 0
+        while self.queue and numel < limit:
+            number, step = self.queue.popleft()
+            self.last_use[number] = max(self.last_use[number], step)
+            if self.status[number] == NOT_AVAILABLE and number not in chosen:
+                chosen.add(number)
+                numel += self.fetches.numel[number]
+        if chosen:
+            self._gather(sorted(chosen))
+
+    def _gather(self, numbers: Sequence[int]) -> None:
+        wanted = tuple(number for number in numbers if self.status[number] == NOT_AVAILABLE)
+        if not wanted:
+            return
+        gather = _Gather(wanted, len(wanted))
+        for number in wanted:
+            self.status[number] = INFLIGHT
+            self.available_numel += self.fetches.numel[number]
+            self.inflight[number] = gather
+        self.actions.append((int(Act.GATHER), wanted))
+
+    def _wait(self, number: int) -> None:
+        gather = self.inflight.pop(number)
+        gather.waiting -= 1
+        if not gather.has_arrived:
+            gather.has_arrived = True
+            for other in gather.numbers:
+                self.status[other] = AVAILABLE
+            self.actions.append((int(Act.ARRIVE), gather.numbers))
+        if gather.waiting == 0:
+            self.actions.append((int(Act.SETTLE), gather.numbers))
