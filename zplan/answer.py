@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from zplan.candidates import Candidate
@@ -27,6 +26,8 @@ def package_versions() -> dict[str, str | None]:
 
 
 def _version(name: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version  # 30 ms, and only JSON needs it
+
     try:
         return version(name)
     except PackageNotFoundError:

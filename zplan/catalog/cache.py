@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from zplan.catalog.shapes import from_json, to_json
@@ -18,6 +17,8 @@ def cache_dir() -> Path:
 
 
 def _entry(config_path: Path) -> Path | None:
+    from importlib.metadata import PackageNotFoundError, version  # 30 ms that catalogue names need not pay
+
     file = config_path / "config.json" if config_path.is_dir() else config_path
     try:
         content = file.read_bytes()
