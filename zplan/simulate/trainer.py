@@ -6,6 +6,7 @@ Every step is the libraries' own call. The same code runs on fake tensors and, a
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -87,6 +88,7 @@ def build_model(run: Run) -> Any:
             config, dtype=DTYPES[recipe.dtype], attn_implementation=recipe.attention
         )
     model.tie_weights()  # skipped under no_init_weights
+    gc.collect()  # a head that was tied away hangs in a cycle with its partition; a long run collects it soon
     lora = recipe.method == "lora"
     if lora:
         model = get_peft_model(model, lora_config(recipe), **_adapter_dtype(run))

@@ -1,0 +1,5 @@
+"""`python -m zplan`, the same as `zplan`."""
+
+from zplan.cli import main
+
+main()
