@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from trl import SFTConfig, SFTTrainer
 
 from sft.meter import Meter
+from sft.order import LongestFirst
 from zplan.errors import ConfigError, MachineError
 from zplan.hardware import DeviceKind
 from zplan.recipe import Recipe
@@ -268,12 +269,25 @@ def peft_config(recipe: Recipe) -> LoraConfig | None:
 class PlanTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer that counts real tokens, tells a meter which phase it is in, and can keep the full logits."""
 
-    def __init__(self, *args: Any, meter: Meter | None = None, full_logits: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        meter: Meter | None = None,
+        full_logits: bool = False,
+        first: Sequence[int] = (),
+        **kwargs: Any,
+    ) -> None:
         self.meter = meter
         self.full_logits = full_logits
+        self.first = first
+        """Rows of the first step; the others are shuffled."""
         self.seen_tokens: torch.Tensor | int = 0
         """Non-padding tokens that this rank trained on; stays on the device, so that counting never waits for it."""
         super().__init__(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return LongestFirst(dataset, self.first) if self.first else super()._get_train_sampler(train_dataset)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         mask = inputs.get("attention_mask")
@@ -304,6 +318,7 @@ def build_trainer(
     eval_dataset: Dataset | None = None,
     callbacks: list[Any] | None = None,
     meter: Meter | None = None,
+    first: Sequence[int] = (),
 ) -> PlanTrainer:
     """The trainer, ready to train. `set_seed` first: adapters start from random numbers that all ranks must share."""
     set_seed(args.seed)
@@ -319,6 +334,7 @@ def build_trainer(
             callbacks=callbacks,
             meter=meter,
             full_logits=recipe.loss == "full",
+            first=first,
         )
     trainer.remove_callback(PrinterCallback)
     return trainer

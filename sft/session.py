@@ -37,6 +37,7 @@ class Session:
     response_key: str | None = None
     response_template: str | None = None
     report_to: str = "none"
+    data_order: str = "longest-first"
     resume: str | None = None
     """Checkpoint to continue from."""
     universal: bool = False
@@ -51,6 +52,7 @@ class Session:
             "stage": self.plan.choice.zero.stage,
             "length": [self.max_steps, self.num_train_epochs, self.eval_fraction],
             "data": [self.bad_rows, self.loss_on, self.prompt_key, self.response_key, self.response_template],
+            "order": self.data_order,
         }
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 

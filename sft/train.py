@@ -14,9 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from sft import preflight
+from sft.failure import save_failure
 from sft.launch import PARENT_VARIABLE, launch
 from sft.ranks import adopt_slurm, current_rank, die_with_parent, launched_by, set_environment
-from sft.session import SESSION_FILE, Session, with_resume
+from sft.session import REPORT_FILE, SESSION_FILE, Session, with_resume
 from zplan import files
 from zplan.errors import ConfigError, ExitCode, ZplanError
 from zplan.plan import Plan
@@ -48,6 +49,13 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("--prompt-key", help="column of the question, if it is not called prompt")
     line.add_argument("--response-key", help="column of the answer, if it is not called response")
     line.add_argument("--response-template", help='heading before answers, e.g. "\\n\\n### Response:\\n"')
+    line.add_argument(
+        "--data-order",
+        choices=("longest-first", "shuffled"),
+        default="longest-first",
+        help="longest-first (default): shuffled, but the longest examples come first, so that too little memory shows "
+        "in step 1",
+    )
     line.add_argument(
         "--report-to", default="none", help="none, tensorboard, wandb, mlflow, as transformers offers them"
     )
@@ -98,6 +106,7 @@ def make_session(options: argparse.Namespace) -> Session:
         response_key=options.response_key,
         response_template=options.response_template,
         report_to=options.report_to,
+        data_order=options.data_order,
     )
 
 
@@ -113,6 +122,7 @@ def prepare(options: argparse.Namespace) -> Session:
     if not options.force:
         preflight.check_disk(plan, output_dir)
     files.save(session, output_dir / SESSION_FILE)
+    (output_dir / REPORT_FILE).unlink(missing_ok=True)  # of the part before: from now on only this one counts
     for note in notes + more:
         print(f"zplan: {note}", file=sys.stderr)
     return session
@@ -131,12 +141,15 @@ def train_here(options: argparse.Namespace) -> int:
             f"{options.plan}",
         )
     output_dir = Path(session.output_dir)
-    return launch(
+    status = launch(
         ["--session", str(output_dir / SESSION_FILE)],
         num_ranks=session.plan.choice.batch.world_size,
         kind=cluster.gpu.kind,
         log_dir=output_dir,
     )
+    if status != ExitCode.OK and not (output_dir / REPORT_FILE).exists():
+        save_failure(session, f"ended with exit status {status} before rank 0 could report")
+    return status
 
 
 def train_as_rank(options: argparse.Namespace, launcher: str) -> int:

@@ -14,7 +14,9 @@ from transformers import set_seed
 
 from sft import build, data, outputs
 from sft.callbacks import GracefulStop, MarkCheckpoints, ProgressLines, StepTimer
+from sft.failure import save_failure
 from sft.meter import CudaMeter, measure_pinned_bytes, measure_used_bytes, peak_resident_bytes
+from sft.order import longest
 from sft.ranks import Rank, current_rank
 from sft.session import Session
 from zplan import files
@@ -44,11 +46,17 @@ def train_rank(session: Session) -> int:
     Raises:
         ZplanError: malformed data, no memory, a broken machine.
     """
+    prepared: Prepared | None = None
     try:
         prepared = prepare(session)
         prepared.trainer.train(resume_from_checkpoint=prepared.session.resume)
         return finish(prepared)
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if current_rank().is_first:
+            history = prepared.trainer.state.log_history if prepared else ()
+            save_failure(session, f"{type(error).__name__}: {error}", log_history=history)
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
         raise DoesNotFitError(
             f"GPU memory ran out: {str(error).splitlines()[0]}",
             because="the plan's estimate or measurement was made for another machine, data or load",
@@ -94,6 +102,7 @@ def prepare(session: Session) -> Prepared:
         data.to_dataset(loaded.train),
         eval_dataset=data.to_dataset(loaded.held_out) if loaded.held_out else None,
         callbacks=callbacks,
+        first=_first_rows(session, loaded.train),
     )
     timer.trainer = trainer
     return Prepared(
@@ -129,6 +138,15 @@ def num_steps(session: Session, num_examples: int) -> int:
         return session.max_steps
     per_epoch = max(1, num_examples // session.plan.recipe.train_batch_size)
     return max(1, round(session.num_train_epochs * per_epoch))
+
+
+def _first_rows(session: Session, examples: Sequence[data.Example]) -> tuple[int, ...]:
+    """The longest examples, one micro-batch for every rank; packed sequences are all of one length."""
+    if session.plan.recipe.packing or session.data_order == "shuffled":
+        return ()
+    batch = session.plan.choice.batch
+    count = batch.train_micro_batch_size_per_gpu * batch.world_size
+    return longest([len(item.input_ids) for item in examples], count)
 
 
 def _run(session: Session, save_steps: int, loaded: data.Data) -> build.Run:

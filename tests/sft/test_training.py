@@ -151,6 +151,19 @@ def test_a_plan_that_contradicts_itself_is_refused(
     assert "gradient_clipping is 0.5" in (tmp_path / "log_0.txt").read_text()
 
 
+def test_a_training_that_dies_says_why_in_its_report(
+    warm: WarmServer, tiny_model_dir: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    plan = make_plan(make_recipe(tiny_model_dir, tiny_dataset))
+    session = make_session(plan, tmp_path)
+    (tmp_path / "checkpoint-3").write_text("a file where the checkpoint's folder has to be")
+    assert warm.train(session)["exit"] != {"0": 0}
+    report = files.load_json(tmp_path / "training_report.json")
+    assert report["outcome"] == "failed"
+    assert "checkpoint-3" in report["reason"]
+    assert [entry["step"] for entry in report["loss_history"]] == [1, 2, 3]
+
+
 def command(plan: Plan, tmp_path: Path, *more: str) -> list[str]:
     files.save(plan, tmp_path / "plan.json")
     return [sys.executable, "-m", "sft.train", "--plan", str(tmp_path / "plan.json"), "--force", *more]
