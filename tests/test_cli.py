@@ -158,3 +158,16 @@ def test_a_study_by_formula_is_tuned_reported_and_exported(tmp_path: Path) -> No
     )
     planned = zplan("estimate", "--plan", "profiles/best.json", "--gpu", "rtx-4090-24gb", "-q", cwd=tmp_path)
     assert "ZeRO" in planned.stdout or "DDP" in planned.stdout
+
+
+def test_what_is_not_modelled_is_tight_and_says_how_to_settle_it() -> None:
+    done = zplan("estimate", "--model", "mixtral-8x7b", "--method", "lora", "--gpu", "h100", "--gpus-per-node", "8")
+    assert "nothing is sure to fit" in done.stdout
+    assert "zplan simulate" in done.stdout
+
+
+def test_when_nothing_fits_the_closest_one_says_what_it_lacks() -> None:
+    machine = ("--gpu", "rtx-4090", "--gpus-per-node", "1", "--host-ram", "64GiB")
+    done = zplan("estimate", "--model", "llama-2-7b", *machine, code=3)
+    assert "comes closest" in done.stdout
+    assert "--method lora" in done.stdout

@@ -11,6 +11,7 @@ from zplan.errors import ExitCode
 from zplan.job import Job
 from zplan.planner import Candidate, Fix, evaluate, quantify_fixes, rank_candidates, smallest_change_that_fits
 from zplan.report.terminal import question_lines, render_candidates, render_detail
+from zplan.units import format_bytes
 
 
 def estimate(job: Job, *, explain: str | None, verbose: bool, quiet: bool) -> Answer:
@@ -52,19 +53,40 @@ def _ranked(job: Job, *, quiet: bool) -> Answer:
         body.append(Text(_hint(candidates[best]), style="dim"))
     else:
         changes = smallest_change_that_fits(job.shape, job.recipe, job.cluster, fixed=job.fixed)
-        body.append(Text("nothing fits", style="red"))
-        body += [Text(f"  {change.change}") for change in changes]
+        body += _nothing_fits(candidates[0], changes)
     return Answer(
         data=lambda: candidates_data(
             candidates, shape=job.shape, recipe=job.recipe, cluster=job.cluster, changes=changes
         ),
         text=_headed(job, Group(*body), quiet=quiet),
-        code=ExitCode.OK if best is not None else ExitCode.DOES_NOT_FIT,
+        code=ExitCode.OK if best is not None or candidates[0].memory.fits else ExitCode.DOES_NOT_FIT,
     )
+
+
+def _nothing_fits(closest: Candidate, changes: tuple[Fix, ...]) -> list[RenderableType]:
+    """The closest one, why it is not called `fits`, and the smallest change of each kind with which something does."""
+    if closest.tier == 1:
+        lines = [Text(f"nothing is sure to fit; {closest.label} is tight:", style="yellow")]
+        lines += [Text(f"  {note}") for note in closest.memory.notes if note.startswith("not modelled")]
+        lines.append(Text(f"  settle it with zplan simulate {_flags(closest)}"))
+    else:
+        parts = (("GPU", closest.memory.gpu.short_bytes), ("host", closest.memory.host.short_bytes))
+        short = " and ".join(f"{format_bytes(num_bytes)} of {where}" for where, num_bytes in parts if num_bytes)
+        lines = [Text(f"nothing fits; {closest.label} comes closest, short of {short or 'NVMe'}", style="red")]
+    if changes:
+        lines.append(Text("smallest change of each kind with which something fits:"))
+        lines += [Text(f"  {change.change}") for change in changes]
+    elif closest.tier == 2:
+        lines.append(Text("no smaller optimizer, shorter sequence, adapter or number of GPUs of this kind helps alone"))
+    return [*lines]
 
 
 def _hint(candidate: Candidate) -> str:
     """How to see the best one in detail, ready to type."""
+    return f"the first in detail: add {_flags(candidate)}"
+
+
+def _flags(candidate: Candidate) -> str:
     choice = candidate.choice
     flags = [f"--stage {choice.zero.stage}", f"--micro-batch {choice.batch.train_micro_batch_size_per_gpu}"]
     if choice.zero.offloads_optimizer:
@@ -72,7 +94,7 @@ def _hint(candidate: Candidate) -> str:
     if choice.zero.offloads_param:
         flags.append(f"--offload-param {choice.zero.offload_param.device}")
     flags.append("--gradient-checkpointing" if choice.gradient_checkpointing else "--no-gradient-checkpointing")
-    return f"the first in detail: add {' '.join(flags)}"
+    return " ".join(flags)
 
 
 def _explained(job: Job, key: str) -> Answer:
