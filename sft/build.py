@@ -163,6 +163,7 @@ def sft_config(
         gradient_accumulation_steps=choice.batch.gradient_accumulation_steps,
         learning_rate=run.learning_rate,
         max_grad_norm=recipe.max_grad_norm,
+        neftune_noise_alpha=recipe.neftune_noise_alpha,
         optim=OPTIM[recipe.optimizer],
         bf16=recipe.dtype == "bf16",
         fp16=recipe.dtype == "fp16",
@@ -260,10 +261,24 @@ def peft_config(recipe: Recipe) -> LoraConfig | None:
         r=recipe.lora_r,
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
+        use_rslora=recipe.use_rslora,
+        use_dora=recipe.use_dora,
         target_modules="all-linear" if every_linear else list(recipe.lora_target),
         modules_to_save=list(recipe.modules_to_save) or None,
         task_type="CAUSAL_LM",
     )
+
+
+def settle(engine: Any) -> None:
+    """Wait for ZeRO-3's gathers that nobody will use and give all gathered parameters back.
+
+    A forward without a backward (evaluation) leaves prefetched parameters in flight, and DeepSpeed refuses to partition
+    those again: "Cannot partition a param in flight".
+
+    Source: deepspeed 0.19.8, runtime/zero/partitioned_param_coordinator.py:537 (release_and_reset_all).
+    """
+    if hasattr(engine, "empty_partition_cache"):
+        engine.empty_partition_cache()
 
 
 class PlanTrainer(SFTTrainer):  # type: ignore[misc]
@@ -306,6 +321,11 @@ class PlanTrainer(SFTTrainer):  # type: ignore[misc]
         if self.meter is not None and measured:
             self.meter.enter("backward")
         return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        settle(self.model_wrapped)
+        return metrics
 
 
 def build_trainer(

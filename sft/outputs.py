@@ -20,7 +20,7 @@ from sft import build
 from sft.data import Data
 from sft.ranks import Rank
 from sft.render import Renderer
-from sft.session import REPORT_FILE, Session
+from sft.session import MERGED_FOLDER, REPORT_FILE, Session
 from zplan import files
 from zplan.errors import MachineError
 from zplan.trial import TrialResult
@@ -45,18 +45,6 @@ def print_data_report(loaded: Data) -> None:
             console.print(f"  {name}: {len(places)} rows", markup=False)
             for place in places[:_SHOWN]:
                 console.print(f"    {place}", markup=False)
-
-
-def settle(engine: Any) -> None:
-    """Wait for ZeRO-3's gathers that nobody will use and give all gathered parameters back.
-
-    A forward without a backward (evaluation) leaves prefetched parameters in flight, and DeepSpeed refuses to partition
-    those again: "Cannot partition a param in flight".
-
-    Source: deepspeed 0.19.8, runtime/zero/partitioned_param_coordinator.py:537 (release_and_reset_all).
-    """
-    if hasattr(engine, "empty_partition_cache"):
-        engine.empty_partition_cache()
 
 
 def gather_weights(model: Any, place: Rank) -> dict[str, torch.Tensor] | None:
@@ -100,6 +88,30 @@ def save_model(trainer: Any, tokenizer: Any, state: dict[str, torch.Tensor] | No
             f"the model cannot be saved into {output_dir}: {error.strerror or error}",
             fix="free space; the same command again continues from the newest checkpoint",
         ) from error
+
+
+def save_merged(session: Session, tokenizer: Any) -> Path:
+    """The adapter merged into the base weights, loadable by transformers alone, on rank 0 after the adapter is saved.
+
+    The base is loaded again in the training dtype: a qlora adapter is merged into weights that were never quantised.
+
+    Raises:
+        MachineError: no space, no permission.
+    """
+    unset_hf_deepspeed_config()
+    gc.collect()
+    merged_dir = Path(session.output_dir) / MERGED_FOLDER
+    model = _saved_model(session, "after", build.DTYPES[session.plan.recipe.dtype]).merge_and_unload()
+    try:
+        model.save_pretrained(merged_dir)
+        tokenizer.save_pretrained(merged_dir)
+    except OSError as error:
+        raise MachineError(
+            f"the merged model cannot be saved into {merged_dir}: {error.strerror or error}",
+            because="it is as large as the base model; the adapter itself is saved",
+            fix="free space, and peft's merge_and_unload makes it from the adapter",
+        ) from error
+    return merged_dir
 
 
 def measured_gpu(reports: list[dict[str, Any]]) -> dict[str, int | None]:

@@ -15,6 +15,7 @@ from zplan.plan import Plan
 
 SESSION_FILE = "run.json"
 REPORT_FILE = "training_report.json"
+MERGED_FOLDER = "merged"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,10 @@ class Session:
     response_template: str | None = None
     report_to: str = "none"
     data_order: str = "longest-first"
+    early_stopping_patience: int | None = None
+    """Evaluate at every checkpoint; stop after so many without a lower held-out loss, and keep the best weights."""
+    merge: bool = False
+    """Also write the adapter merged into the base weights."""
     resume: str | None = None
     """Checkpoint to continue from."""
     universal: bool = False

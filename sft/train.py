@@ -12,6 +12,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sft import preflight
 from sft.failure import save_failure
@@ -21,6 +22,7 @@ from sft.session import REPORT_FILE, SESSION_FILE, Session, with_resume
 from zplan import files
 from zplan.errors import ConfigError, ExitCode, ZplanError
 from zplan.plan import Plan
+from zplan.recipe import Recipe
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,6 +35,15 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("--max-steps", type=int, help="optimizer steps; wins over --epochs")
     line.add_argument("--epochs", type=float, default=1.0)
     line.add_argument("--learning-rate", type=float, help="instead of the plan's")
+    line.add_argument(
+        "--neftune-noise-alpha", type=float, metavar="ALPHA", help="noise on the embeddings while training, e.g. 5"
+    )
+    line.add_argument(
+        "--use-rslora", action="store_true", help="scale adapters by alpha / sqrt(r); needs no more memory"
+    )
+    line.add_argument(
+        "--use-dora", action="store_true", help="train magnitudes beside the adapters; the estimate does not model it"
+    )
     line.add_argument("--seed", type=int, help="instead of the plan's")
     line.add_argument("--save-steps", type=int, help="steps between checkpoints; default: four over the run")
     line.add_argument("--resume", nargs="?", const="newest", metavar="CHECKPOINT", help="default: the newest whole one")
@@ -43,7 +54,19 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument(
         "--eval-fraction", type=float, default=0.0, help="held out; its loss is reported before and after"
     )
+    line.add_argument(
+        "--early-stopping-patience",
+        type=int,
+        metavar="N",
+        help="evaluate at every checkpoint, stop after N without a lower held-out loss, keep the best; "
+        "needs --eval-fraction",
+    )
     line.add_argument("--sample-prompt", help="a question whose answer is reported before and after")
+    line.add_argument(
+        "--merge",
+        action="store_true",
+        help="also write the adapter merged into the base weights, into OUTPUT_DIR/merged",
+    )
     line.add_argument("--bad-rows", choices=("refuse", "skip"), default="refuse")
     line.add_argument("--loss-on", choices=("answers", "everything"), default="answers")
     line.add_argument("--prompt-key", help="column of the question, if it is not called prompt")
@@ -76,10 +99,10 @@ def make_session(options: argparse.Namespace) -> Session:
     if options.dataset is not None:
         source = Path(options.dataset).expanduser()
         recipe = replace(recipe, dataset=str(source.resolve()) if source.exists() else options.dataset)
-    if options.learning_rate is not None:
-        recipe = replace(recipe, learning_rate=options.learning_rate)
-    if options.seed is not None:
-        recipe = replace(recipe, seed=options.seed)
+    named = ("learning_rate", "seed", "neftune_noise_alpha")
+    changes: dict[str, Any] = {name: getattr(options, name) for name in named if getattr(options, name) is not None}
+    changes |= {name: True for name in ("use_rslora", "use_dora") if getattr(options, name)}
+    recipe = replace(recipe, **changes)
     if recipe.dataset is None:
         raise ConfigError("the plan names no dataset", fix="--dataset FILE.jsonl")
     if not Path(plan.model_path).is_dir():
@@ -87,11 +110,7 @@ def make_session(options: argparse.Namespace) -> Session:
             f"the plan's model folder {plan.model_path} does not exist",
             fix="download the model there, or make a new plan",
         )
-    for name, value in (("--max-steps", options.max_steps), ("--save-steps", options.save_steps)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}, below 1", fix=f"{name} 100")
-    if options.epochs <= 0:
-        raise ConfigError(f"--epochs is {options.epochs}, not above 0", fix="--epochs 1")
+    _check_values(options, recipe)
     return Session(
         plan=replace(plan, recipe=recipe),
         output_dir=str((options.output_dir or Path("runs") / options.plan.stem).resolve()),
@@ -107,7 +126,31 @@ def make_session(options: argparse.Namespace) -> Session:
         response_template=options.response_template,
         report_to=options.report_to,
         data_order=options.data_order,
+        early_stopping_patience=options.early_stopping_patience,
+        merge=options.merge,
     )
+
+
+def _check_values(options: argparse.Namespace, recipe: Recipe) -> None:
+    for name in ("max_steps", "save_steps", "early_stopping_patience"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} is {value}, below 1", fix=f"{flag} 100")
+    if options.epochs <= 0:
+        raise ConfigError(f"--epochs is {options.epochs}, not above 0", fix="--epochs 1")
+    if options.early_stopping_patience and not options.eval_fraction:
+        raise ConfigError(
+            "--early-stopping-patience without --eval-fraction",
+            because="it watches the loss of held-out examples, and none are held out",
+            fix="--eval-fraction 0.05",
+        )
+    if options.merge and recipe.method == "full":
+        raise ConfigError(
+            "--merge, and the plan's method is full",
+            because="full fine-tuning writes full weights anyway; there is no adapter to merge",
+            fix="leave --merge out",
+        )
 
 
 def prepare(options: argparse.Namespace) -> Session:
@@ -115,6 +158,8 @@ def prepare(options: argparse.Namespace) -> Session:
     session = make_session(options)
     preflight.check_data(str(session.plan.recipe.dataset))
     plan, notes = preflight.choose_rung(session.plan, fallback=options.fallback, force=options.force)
+    if plan.recipe.use_dora:
+        notes.append("warning: the memory estimate does not model DoRA, which needs more than LoRA")
     session = replace(session, plan=plan)
     session, more = with_resume(session, options.resume)
     output_dir = Path(session.output_dir)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import set_seed
+from transformers import EarlyStoppingCallback, set_seed
 
 from sft import build, data, outputs
 from sft.callbacks import GracefulStop, MarkCheckpoints, ProgressLines, StepTimer
@@ -90,10 +90,6 @@ def prepare(session: Session) -> Prepared:
     set_seed(recipe.seed)
     model = build.load_model(session.plan.model_path, recipe, weights="real")
     timer, stop = StepTimer(), GracefulStop()
-    mark = MarkCheckpoints(session.fingerprint, place.world_size, session.plan.choice.zero.stage)
-    callbacks: list[Any] = [timer, stop, mark]
-    if place.is_first:
-        callbacks.append(ProgressLines(timer))
     trainer = build.build_trainer(
         recipe,
         args,
@@ -101,13 +97,23 @@ def prepare(session: Session) -> Prepared:
         tokenizer,
         data.to_dataset(loaded.train),
         eval_dataset=data.to_dataset(loaded.held_out) if loaded.held_out else None,
-        callbacks=callbacks,
         first=_first_rows(session, loaded.train),
+        callbacks=_callbacks(session, place, timer, stop),
     )
     timer.trainer = trainer
     return Prepared(
         session=session, place=place, tokenizer=tokenizer, data=loaded, trainer=trainer, timer=timer, stop=stop
     )
+
+
+def _callbacks(session: Session, place: Rank, timer: StepTimer, stop: GracefulStop) -> list[Any]:
+    mark = MarkCheckpoints(session.fingerprint, place.world_size, session.plan.choice.zero.stage)
+    found: list[Any] = [timer, stop, mark]
+    if place.is_first:
+        found.append(ProgressLines(timer))
+    if session.early_stopping_patience is not None:
+        found.append(EarlyStoppingCallback(session.early_stopping_patience))
+    return found
 
 
 def _share(session: Session) -> Session:
@@ -153,6 +159,9 @@ def _run(session: Session, save_steps: int, loaded: data.Data) -> build.Run:
     extra: dict[str, Any] = {"report_to": session.report_to}
     if loaded.held_out and session.resume is None:
         extra["eval_on_start"] = True
+    if session.early_stopping_patience is not None:
+        extra |= {"eval_strategy": "steps", "eval_steps": save_steps, "load_best_model_at_end": True}
+        extra |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}
     return build.Run(
         output_dir=Path(session.output_dir),
         max_steps=session.max_steps,
@@ -171,7 +180,7 @@ def finish(prepared: Prepared) -> int:
     if not stopped:
         if prepared.data.held_out:
             trainer.evaluate()
-        outputs.settle(trainer.model_wrapped)
+        build.settle(trainer.model_wrapped)
         state = outputs.gather_weights(trainer.accelerator.unwrap_model(trainer.model), place)
         if place.is_first:
             outputs.save_model(trainer, prepared.tokenizer, state, Path(session.output_dir))
@@ -193,6 +202,14 @@ def finish(prepared: Prepared) -> int:
     if not stopped and session.sample_prompt:
         prompt = session.sample_prompt
         report["samples"] = outputs.sample_before_and_after(session, prepared.tokenizer, prompt)
+    if not stopped and session.early_stopping_patience is not None:
+        report["early_stopping"] = {
+            "stopped_early": trainer.state.global_step < trainer.state.max_steps,
+            "best_step": trainer.state.best_global_step,
+            "best_held_out_loss": trainer.state.best_metric,
+        }
+    if not stopped and session.merge:
+        report["merged"] = str(outputs.save_merged(session, prepared.tokenizer))
     outputs.save_report(report, session)
     outputs.print_summary(report, session)
     return _status(stopped)

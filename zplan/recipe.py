@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +32,10 @@ class Recipe:
     lora_dropout: float = 0.0
     lora_target: tuple[str, ...] = ("all-linear",)
     modules_to_save: tuple[str, ...] = ()
+    use_rslora: bool = False
+    """PEFT: adapters are scaled by alpha / sqrt(r) instead of alpha / r."""
+    use_dora: bool = False
+    """PEFT: a trained magnitude per output of every adapted matrix."""
     max_length: int = 1024
     """Longest sequence, in tokens; TRL's default."""
     train_batch_size: int = 8
@@ -41,6 +46,8 @@ class Recipe:
     loss: Loss = "nll"
     packing: bool = False
     learning_rate: float = 2e-5
+    neftune_noise_alpha: float | None = None
+    """transformers: noise of alpha / sqrt(tokens x hidden size) on the embeddings while training."""
     max_grad_norm: float = 1.0
     """Gradient clipping; 0 switches it off."""
     seed: int = 42
@@ -50,6 +57,15 @@ class Recipe:
             value = getattr(self, name)
             if not 1 <= value <= 1 << 30:
                 raise ConfigError(f"{name} is {value}, not between 1 and 2**30", fix=f"--{name.replace('_', '-')} 8")
+
+        if self.neftune_noise_alpha is not None and not 0 < self.neftune_noise_alpha < math.inf:
+            raise ConfigError(
+                f"neftune_noise_alpha is {self.neftune_noise_alpha}, not above 0", fix="--neftune-noise-alpha 5"
+            )
+        if self.method == "full" and (self.use_rslora or self.use_dora):
+            raise ConfigError(
+                "use_rslora and use_dora are for adapters, and the method is full", fix="a plan with --method lora"
+            )
 
     @property
     def weight_bytes(self) -> int:

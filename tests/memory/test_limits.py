@@ -42,6 +42,15 @@ def test_latent_attention_is_not_modelled() -> None:
     assert estimate(ZeroConfig(stage=3), shape=shape).gpu.verdict != "fits"
 
 
+def test_dora_is_not_modelled_and_rslora_costs_what_lora_costs() -> None:
+    lora = estimate(ZeroConfig(stage=2), method="lora")
+    dora = estimate(ZeroConfig(stage=2), method="lora", use_dora=True)
+    assert lora.gpu.verdict == "fits"
+    assert dora.gpu.verdict == "tight"
+    assert any(note.startswith("not modelled: DoRA") for note in dora.notes)
+    assert estimate(ZeroConfig(stage=2), method="lora", use_rslora=True) == lora
+
+
 def test_hpz_keeps_a_second_copy_of_the_weights() -> None:
     found = estimate(ZeroConfig(stage=3, zero_hpz_partition_size=2))
     copies = [term.bytes for term in found.gpu.terms if term.name == "secondary partitions (hpZ)"]

@@ -39,6 +39,11 @@ def _of_recipe(recipe: Recipe, choice: Choice) -> list[str]:
         lines.append("Muon under ZeRO gathers whole matrices for its orthogonalisation (stage_1_and_2.py, stage3.py)")
     if recipe.method == "qlora" and choice.zero.stage == 3:
         lines.append("4-bit weights gathered by ZeRO-3 and the quantisation states beside them")
+    if recipe.use_dora:
+        lines.append(
+            "DoRA: a magnitude per output with gradient and states, two temporaries as large as each adapted matrix, "
+            "and outputs kept for backward (peft 0.21, lora/dora.py)"
+        )
     return lines
 
 
@@ -64,6 +69,8 @@ def unchecked(shape: ModelShape, recipe: Recipe) -> tuple[str, ...]:
         lines.append(f"states and temporaries of {recipe.optimizer}")
     if recipe.method == "qlora":
         lines.append("4-bit weights and their dequantisation")
+    if recipe.neftune_noise_alpha is not None:
+        lines.append("NEFTune's noise, one tensor as large as the embedded batch")
     if recipe.loss == "liger":
         lines.append("Liger's fused loss")
     return tuple(f"unchecked: {line} (from the source, not simulated)" for line in lines)

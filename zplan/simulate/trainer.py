@@ -126,6 +126,8 @@ def lora_config(recipe: Recipe) -> LoraConfig:
         r=recipe.lora_r,
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
+        use_rslora=recipe.use_rslora,
+        use_dora=recipe.use_dora,
         target_modules="all-linear" if targets == ("all-linear",) else list(targets),
         modules_to_save=list(recipe.modules_to_save) or None,
         task_type="CAUSAL_LM",
