@@ -103,6 +103,72 @@ def test_lora_targets_are_spelt_as_each_tool_spells_them() -> None:
     assert "--target_modules all-linear" in export_plan(everything, "ms-swift")["ms_swift.sh"]
 
 
+ROWS: dict[str, dict[str, Any]] = {
+    "messages": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+    "conversations": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    "alpaca": {"instruction": "q", "input": "", "output": "a"},
+    "prompt and response": {"prompt": "q", "response": "a"},
+    "prompt and completion": {"prompt": "q", "completion": "a"},
+    "text": {"text": "a"},
+}
+
+
+def plan_with(rows: dict[str, Any], tmp_path: Path, **recipe_values: Any) -> Plan:
+    source = tmp_path / "rows.jsonl"
+    source.write_text("\n" + json.dumps(rows) + "\n")
+    given = plan(**recipe_values)
+    return replace(given, recipe=replace(given.recipe, dataset=str(source)))
+
+
+@pytest.mark.parametrize("columns", ROWS)
+def test_the_columns_named_to_other_trainers_are_those_of_the_data(columns: str, tmp_path: Path) -> None:
+    given = plan_with(ROWS[columns], tmp_path)
+    entry = yaml.safe_load(export_plan(given, "axolotl")["axolotl.yaml"])["datasets"][0]
+    info = json.loads(export_plan(given, "llama-factory")["dataset_info.json"])["plan"]
+    assert set(info["columns"].values()) == set(ROWS[columns])
+    if "prompt" in ROWS[columns]:
+        assert {entry["type"]["field_instruction"], entry["type"]["field_output"]} == set(ROWS[columns])
+    else:
+        expected = {"messages": "chat_template", "conversations": "chat_template", "alpaca": "alpaca"}
+        assert entry["type"] == expected.get(columns, "completion")
+
+
+def test_columns_that_cannot_be_seen_are_left_to_fill_in_and_unknown_ones_are_refused(tmp_path: Path) -> None:
+    entry = yaml.safe_load(export_plan(plan(), "axolotl")["axolotl.yaml"])["datasets"][0]
+    assert entry["type"]["field_instruction"] == "PROMPT_COLUMN"
+    with pytest.raises(ConfigError, match="are answer, question"):
+        export_plan(plan_with({"question": "q", "answer": "a"}, tmp_path), "llama-factory")
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_trls_own_parser_reads_the_exported_configuration(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trl.scripts.sft import make_parser
+
+    given = plan_with(ROWS["messages"], tmp_path, method=method, dtype="fp32", lora_r=8)
+    cpu = replace(given, cluster=replace(given.cluster, gpu=replace(given.cluster.gpu, kind="cpu")))
+    monkeypatch.chdir(tmp_path)
+    for name, text in export_plan(cpu, "trl").items():
+        (tmp_path / name).write_text(text)
+    config = yaml.safe_load((tmp_path / "trl.yaml").read_text())
+    del config["deepspeed"]  # SFTConfig reads that file at once and asks it for a world of ranks
+    (tmp_path / "trl.yaml").write_text(yaml.safe_dump(config))
+    _, training, model, mixture = make_parser().parse_args_and_config(["--config", "trl.yaml"])
+    assert training.per_device_train_batch_size == 2
+    assert training.max_length == given.recipe.max_length
+    assert (model.use_peft, model.lora_r if method == "lora" else None) == (
+        method == "lora",
+        8 if method == "lora" else None,
+    )
+    assert mixture.datasets[0].data_files == given.recipe.dataset
+
+
+def test_columns_that_trl_does_not_know_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds prompt and response"):
+        export_plan(plan_with(ROWS["prompt and response"], tmp_path), "trl")
+
+
 def test_every_optimizer_name_is_one_of_transformers() -> None:
     from transformers.training_args import OptimizerNames
 

@@ -148,7 +148,9 @@ def report(study: str, *, out: str) -> None:
 
 @app.command()
 @click.argument("plan")
-@click.option("--to", required=True, help="deepspeed, accelerate, torchrun, slurm, axolotl, llama-factory or ms-swift.")
+@click.option(
+    "--to", required=True, help="deepspeed, accelerate, torchrun, slurm, trl, axolotl, llama-factory or ms-swift."
+)
 @click.option("--out", default="profiles/export", help="Folder to write into.", show_default=True)
 def export(plan: str, *, to: str, out: str) -> None:
     """Write PLAN, a plan of profiles/, as the files of another tool."""

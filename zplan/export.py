@@ -15,6 +15,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from zplan.errors import ConfigError
+from zplan.export_data import AXOLOTL, LLAMA_FACTORY, columns_of
 from zplan.files import to_data
 from zplan.plan import Plan
 
@@ -126,7 +127,7 @@ def _axolotl(plan: Plan) -> dict[str, str]:
     recipe, batch = plan.recipe, plan.choice.batch
     config: dict[str, Any] = {
         "base_model": plan.model_path,
-        "datasets": [{"path": recipe.dataset or "DATASET", "type": "alpaca"}],
+        "datasets": [{"path": recipe.dataset or "DATASET", **AXOLOTL[columns_of(recipe.dataset)]}],
         "output_dir": "./out",
         "sequence_len": recipe.max_length,
         "sample_packing": recipe.packing,
@@ -170,6 +171,37 @@ def _trainer_arguments(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _trl(plan: Plan) -> dict[str, str]:
+    """`torchrun -m trl.scripts.sft --config trl.yaml`; TRL 1.16 knows no column called response."""
+    recipe = plan.recipe
+    columns = columns_of(recipe.dataset)
+    if columns in ("prompt and response", "alpaca"):
+        raise ConfigError(
+            f"{recipe.dataset} holds {columns}",
+            because="TRL takes messages, conversations, prompt and completion, or text, and renames no column",
+            fix="rename the columns to prompt and completion, or --to torchrun, which trains with sft.train",
+        )
+    arguments: dict[str, Any] = {
+        "model_name_or_path": plan.model_path,
+        "dtype": {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[recipe.dtype],
+        "attn_implementation": recipe.attention,
+        "datasets": [{"path": "json", "data_files": recipe.dataset or "DATASET"}],
+        "max_length": recipe.max_length,
+        "packing": recipe.packing,
+        "activation_checkpointing": plan.choice.gradient_checkpointing,
+        **_trainer_arguments(plan),
+        "use_cpu": plan.cluster.gpu.kind == "cpu",
+    }
+    if recipe.method != "full":
+        modules = _lora_modules(plan)
+        arguments |= {"use_peft": True, "lora_r": recipe.lora_r, "lora_alpha": recipe.lora_alpha}
+        arguments |= {"lora_dropout": recipe.lora_dropout, "load_in_4bit": recipe.method == "qlora"}
+        arguments["lora_target_modules"] = modules or ["all-linear"]
+        if recipe.modules_to_save:
+            arguments["lora_modules_to_save"] = list(recipe.modules_to_save)
+    return {**_deepspeed(plan), "trl.yaml": _yaml(arguments)}
+
+
 def _llama_factory(plan: Plan) -> dict[str, str]:
     """`llamafactory-cli train llama_factory.yaml`; data sets are registered in its own dataset_info.json."""
     recipe = plan.recipe
@@ -194,7 +226,7 @@ def _llama_factory(plan: Plan) -> dict[str, str]:
         config["lora_target"] = "all" if modules is None else ",".join(modules)
     if recipe.method == "qlora":
         config["quantization_bit"] = 4
-    info = {"plan": {"file_name": str(dataset)}}
+    info = {"plan": {"file_name": str(dataset), **LLAMA_FACTORY[columns_of(recipe.dataset)]}}
     return {
         **_deepspeed(plan),
         "llama_factory.yaml": _yaml(config),
@@ -241,6 +273,7 @@ _WRITERS: dict[str, Callable[[Plan], dict[str, str]]] = {
     "accelerate": _accelerate,
     "torchrun": _torchrun,
     "slurm": _slurm,
+    "trl": _trl,
     "axolotl": _axolotl,
     "llama-factory": _llama_factory,
     "ms-swift": _ms_swift,
