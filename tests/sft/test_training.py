@@ -217,14 +217,3 @@ def test_ctrl_c_saves_and_leaves_no_process(tiny_model_dir: Path, tiny_dataset: 
     assert len(children) == 2
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)
     assert files.load_json(run / "training_report.json")["outcome"] == "stopped"
-
-
-@pytest.mark.slow
-def test_torchrun_starts_the_same_training(tiny_model_dir: Path, tiny_dataset: Path, tmp_path: Path) -> None:
-    plan = make_plan(make_recipe(tiny_model_dir, tiny_dataset), ranks=2)
-    arguments = command(plan, tmp_path, "--output-dir", str(tmp_path / "run"), "--max-steps", "3")[3:]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    line = [*launcher, "--rdzv-endpoint=localhost:0", "-m", "sft.train", *arguments]
-    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert files.load_json(tmp_path / "run" / "training_report.json")["outcome"] == "finished"
