@@ -53,6 +53,7 @@ def test_switches_that_mean_nothing_are_refused(
         parsed(tiny_model_dir, tiny_dataset, tmp_path, *arguments, method=method)
 
 
+@pytest.mark.slow
 def test_dora_learns_the_same_at_stage_3_and_is_merged_into_a_model_that_transformers_loads(
     warm: WarmServer, tiny_model_dir: Path, tiny_dataset: Path, tmp_path: Path
 ) -> None:
