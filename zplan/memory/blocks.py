@@ -12,7 +12,7 @@ from functools import cached_property
 from zplan.memory import operations as ops
 from zplan.memory.operations import Modules, Sizes
 from zplan.memory.tape import Build, Tape, Value
-from zplan.memory.trainable import LaidBlock
+from zplan.memory.trainable import EXPERT_ADAPTERS, LaidBlock, Weight
 from zplan.model_shape import ModelShape
 
 _OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "W_pack_out", "out")
@@ -31,7 +31,8 @@ class LayerModules:
     def _linears(self) -> list[str]:
         names = []
         for weight in self.laid.weights:
-            is_matrix = len(weight.shape) == 2 and not weight.module.endswith(("lora_A.default", "lora_B.default"))
+            is_adapter = weight.module.endswith(("lora_A.default", "lora_B.default")) or is_expert_adapter(weight)
+            is_matrix = len(weight.shape) == 2 and not is_adapter
             if is_matrix and weight.group == 0 and weight.module not in names:
                 names.append(weight.module)
         return names
@@ -255,13 +256,25 @@ def _experts(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x:
     tape.enter(container)
     rows = tape.apply(rows_hidden, [(x, sizes.bytes(shape.hidden_size))])
     first, second = owned[: len(owned) // 2] or owned, owned[len(owned) // 2 :]
-    both = tape.apply(2 * rows_inner, [(rows, rows_hidden)], saves=(rows,), weights=ops.gradients_of(first))
+    down = _adapted_experts(tape, layer, sizes, second)
+    gate_up = _adapted_experts(tape, layer, sizes, first)
+    both = tape.apply(
+        2 * rows_inner,
+        [(rows, rows_hidden), *((value, value.storage.bytes) for value in gate_up)],
+        saves=(rows, *gate_up),
+        weights=ops.gradients_of(first),
+    )
     acted = tape.apply(rows_inner, [(both, rows_inner)], saves=(both,))
     product = tape.apply(rows_inner, [(acted, rows_inner), (both, 2 * rows_inner)], saves=(acted, both))
-    out = tape.apply(rows_hidden, [(product, rows_inner)], saves=(product,), weights=ops.gradients_of(second))
+    out = tape.apply(
+        rows_hidden,
+        [(product, rows_inner), *((value, value.storage.bytes) for value in down)],
+        saves=(product, *down),
+        weights=ops.gradients_of(second),
+    )
     weighted = tape.apply(rows_hidden, [(out, rows_hidden)], saves=(out,))
     summed = tape.apply(sizes.bytes(shape.hidden_size), [(weighted, rows_hidden)])
-    tape.drop(rows, both, acted, product, out, weighted)
+    tape.drop(rows, both, acted, product, out, weighted, *gate_up, *down)
     tape.exit(container)
     shared = [name for name in layer.mlp if "shared" in name]
     if len(shared) >= 3:
@@ -270,3 +283,23 @@ def _experts(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x:
         tape.drop(summed, extra)
         return total
     return summed
+
+
+def is_expert_adapter(weight: Weight) -> bool:
+    """lora_A or lora_B beside the stacked weights of experts."""
+    return weight.name.endswith(EXPERT_ADAPTERS)
+
+
+def _adapted_experts(
+    tape: Tape, layer: LayerModules, sizes: Sizes, owned: list[tuple[int, Weight]]
+) -> tuple[Value, ...]:
+    """The stacked weight with its adapter folded in: a copy of all experts, kept for backward, with a gradient.
+
+    Source: peft 0.21.2, tuners/lora/layer.py (ParamWrapper._activate_lora, _LoraFactorsProxy: baddbmm).
+    """
+    merged = []
+    for _, weight in owned:
+        adapters = [(i, w) for i, w in enumerate(layer.laid.weights) if w.name.startswith(f"{weight.name}.expert_lora")]
+        if adapters:
+            merged.append(tape.apply(weight.numel * sizes.itemsize, [], weights=ops.gradients_of(adapters)))
+    return tuple(merged)

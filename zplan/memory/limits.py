@@ -25,7 +25,7 @@ def not_modelled(shape: ModelShape, recipe: Recipe, choice: Choice) -> tuple[str
 def _of_model(shape: ModelShape, recipe: Recipe) -> list[str]:
     lines = []
     if shape.num_experts_per_tok and recipe.method != "full":
-        lines.append("adapters beside routed experts (a tenth to four tenths more than the estimate)")
+        lines.append("adapters beside routed experts, to better than a tenth")
     if shape.config.get("kv_lora_rank"):
         lines.append("multi-head latent attention: q, k and v are taken as those of plain attention")
     if shape.model_type == "bloom":

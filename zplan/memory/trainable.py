@@ -110,7 +110,7 @@ def layout(shape: ModelShape, recipe: Recipe) -> Layout:
     known = _LAYOUTS.get(key)
     if known is not None and known[0] is shape:
         return known[1]
-    laid = Layout(blocks=tuple(_lay(block, recipe) for block in shape.blocks))
+    laid = Layout(blocks=tuple(_lay(block, recipe, shape.model_type) for block in shape.blocks))
     if laid.trainable_numel == 0:
         raise ConfigError(
             f"lora_target {', '.join(recipe.lora_target)} names no module of {shape.name}",
@@ -121,13 +121,15 @@ def layout(shape: ModelShape, recipe: Recipe) -> Layout:
     return laid
 
 
-def _lay(block: Block, recipe: Recipe) -> LaidBlock:
+def _lay(block: Block, recipe: Recipe, model_type: str) -> LaidBlock:
     weights: list[Weight] = []
     for parameter in block.parameters:
         saved = any(parameter.module.rpartition(".")[2] == name for name in recipe.modules_to_save)
         weights.append(_weight(parameter, recipe, trains=recipe.method == "full" or saved, block=block))
         if recipe.method != "full" and not saved and is_lora_target(parameter, block, recipe.lora_target):
             weights.extend(_adapter(parameter, recipe))
+        elif recipe.method != "full" and not saved and adapts_experts(parameter, model_type, recipe.lora_target):
+            weights.extend(_expert_adapter(parameter, recipe))
     return LaidBlock(block=block, weights=tuple(weights), repeat=block.repeat)
 
 
@@ -169,6 +171,48 @@ def is_lora_target(parameter: ParameterShape, block: Block, targets: tuple[str, 
     if targets == ("all-linear",):
         return block.role in ("layer", "encoder_layer")
     return parameter.module.rpartition(".")[2] in targets
+
+
+ADAPTED_EXPERTS = frozenset(
+    {
+        "mixtral", "minimax", "minimax_m2", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe",
+        "olmoe", "ernie4_5_moe", "dots1", "flex_olmo", "hunyuan_v1_moe", "qwen3_next",
+    }
+)  # fmt: skip
+"""Families whose experts PEFT adapts under `all-linear`.
+
+Source: peft 0.21.2, utils/transformers_weight_conversion.py (_convert_peft_config_moe); transformers 5.23.0,
+conversion_mapping.py (_MODEL_TO_CONVERSION_PATTERN: mixtral and qwen2_moe)."""
+
+
+def adapts_experts(parameter: ParameterShape, model_type: str, targets: tuple[str, ...]) -> bool:
+    """Whether PEFT wraps the stacked weight of a layer's experts (ParamWrapper)."""
+    return targets == ("all-linear",) and len(parameter.shape) == 3 and model_type in ADAPTED_EXPERTS
+
+
+def _expert_adapter(parameter: ParameterShape, recipe: Recipe) -> tuple[Weight, Weight]:
+    """lora_A (E r x in) and lora_B (out x E r) beside E stacked weights; a fused gate and up have twice the rank.
+
+    Source: peft 0.21.2, tuners/lora/layer.py (ParamWrapper.update_layer).
+    """
+    experts, out_features, in_features = parameter.shape
+    rank = experts * recipe.lora_r * (2 if parameter.name.endswith("gate_up_proj") else 1)
+    return tuple(  # type: ignore[return-value]
+        Weight(
+            name=f"{parameter.name}.{part}",
+            module=parameter.module,
+            numel=rows * columns,
+            shape=(rows, columns),
+            itemsize=recipe.weight_bytes,
+            stored_bytes=recipe.weight_bytes * rows * columns,
+            trainable=True,
+            group=0,
+        )
+        for part, rows, columns in ((EXPERT_ADAPTERS[0], rank, in_features), (EXPERT_ADAPTERS[1], out_features, rank))
+    )
+
+
+EXPERT_ADAPTERS = ("expert_lora_A", "expert_lora_B")
 
 
 def _adapter(parameter: ParameterShape, recipe: Recipe) -> tuple[Weight, Weight]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -83,12 +84,11 @@ def build_model(run: Run) -> Any:
     if recipe.method == "qlora":
         raise SimulationError("qlora needs bitsandbytes kernels, which do not run on fake tensors", operation="bnb")
     config = model_config(run.model_config)
-    with contextlib.nullcontext() if run.initialise else no_init_weights():
+    with collected(), contextlib.nullcontext() if run.initialise else no_init_weights():
         model: Any = AutoModelForCausalLM.from_config(
             config, dtype=DTYPES[recipe.dtype], attn_implementation=recipe.attention
         )
-    model.tie_weights()  # skipped under no_init_weights
-    gc.collect()  # a head that was tied away hangs in a cycle with its partition; a long run collects it soon
+        model.tie_weights()  # skipped under no_init_weights
     lora = recipe.method == "lora"
     if lora:
         model = get_peft_model(model, lora_config(recipe), **_adapter_dtype(run))
@@ -100,6 +100,20 @@ def build_model(run: Run) -> Any:
     trl_utils.add_fused_lm_head(model.get_base_model() if lora else model, outputs=("log_probs", "entropy", "is_top1"))
     model.train()
     return model
+
+
+@contextlib.contextmanager
+def collected() -> Iterator[None]:
+    """No garbage collection while the model is built, one after it: when it happens does not depend on what ran before.
+
+    A head that was tied away hangs in a cycle with its partition; a long run collects it soon.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.collect()
 
 
 def _adapter_dtype(run: Run) -> dict[str, bool]:
