@@ -10,6 +10,7 @@ import pytest
 from tests.simulate.conftest import GIB, TINY_LLAMA, TINY_NUMEL, question
 from zplan.simulate.client import SimulationTimeoutError, WorkerClient
 from zplan.simulate.report import SimulationError, SimulationReport
+from zplan.zero_config import OffloadOptimizer
 
 
 def bytes_of(report: SimulationReport, name: str) -> int:
@@ -104,3 +105,14 @@ def _offloads(sections: dict[str, dict[str, str]]) -> dict[str, object]:
     from zplan.zero_config import OffloadOptimizer
 
     return {"offload_optimizer": OffloadOptimizer(**sections["offload_optimizer"])}  # type: ignore[arg-type]
+
+
+def test_states_on_the_nvme_keep_pinned_buffers_and_move_bytes(worker: WorkerClient) -> None:
+    """Four buffers of the only sub-group and the gradients are pinned; masters and both states travel each step."""
+    config = {**TINY_LLAMA, "vocab_size": 20_000}
+    nvme = OffloadOptimizer(device="nvme", nvme_path="/nvme")
+    report = worker.ask(question(3, world_size=1, config=config, zero={"offload_optimizer": nvme}))
+    numel = report.categories["parameters"] // 2
+    assert report.pinned_phases["step"] == pytest.approx((4 * 4 + 2) * numel, rel=0.01)
+    assert report.nvme_read_bytes >= 2 * 4 * numel
+    assert report.nvme_written_bytes >= 2 * 3 * 4 * numel

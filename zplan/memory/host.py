@@ -153,13 +153,8 @@ def _optimizer(
     if zero.stage == 2 and choice.batch.gradient_accumulation_steps > 1:
         extra += b * numel
     source = "deepspeed 0.19.8, stage_1_and_2.py, stage3.py"
-    if zero.offload_optimizer.device == "nvme":
-        count = zero.offload_optimizer.buffer_count
-        swap = ranks * count * FP32 * min(numel, zero.sub_group_size)
-        disk = ranks * (master + states)
-        buffers = _term("NVMe swap buffers", swap, STEADY, f"{ranks} ranks x {count} buffers", source)
-        rest = _term("offloaded gradients", ranks * (gradients + low), STEADY, f"{ranks} x (4 + {b}) S", source)
-        return [buffers, rest], swap, disk
+    if zero.offload_optimizer.device == "nvme" and zero.stage == 3:
+        return _optimizer_on_nvme(layout, recipe, choice, ranks, numel, low, master + states + gradients)
     total = ranks * (master + gradients + states + low + extra)
     formula = f"{ranks} ranks x (4 S + 4 S + states + {b} S), S = {numel}"
     terms = [_term("offloaded optimizer", total, STEADY, formula, source)]
@@ -176,6 +171,51 @@ def _optimizer(
             )
         )
     return terms, pinned, 0
+
+
+MIN_SWAPPED_BYTES = 1 << 20
+"""deepspeed 0.19.8, runtime/swap_tensor/utils.py (MIN_AIO_BYTES): smaller tensors stay in host memory."""
+
+
+def _optimizer_on_nvme(
+    layout: Layout, recipe: Recipe, choice: Choice, ranks: int, numel: int, low: int, disk: int
+) -> tuple[list[Term], int, int]:
+    """What stays in host memory when master weights, states and fp32 gradients are on the NVMe.
+
+        buffers:    ranks * buffer_count * 4 * min(S, sub_group_size)
+        gradients:  ranks * (b S + 4 n for every parameter with less than 1 MiB of fp32 gradient on the rank)
+        first step: ranks * states of min(S, sub_group_size), made by the optimizer before they are swapped out
+
+    The buffers hold a whole sub-group: with a sub_group_size above S they are larger than the states they replace.
+
+    Source: deepspeed 0.19.8, stage3.py:791 (grad_partitions_flat_buffer), :847 (largest_numel), :1449
+    (offload_fp32_gradients); swap_tensor/optimizer_utils.py (SwapBufferManager, is_swappable_tensor).
+    """
+    config, world = choice.zero.offload_optimizer, choice.batch.world_size
+    largest = min(numel, choice.zero.sub_group_size)
+    swap = ranks * config.buffer_count * FP32 * largest
+    parts = (
+        laid.repeat * FP32 * ceil(weight.numel / world)
+        for laid in layout.blocks
+        for weight in laid.weights
+        if weight.trainable and FP32 * ceil(weight.numel / world) < MIN_SWAPPED_BYTES
+    )
+    kept = ranks * (low + sum(parts))
+    source = "deepspeed 0.19.8, runtime/zero/stage3.py, swap_tensor/optimizer_utils.py"
+    formula = f"{ranks} ranks x {config.buffer_count} buffers x 4 x {largest} (the largest sub-group)"
+    terms = [
+        _term("NVMe swap buffers", swap, STEADY, formula, source),
+        _term("offloaded gradients", kept, STEADY, f"{ranks} ranks x (b S + small fp32 gradients)", source),
+        _term("master weights before they are swapped out", ranks * FP32 * largest, ("init",), "4 bytes each", source),
+        _term(
+            "states before they are swapped out",
+            ranks * optimizer_state_bytes(recipe.optimizer, largest),
+            ("step",),
+            f"{recipe.optimizer} on {largest} elements a rank, first step",
+            source,
+        ),
+    ]
+    return terms, swap + (ranks * low if config.pin_memory else 0), ranks * disk
 
 
 def _parameters(layout: Layout, choice: Choice, ranks: int, b: int) -> tuple[list[Term], int, int]:

@@ -21,6 +21,7 @@ from zplan.simulate.allocator import AllocatorOptions, CachingAllocator
 from zplan.simulate.collectives import CollectiveRecorder, join_fake_group
 from zplan.simulate.device import DEVICE, register_device
 from zplan.simulate.errors import explained
+from zplan.simulate.ops import NVME_TRAFFIC
 from zplan.simulate.patches import (
     Patches,
     install_deepspeed_patches,
@@ -52,6 +53,7 @@ def simulate_run(request: SimulationRequest) -> SimulationReport:
     gpu = request.cluster.gpu.kind == "cuda"
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     tracker = Tracker({DEVICE: "gpu", "cpu": "host"} if gpu else {"cpu": "gpu"}, fake_mode=fake_mode)
+    NVME_TRAFFIC.read_bytes = NVME_TRAFFIC.written_bytes = 0
     recorder = CollectiveRecorder()
     recorder.clock = lambda: tracker.num_operations
     run = Run(
@@ -143,8 +145,8 @@ def make_report(
         ),
         host_to_device_bytes=analysis.copied_bytes(tracker, "cpu", DEVICE),
         device_to_host_bytes=analysis.copied_bytes(tracker, DEVICE, "cpu"),
-        nvme_read_bytes=0,
-        nvme_written_bytes=0,
+        nvme_read_bytes=NVME_TRAFFIC.read_bytes,
+        nvme_written_bytes=NVME_TRAFFIC.written_bytes,
         flops=tracker.flops.get(request.steps - 1, 0),
         samples=peaks.samples,
         oom_message=oom,

@@ -1,0 +1,32 @@
+"""Host memory of NVMe offload, worked by hand."""
+
+from __future__ import annotations
+
+from tests.memory.test_estimate import SHAPE, estimate
+from zplan.memory.terms import MemoryEstimate
+from zplan.zero_config import OffloadOptimizer, ZeroConfig
+
+
+def host_term(found: MemoryEstimate, name: str) -> int:
+    return sum(term.bytes for term in found.host.terms if term.name == name)
+
+
+def offloaded(device: str, sub_group_size: int = 1_000_000_000, stage: int = 3) -> MemoryEstimate:
+    states = OffloadOptimizer(device=device, nvme_path="/nvme")  # type: ignore[arg-type]
+    zero = ZeroConfig(stage=stage, offload_optimizer=states, sub_group_size=sub_group_size)  # type: ignore[arg-type]
+    return estimate(zero, world_size=1)
+
+
+def test_nvme_buffers_hold_the_largest_sub_group_four_times() -> None:
+    whole, cut = offloaded("nvme"), offloaded("nvme", sub_group_size=100_000)
+    assert host_term(whole, "NVMe swap buffers") == 4 * 4 * SHAPE.num_parameters
+    assert host_term(cut, "NVMe swap buffers") == 4 * 4 * 100_000
+
+
+def test_small_fp32_gradients_stay_in_host_memory() -> None:
+    """All of this model's gradients are below 1 MiB on the rank, so b S + 4 S stay."""
+    assert host_term(offloaded("nvme"), "offloaded gradients") == (2 + 4) * SHAPE.num_parameters
+
+
+def test_nvme_below_stage_3_is_the_cpu() -> None:
+    assert offloaded("nvme", stage=2).host.phases == offloaded("cpu", stage=2).host.phases
