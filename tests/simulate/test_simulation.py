@@ -107,12 +107,13 @@ def _offloads(sections: dict[str, dict[str, str]]) -> dict[str, object]:
     return {"offload_optimizer": OffloadOptimizer(**sections["offload_optimizer"])}  # type: ignore[arg-type]
 
 
-def test_states_on_the_nvme_keep_pinned_buffers_and_move_bytes(worker: WorkerClient) -> None:
+def test_states_on_the_nvme_keep_pinned_buffers_and_move_bytes(worker: WorkerClient, tmp_path: Path) -> None:
     """Four buffers of the only sub-group and the gradients are pinned; masters and both states travel each step."""
     config = {**TINY_LLAMA, "vocab_size": 20_000}
-    nvme = OffloadOptimizer(device="nvme", nvme_path="/nvme")
+    nvme = OffloadOptimizer(device="nvme", nvme_path=str(tmp_path))
     report = worker.ask(question(3, world_size=1, config=config, zero={"offload_optimizer": nvme}))
     numel = report.categories["parameters"] // 2
     assert report.pinned_phases["step"] == pytest.approx((4 * 4 + 2) * numel, rel=0.01)
     assert report.nvme_read_bytes >= 2 * 4 * numel
     assert report.nvme_written_bytes >= 2 * 3 * 4 * numel
+    assert list(tmp_path.iterdir()) == []  # the drive is the user's

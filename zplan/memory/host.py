@@ -238,8 +238,9 @@ def _parameters(layout: Layout, choice: Choice, ranks: int, b: int) -> tuple[lis
                 source,
             ),
             _term("parameters kept on the host", kept, STEADY, "max_in_cpu", source),
+            _term("second copy while pinning", swap, ("load",), "partitioned_param_swapper.py:131", source),
         ]
-        return terms, swap, ranks * shard
+        return terms, swap + (kept if config.pin_memory else 0), ranks * shard
     total = ranks * shard
     term = _term("offloaded parameters", total, STEADY, f"{ranks} ranks x {shard}", source)
     return [term], total if config.pin_memory else 0, 0

@@ -7,9 +7,11 @@ import gc
 import importlib.metadata
 import logging
 import resource
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator, set_accelerator
@@ -56,21 +58,33 @@ def simulate_run(request: SimulationRequest) -> SimulationReport:
     NVME_TRAFFIC.read_bytes = NVME_TRAFFIC.written_bytes = 0
     recorder = CollectiveRecorder()
     recorder.clock = lambda: tracker.num_operations
+    drive = tempfile.TemporaryDirectory(prefix="zplan-nvme-")
     run = Run(
         model_config=dict(request.config),
         recipe=request.recipe,
         choice=request.choice,
-        deepspeed_config=deepspeed_config(request.recipe, request.choice, cpu_adam=request.cpu_adam and gpu),
+        deepspeed_config=_on_drive(
+            deepspeed_config(request.recipe, request.choice, cpu_adam=request.cpu_adam and gpu), drive.name
+        ),
         device=DEVICE if gpu else "cpu",
         steps=request.steps,
         initialise=request.initialise,
     )
-    with simulated_machine(request, tracker, recorder), explained(tracker), fake_mode, tracker:
+    with drive, simulated_machine(request, tracker, recorder), explained(tracker), fake_mode, tracker:
         trainer.train(run, tracker)
     report = make_report(request, tracker, recorder, wall_seconds=time.monotonic() - started)
     if request.trace:
         write_trace(request.trace, tracker, recorder)
     return report
+
+
+def _on_drive(config: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Swap folders in a folder of our own: the engine empties and makes them, and they are the user's."""
+    for name in ("offload_optimizer", "offload_param"):
+        section = config["zero_optimization"].get(name, {})
+        if section.get("device") == "nvme":
+            section["nvme_path"] = folder
+    return config
 
 
 @contextlib.contextmanager
