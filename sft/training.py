@@ -147,12 +147,11 @@ def num_steps(session: Session, num_examples: int) -> int:
 
 
 def _first_rows(session: Session, examples: Sequence[data.Example]) -> tuple[int, ...]:
-    """The longest examples, one micro-batch for every rank; packed sequences are all of one length."""
+    """The longest examples, one whole step of them: the same however many ranks share it, so that a run may go on with
+    another number of ranks. Packed sequences are all of one length."""
     if session.plan.recipe.packing or session.data_order == "shuffled":
         return ()
-    batch = session.plan.choice.batch
-    count = batch.train_micro_batch_size_per_gpu * batch.world_size
-    return longest([len(item.input_ids) for item in examples], count)
+    return longest([len(item.input_ids) for item in examples], session.plan.recipe.train_batch_size)
 
 
 def _run(session: Session, save_steps: int, loaded: data.Data) -> build.Run:
