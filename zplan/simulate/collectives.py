@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 COLLECTIVES = (
     "all_reduce", "inference_all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "broadcast",
@@ -73,15 +75,37 @@ class CollectiveRecorder:
         """A method that records and communicates for real; a collective made of others counts once."""
 
         def method(backend: Any, *args: Any, **kwargs: Any) -> Any:
-            if not self._depth:
-                self.record(name, args, kwargs)
+            if self._depth:
+                return original(backend, *args, **kwargs)
+            self.record(name, args, kwargs)
             self._depth += 1
             try:
-                return original(backend, *args, **kwargs)
+                return on_copies(partial(original, backend), args, kwargs)
             finally:
                 self._depth -= 1
 
         return method
+
+
+def on_copies(collective: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Run a collective to its end on uncounted copies of its tensors, and write back what it changed.
+
+    Gloo's threads let go of a tensor some time after the collective ended; with the tensors themselves, the bytes that
+    are counted alive would depend on the scheduler.
+    """
+    with _disable_current_modes():
+        leaves, spec = tree_flatten((args, kwargs))
+        tensors = {n: leaf for n, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+        copies = {n: tensor.detach().clone(memory_format=torch.contiguous_format) for n, tensor in tensors.items()}
+        copied_args, copied_kwargs = tree_unflatten([copies.get(n, leaf) for n, leaf in enumerate(leaves)], spec)
+        work = collective(*copied_args, **copied_kwargs)
+        if isinstance(work, dist.Work):
+            work.wait()
+        # an input may be a part of the output: what changed is decided before anything is written
+        changed = [n for n, tensor in tensors.items() if not torch.equal(copies[n], tensor)]
+        for n in changed:
+            tensors[n].detach().copy_(copies[n])
+    return work
 
 
 def join_fake_group(*, world_size: int, local_size: int) -> None:
