@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zplan.simulate import kernels
@@ -21,6 +21,7 @@ from zplan.simulate.dispatch_cache import DispatchCache
 from zplan.simulate.report import Category, MemoryKind
 
 aten = torch.ops.aten
+_DEVICE = torch.ops.prim.device.default
 SITE_BYTES = 1 << 16
 """Smaller storages carry no call site: finding one costs more than such a storage is worth."""
 ALLOCATE, FREE, EMPTY_CACHE = 1, -1, 0
@@ -71,11 +72,18 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.run = DispatchCache(self.track, fake_mode) if fake_mode is not None else self.run_and_track
         self.enter_phase("load")
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch wraps a mode's every call, to keep its compiler out; nothing is compiled under this one."""
+        return False
+
     def enter_phase(self, phase: str) -> None:
         self.phase = phase
         self.marks.append((len(self.events), phase))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE and type(args[0]) is FakeTensor:
+            return args[0]._fake_device  # asked for in every operation; two of three calls are this one
         self.num_operations += 1
         self.operation = func
         special = kernels.SPECIAL.get(func)

@@ -6,6 +6,7 @@ for the next. It ends when stdin does.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -14,6 +15,7 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Iterator
 from typing import IO, Any
 
 ENVIRONMENT = {
@@ -30,7 +32,7 @@ ENVIRONMENT = {
 
 LIBRARIES = (
     "zplan.simulate.run",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # imports torch's compiler
+    "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.runtime.superoffload.superoffload_stage3",
     "deepspeed.module_inject.auto_ep_layer",
     "peft.utils.transformers_weight_conversion",
@@ -58,16 +60,46 @@ def main() -> None:
 
 def import_libraries() -> None:
     """Everything that a run imports, so that no fork imports it again."""
-    for name in LIBRARIES:
-        importlib.import_module(name)
+    gc.disable()  # a tenth of the time of the imports, which leave next to no garbage
     import torch
 
+    with _no_compiler():
+        for name in LIBRARIES:
+            importlib.import_module(name)
     from zplan.simulate.device import register_device
 
     torch.set_num_threads(1)
     register_device()
+    gc.enable()
     gc.collect()
     gc.freeze()  # forks neither scan nor copy what the imports left
+
+
+@contextlib.contextmanager
+def _no_compiler() -> Iterator[None]:
+    """`@torch.compile` and `@torch.compiler.disable` leave a function as it is.
+
+    DeepSpeed's Muon and a few of transformers' modules are decorated so. The decorators load the compiler, a third of
+    the time of all imports, and nothing can be compiled on fake tensors.
+    """
+    import torch
+
+    def same(function: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return function if callable(function) else same
+
+    before = torch.compile, torch.compiler.disable
+    _set_decorators(same, same)
+    try:
+        yield
+    finally:
+        _set_decorators(*before)
+
+
+def _set_decorators(compile_: Any, disable: Any) -> None:
+    import torch
+
+    vars(torch)["compile"] = compile_
+    vars(torch.compiler)["disable"] = disable
 
 
 def _answer_in_child(line: str, answers: IO[str]) -> None:
