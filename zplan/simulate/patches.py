@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from types import SimpleNamespace, TracebackType
 from typing import Any
@@ -110,6 +112,15 @@ def install_deepspeed_patches(patches: Patches, recorder: CollectiveRecorder) ->
     patches.set(importlib.import_module("deepspeed.ops"), "__compatible_ops__", {})
     # marks for a profiler that is not there, around 100,000 calls
     patches.set(importlib.import_module("deepspeed.utils.nvtx"), "enable_nvtx", False)
+    # the same parameters of the same modules are listed for each release up to the reuse distance, 700,000 times
+    coordinator = importlib.import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
+    listed = ListedParameters(coordinator.iter_params)
+    for owner in (coordinator, importlib.import_module("deepspeed.runtime.zero.parameter_offload")):
+        patches.set(owner, "iter_params", listed)
+        # asked as often; nn.Module answers hasattr by an exception
+        patches.set(owner, "z3_leaf_module", lambda module: module.__dict__.get("_z3_leaf", False))
+    # torch reads the signature of an autograd function anew at each of its calls
+    patches.set(torch.autograd.function, "inspect", SimpleNamespace(signature=functools.cache(inspect.signature)))
     zero_utils = importlib.import_module("deepspeed.runtime.zero.utils")
     # rank 0 would compare its own values with what it received from itself; the broadcasts are counted
     agreement = Agreement(recorder)
@@ -122,6 +133,25 @@ def install_deepspeed_patches(patches: Patches, recorder: CollectiveRecorder) ->
         ):
             if check in vars(owner):
                 patches.set(owner, check, answer)
+
+
+class ListedParameters:
+    """DeepSpeed's iter_params (runtime/zero/partitioned_param_coordinator.py), asked once for each module.
+
+    The engine registers no parameter after its start but external ones, which appear at the first use: a module is
+    listed again when their number has changed.
+    """
+
+    def __init__(self, original: Callable[..., Any]) -> None:
+        self._original = original
+        self._listed: dict[tuple[torch.nn.Module, bool], tuple[int, tuple[torch.nn.Parameter, ...]]] = {}
+
+    def __call__(self, module: torch.nn.Module, recurse: bool = False) -> tuple[torch.nn.Parameter, ...]:
+        external = len(module.__dict__.get("_external_params", ()))
+        found = self._listed.get((module, recurse))
+        if found is None or found[0] != external:
+            found = self._listed[module, recurse] = (external, tuple(self._original(module, recurse=recurse)))
+        return found[1]
 
 
 class Agreement:

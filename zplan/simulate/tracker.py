@@ -6,6 +6,7 @@ fake tensors work inside. The same class counts real tensors, which is how the s
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
 from dataclasses import dataclass
@@ -187,18 +188,20 @@ _SKIPPED = ("/torch/", "/contextlib.py", "/functools.py", "/zplan/simulate/", "/
 _PACKAGES = ("deepspeed/", "transformers/", "trl/", "peft/", "accelerate/")
 
 
+@functools.cache
+def _skipped(path: str) -> bool:
+    return any(part in path for part in _SKIPPED)
+
+
 def call_site() -> str:
     """`file:line function` of the innermost frame outside torch and this package, or the autograd node."""
     frame: Any = sys._getframe(2)
-    while frame is not None:
-        path = frame.f_code.co_filename
-        if not any(part in path for part in _SKIPPED):
-            break
+    while frame is not None and _skipped(frame.f_code.co_filename):
         frame = frame.f_back
     if frame is None:
         node = torch._C._current_autograd_node()
         return f"autograd {node.name()}" if node is not None else ""
-    name = frame.f_code.co_name
+    name, path = frame.f_code.co_name, frame.f_code.co_filename
     if name == "backward" and "/deepspeed/" in path:
         node = torch._C._current_autograd_node()
         if node is not None:
