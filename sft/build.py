@@ -132,7 +132,7 @@ def check_agreement(recipe: Recipe, choice: Choice, deepspeed_config: Mapping[st
         raise ConfigError(
             "the plan contradicts itself",
             because="transformers refuses a DeepSpeed configuration that differs from its own arguments",
-            fix="make the plan again: zplan tune, or zplan estimate --out PLAN",
+            fix="make the plan again: zplan tune (--backend formula needs no GPU)",
             problems=tuple(problems),
         )
 

@@ -28,7 +28,7 @@ from zplan.recipe import Recipe
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     line = argparse.ArgumentParser(prog="python -m sft.train", description="Train what a plan describes.")
-    line.add_argument("--plan", type=Path, help="profiles/*.json, as zplan tune or zplan estimate --out wrote it")
+    line.add_argument("--plan", type=Path, help="profiles/*.json, as zplan tune wrote it")
     line.add_argument("--session", type=Path, help=argparse.SUPPRESS)
     line.add_argument("--dataset", help="file, folder or Hub id, instead of the plan's")
     line.add_argument("--output-dir", type=Path, help="default: runs/<name of the plan>")

@@ -103,6 +103,22 @@ def test_lora_targets_are_spelt_as_each_tool_spells_them() -> None:
     assert "--target_modules all-linear" in export_plan(everything, "ms-swift")["ms_swift.sh"]
 
 
+def test_switches_are_spelt_as_each_tool_spells_them() -> None:
+    given = plan(
+        method="lora", use_dora=True, use_rslora=True, neftune_noise_alpha=5.0, modules_to_save=("lm_head", "norm")
+    )
+    axolotl = yaml.safe_load(export_plan(given, "axolotl")["axolotl.yaml"])
+    factory = yaml.safe_load(export_plan(given, "llama-factory")["llama_factory.yaml"])
+    assert (axolotl["peft_use_dora"], axolotl["peft_use_rslora"]) == (True, True)
+    assert (factory["use_dora"], factory["use_rslora"]) == (True, True)
+    assert axolotl["neftune_noise_alpha"] == factory["neftune_noise_alpha"] == 5.0
+    assert (axolotl["lora_modules_to_save"], factory["additional_target"]) == (["lm_head", "norm"], "lm_head,norm")
+    swift = export_plan(given, "ms-swift")["ms_swift.sh"]
+    for flag in ("--use_dora true", "--use_rslora true", "--neftune_noise_alpha 5.0", "--modules_to_save lm_head norm"):
+        assert flag in swift
+    assert "dora" not in "".join(export_plan(plan(method="lora"), "ms-swift").values())
+
+
 ROWS: dict[str, dict[str, Any]] = {
     "messages": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
     "conversations": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
@@ -146,7 +162,10 @@ def test_trls_own_parser_reads_the_exported_configuration(
 ) -> None:
     from trl.scripts.sft import make_parser
 
-    given = plan_with(ROWS["messages"], tmp_path, method=method, dtype="fp32", lora_r=8)
+    switches = {"use_dora": True, "use_rslora": True} if method == "lora" else {}
+    given = plan_with(
+        ROWS["messages"], tmp_path, method=method, dtype="fp32", lora_r=8, neftune_noise_alpha=5.0, **switches
+    )
     cpu = replace(given, cluster=replace(given.cluster, gpu=replace(given.cluster.gpu, kind="cpu")))
     monkeypatch.chdir(tmp_path)
     for name, text in export_plan(cpu, "trl").items():
@@ -161,6 +180,7 @@ def test_trls_own_parser_reads_the_exported_configuration(
         method == "lora",
         8 if method == "lora" else None,
     )
+    assert (model.use_dora, model.use_rslora, training.neftune_noise_alpha) == (bool(switches), bool(switches), 5.0)
     assert mixture.datasets[0].data_files == given.recipe.dataset
 
 

@@ -123,6 +123,17 @@ def _lora_modules(plan: Plan) -> list[str] | None:
     return None if target == ["all-linear"] else target
 
 
+def _adapter_switches(plan: Plan) -> dict[str, Any]:
+    """PEFT's own names, which TRL, LLaMA-Factory and ms-swift all keep; only what is switched on."""
+    found = {name: getattr(plan.recipe, name) for name in ("use_rslora", "use_dora")}
+    return {name: True for name, is_on in found.items() if is_on}
+
+
+def _noise(plan: Plan) -> dict[str, Any]:
+    alpha = plan.recipe.neftune_noise_alpha
+    return {} if alpha is None else {"neftune_noise_alpha": alpha}
+
+
 def _axolotl(plan: Plan) -> dict[str, str]:
     recipe, batch = plan.recipe, plan.choice.batch
     config: dict[str, Any] = {
@@ -144,12 +155,16 @@ def _axolotl(plan: Plan) -> dict[str, str]:
         "gradient_checkpointing": plan.choice.gradient_checkpointing,
         "seed": recipe.seed,
         "deepspeed": DEEPSPEED_FILE,
+        **_noise(plan),
     }
     if recipe.method != "full":
         config |= {"adapter": recipe.method, "lora_r": recipe.lora_r, "lora_alpha": recipe.lora_alpha}
         config |= {"lora_dropout": recipe.lora_dropout, "load_in_4bit": recipe.method == "qlora"}
         modules = _lora_modules(plan)
         config |= {"lora_target_linear": True} if modules is None else {"lora_target_modules": modules}
+        config |= {f"peft_{name}": is_on for name, is_on in _adapter_switches(plan).items()}
+        if recipe.modules_to_save:
+            config["lora_modules_to_save"] = list(recipe.modules_to_save)
     return {**_deepspeed(plan), "axolotl.yaml": _yaml(config)}
 
 
@@ -168,6 +183,7 @@ def _trainer_arguments(plan: Plan) -> dict[str, Any]:
         "fp16": recipe.dtype == "fp16",
         "seed": recipe.seed,
         "deepspeed": DEEPSPEED_FILE,
+        **_noise(plan),
     }
 
 
@@ -197,6 +213,7 @@ def _trl(plan: Plan) -> dict[str, str]:
         arguments |= {"use_peft": True, "lora_r": recipe.lora_r, "lora_alpha": recipe.lora_alpha}
         arguments |= {"lora_dropout": recipe.lora_dropout, "load_in_4bit": recipe.method == "qlora"}
         arguments["lora_target_modules"] = modules or ["all-linear"]
+        arguments |= _adapter_switches(plan)
         if recipe.modules_to_save:
             arguments["lora_modules_to_save"] = list(recipe.modules_to_save)
     return {**_deepspeed(plan), "trl.yaml": _yaml(arguments)}
@@ -224,6 +241,9 @@ def _llama_factory(plan: Plan) -> dict[str, str]:
         modules = _lora_modules(plan)
         config |= {"lora_rank": recipe.lora_r, "lora_alpha": recipe.lora_alpha, "lora_dropout": recipe.lora_dropout}
         config["lora_target"] = "all" if modules is None else ",".join(modules)
+        config |= _adapter_switches(plan)
+        if recipe.modules_to_save:
+            config["additional_target"] = ",".join(recipe.modules_to_save)
     if recipe.method == "qlora":
         config["quantization_bit"] = 4
     info = {"plan": {"file_name": str(dataset), **LLAMA_FACTORY[columns_of(recipe.dataset)]}}
@@ -252,6 +272,9 @@ def _ms_swift(plan: Plan) -> dict[str, str]:
         modules = _lora_modules(plan)
         arguments |= {"lora_rank": recipe.lora_r, "lora_alpha": recipe.lora_alpha, "lora_dropout": recipe.lora_dropout}
         arguments["target_modules"] = ["all-linear"] if modules is None else modules
+        arguments |= _adapter_switches(plan)
+        if recipe.modules_to_save:
+            arguments["modules_to_save"] = list(recipe.modules_to_save)
     if recipe.method == "qlora":
         arguments |= {"quant_method": "bnb", "quant_bits": 4}
     lines = ["#!/usr/bin/env bash", "set -eu", 'cd "$(dirname "$0")"']

@@ -23,7 +23,7 @@ from zplan.zero_config import Choice, ZeroConfig
 
 _RECIPE_FLAGS = (
     "dataset", "method", "lora_r", "lora_alpha", "max_length", "train_batch_size", "optimizer", "dtype", "attention",
-    "loss", "packing", "learning_rate",
+    "loss", "packing", "learning_rate", "lora_dropout", "use_rslora", "use_dora", "neftune_noise_alpha",
 )  # fmt: skip
 _CHOICES = {
     "method": recipe_module.Method,
@@ -199,8 +199,9 @@ def _at_least_one(value: int | None, flag: str) -> int | None:
 def resolve_recipe(flags: Flags, cluster: Cluster, base: Recipe | None = None) -> Recipe:
     """The recipe of the flags, over `base` (a plan's recipe) if there is one."""
     given = {name: getattr(flags, name) for name in _RECIPE_FLAGS if getattr(flags, name) is not None}
-    if flags.lora_target:
-        given["lora_target"] = tuple(flags.lora_target)
+    for name in ("lora_target", "modules_to_save"):
+        if getattr(flags, name):
+            given[name] = tuple(getattr(flags, name))
     for name, allowed in _CHOICES.items():
         if name in given and given[name] not in get_args(allowed):
             raise ConfigError(

@@ -72,6 +72,19 @@ class Flags:
     lora_target: Annotated[list[str], _flag("Module names, or all-linear; repeatable.", _RECIPE, "--lora-target")] = (
         field(default_factory=list)
     )
+    lora_dropout: Annotated[float | None, _flag("Dropout before the adapters (0).", _RECIPE)] = None
+    modules_to_save: Annotated[
+        list[str], _flag("Modules trained whole beside the adapters; repeatable.", _RECIPE, "--modules-to-save")
+    ] = field(default_factory=list)
+    use_rslora: Annotated[
+        bool | None, _flag("Scale adapters by alpha / sqrt(r).", _RECIPE, "--use-rslora/--no-use-rslora")
+    ] = None
+    use_dora: Annotated[
+        bool | None, _flag("Train magnitudes beside the adapters.", _RECIPE, "--use-dora/--no-use-dora")
+    ] = None
+    neftune_noise_alpha: Annotated[float | None, _flag("Noise on the embeddings while training, e.g. 5.", _RECIPE)] = (
+        None
+    )
     max_length: Annotated[int | None, _flag("Longest sequence, tokens (1024).", _RECIPE)] = None
     train_batch_size: Annotated[int | None, _flag("Sequences per optimizer step, all ranks.", _RECIPE)] = None
     optimizer: Annotated[

@@ -8,13 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
+from sft import build
 from sft import train as command_line
 from sft.session import Session
 from tests.sft.test_training import losses, make_session, train
 from tests.sft.warm import WarmServer, make_plan, make_recipe
 from zplan import files
+from zplan.commands.tune import tune
 from zplan.errors import ConfigError
+from zplan.job import make_job
+from zplan.model_probe import probe_config
+from zplan.options import Flags
+from zplan.probe import probe_hardware
 
 
 def parsed(model: Path, dataset: Path, folder: Path, *arguments: str, method: Any = "lora") -> Session:
@@ -34,6 +41,27 @@ def test_the_switches_reach_the_recipe_and_the_session(
     recipe = session.plan.recipe
     assert (recipe.neftune_noise_alpha, recipe.use_rslora, recipe.use_dora) == (5.0, True, True)
     assert (session.early_stopping_patience, session.merge) == (2, True)
+
+
+def test_what_is_asked_of_zplan_reaches_the_run_unchanged(
+    tiny_model_dir: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    asked = Flags(
+        model=str(tiny_model_dir), dataset=str(tiny_dataset), method="lora", lora_dropout=0.1, use_rslora=True,
+        use_dora=True, neftune_noise_alpha=5.0, modules_to_save=["lm_head"], gpu="cpu", stage=2, max_length=64,
+    )  # fmt: skip
+    job = make_job(asked, probe_shape=lambda path, name: probe_config(path, name=name), probe_cluster=probe_hardware)
+    tune(
+        job, trials=1, backend="formula", study=str(tmp_path / "study"), plan_path=str(tmp_path / "plan.json"),
+        timeout_seconds=None, timed_steps=1, seed=0, console=Console(quiet=True), quiet=True,
+    )  # fmt: skip
+    options = command_line.parser().parse_args(["--plan", str(tmp_path / "plan.json")])
+    session = command_line.make_session(options)
+    assert session.plan.recipe == job.recipe
+    adapter = build.peft_config(session.plan.recipe)
+    assert adapter is not None
+    assert (adapter.use_rslora, adapter.use_dora, adapter.lora_dropout) == (True, True, 0.1)
+    assert adapter.modules_to_save == ["lm_head"]
 
 
 @pytest.mark.parametrize(
