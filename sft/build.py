@@ -24,6 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 from trl import SFTConfig, SFTTrainer
 
+from sft.disk import KEPT_CHECKPOINTS
 from sft.meter import Meter
 from sft.order import LongestFirst
 from zplan.errors import ConfigError, MachineError
@@ -152,7 +153,7 @@ def sft_config(
     saving = (
         {"save_strategy": "no"}
         if run.save_steps is None
-        else {"save_strategy": "steps", "save_steps": run.save_steps, "save_total_limit": 2}
+        else {"save_strategy": "steps", "save_steps": run.save_steps, "save_total_limit": KEPT_CHECKPOINTS}
     )
     return SFTConfig(
         output_dir=str(run.output_dir),
@@ -321,6 +322,22 @@ class PlanTrainer(SFTTrainer):  # type: ignore[misc]
         if self.meter is not None and measured:
             self.meter.enter("backward")
         return loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Weights beside a checkpoint, written by rank 0 from where they are.
+
+        transformers clones the whole model (the frozen base of an adapter too) into host memory on every rank first,
+        and at stage 3 without stage3_gather_16bit_weights_on_model_save it writes the engine's checkpoint twice.
+
+        Source: transformers 5.23, trainer.py (save_model); accelerate 1.15, accelerator.py (get_state_dict);
+        deepspeed 0.19.8, checkpoint/utils.py (clone_tensors_for_torch_save).
+        """
+        engine = self.deepspeed
+        if engine.zero_optimization_partition_weights():
+            if engine.zero_gather_16bit_weights_on_model_save():
+                super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            self._save(output_dir)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)

@@ -1,41 +1,42 @@
-"""Before anything is loaded: does the plan still fit this machine, is there room for the checkpoints."""
+"""Before anything is loaded: does the plan still fit this machine, can the data be read."""
 
 from __future__ import annotations
 
-import shutil
+import json
 import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
+from sft.disk import weight_shapes
 from sft.rows import is_hub_id, read_rows
 from zplan import files
 from zplan.errors import ConfigError, DoesNotFitError, ExitCode
 from zplan.plan import Plan, Rung
-from zplan.recipe import DTYPE_BYTES
 from zplan.units import format_bytes
 
 _ESTIMATE_SECONDS = 120
-_OPTIMIZER_BYTES = 12
-"""fp32 master weight, exp_avg and exp_avg_sq of a trainable parameter in mixed-precision Adam (an upper bound)."""
-_KEPT_CHECKPOINTS = 3
-"""save_total_limit 2, and the one being written."""
 
 
-def check_fit(plan: Plan) -> tuple[bool, str]:
-    """(fits, what the planner says). An answer other than fits / does not fit is no refusal: (True, warning).
-
-    zplan is asked as a child process: the trainer does not import the planner.
-    """
+def _estimate(plan: Plan, *flags: str) -> subprocess.CompletedProcess[str] | None:
+    """zplan, asked as a child process: the trainer does not import the planner. None if it takes too long."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plan.json"
         files.save(plan, path)
-        command = [sys.executable, "-m", "zplan.cli", "estimate", "--plan", str(path)]
+        command = [sys.executable, "-m", "zplan.cli", "estimate", "--plan", str(path), *flags]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_ESTIMATE_SECONDS, check=False)
+            return subprocess.run(command, capture_output=True, text=True, timeout=_ESTIMATE_SECONDS, check=False)
         except subprocess.TimeoutExpired:
-            return True, f"warning: zplan estimate took longer than {_ESTIMATE_SECONDS} s"
+            return None
+
+
+def check_fit(plan: Plan) -> tuple[bool, str]:
+    """(fits, what the planner says). An answer other than fits / does not fit is no refusal: (True, warning)."""
+    done = _estimate(plan)
+    if done is None:
+        return True, f"warning: zplan estimate took longer than {_ESTIMATE_SECONDS} s"
     said = (done.stderr.strip() or done.stdout.strip())[-2000:]
     if done.returncode == ExitCode.DOES_NOT_FIT:
         return False, "\n".join(part for part in (done.stdout.strip(), done.stderr.strip()) if part)[-4000:]
@@ -43,6 +44,33 @@ def check_fit(plan: Plan) -> tuple[bool, str]:
         last = said.splitlines()[-1] if said else "no message"
         return True, f"warning: zplan estimate could not check this plan (exit {done.returncode}): {last}"
     return True, ""
+
+
+def check_merge(plan: Plan) -> None:
+    """Host memory for --merge: rank 0 loads the base once more while the training is still in memory.
+
+        the host's bytes of a step + all elements * weight bytes + one matrix that is being added
+
+    Raises:
+        DoesNotFitError: with the bytes that lack; the adapter alone can be merged later, elsewhere.
+    """
+    shapes = weight_shapes(Path(plan.model_path))
+    done = _estimate(plan, "--json")
+    if not shapes or done is None or done.returncode not in (ExitCode.OK, ExitCode.DOES_NOT_FIT):
+        return  # check_fit has said why
+    answer = json.loads(done.stdout)
+    sizes = [prod(shape) for shape in shapes.values()]
+    merging = (sum(sizes) + max(sizes)) * plan.recipe.weight_bytes
+    host = answer["cluster"]["host"]
+    limits = (host["available_bytes"], host["cgroup_limit_bytes"])
+    free = min(limit for limit in limits if limit is not None)
+    short = answer["host"]["phases"]["step"] + merging - free
+    if short > 0:
+        raise DoesNotFitError(
+            f"--merge at the end is short by {format_bytes(short)} of host memory",
+            because=f"rank 0 loads the base model again, {format_bytes(merging)}, while the training is in memory",
+            fix="leave --merge out and merge the adapter afterwards (peft: merge_and_unload), or --force",
+        )
 
 
 def choose_rung(plan: Plan, *, fallback: bool, force: bool) -> tuple[Plan, list[str]]:
@@ -75,28 +103,6 @@ def on_rung(plan: Plan, rung: Rung) -> Plan:
     )
 
 
-def checkpoint_bytes(plan: Plan) -> int | None:
-    """Upper bound for one checkpoint; None if the weights' size is not known.
-
-    parameters * (2 * weight bytes + 12)   full fine-tuning: model.safetensors, the engine's copy, the optimizer
-    parameters * weight bytes              adapters: the engine's copy of the frozen weights (stages 0-2)
-    """
-    sizes = [item.stat().st_size for item in Path(plan.model_path).glob("*.safetensors")]
-    if not sizes:
-        return None
-    weight_bytes = DTYPE_BYTES[plan.recipe.dtype]
-    stored = 4 if _stored_dtype(plan) == "float32" else 2
-    num_parameters = sum(sizes) // stored
-    if plan.recipe.method == "full":
-        return num_parameters * (2 * weight_bytes + _OPTIMIZER_BYTES)
-    return num_parameters * weight_bytes
-
-
-def _stored_dtype(plan: Plan) -> str:
-    config = files.load_json(Path(plan.model_path) / "config.json")
-    return str(config.get("dtype", config.get("torch_dtype", "bfloat16")))
-
-
 def check_data(source: str) -> None:
     """Open a local source and look at its first row, before ranks spend their start on a wrong path.
 
@@ -119,17 +125,3 @@ def check_writable(output_dir: Path) -> None:
         raise ConfigError(
             f"{output_dir} cannot be written: {error.strerror or error}", fix="--output-dir ELSEWHERE"
         ) from error
-
-
-def check_disk(plan: Plan, output_dir: Path) -> None:
-    """Raises DoesNotFitError if the checkpoints have no room."""
-    size = checkpoint_bytes(plan)
-    if size is None:
-        return
-    free = shutil.disk_usage(output_dir).free
-    if size * _KEPT_CHECKPOINTS > free:
-        raise DoesNotFitError(
-            f"{output_dir} has {format_bytes(free)} free; checkpoints need {format_bytes(size * _KEPT_CHECKPOINTS)}",
-            because=f"one is at most {format_bytes(size)}, two are kept while the next is written",
-            fix="--output-dir on a larger disk, or --force",
-        )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sft import preflight
+from sft.disk import check_disk
 from sft.failure import save_failure
 from sft.launch import PARENT_VARIABLE, launch
 from sft.ranks import adopt_slurm, current_rank, die_with_parent, launched_by, set_environment
@@ -165,7 +166,9 @@ def prepare(options: argparse.Namespace) -> Session:
     output_dir = Path(session.output_dir)
     preflight.check_writable(output_dir)
     if not options.force:
-        preflight.check_disk(plan, output_dir)
+        check_disk(plan, output_dir, merge=session.merge)
+        if session.merge:
+            preflight.check_merge(plan)
     files.save(session, output_dir / SESSION_FILE)
     (output_dir / REPORT_FILE).unlink(missing_ok=True)  # of the part before: from now on only this one counts
     for note in notes + more:

@@ -30,3 +30,18 @@ def test_small_fp32_gradients_stay_in_host_memory() -> None:
 
 def test_nvme_below_stage_3_is_the_cpu() -> None:
     assert offloaded("nvme", stage=2).host.phases == offloaded("cpu", stage=2).host.phases
+
+
+def saved(stage: int, world_size: int = 2, **recipe: object) -> int:
+    return host_term(estimate(ZeroConfig(stage=stage), world_size=world_size, **recipe), "copies while saving")  # type: ignore[arg-type]
+
+
+def test_saving_copies_one_flat_state_of_every_rank_or_the_weights_on_rank_0() -> None:
+    assert saved(2) == 2 * 4 * SHAPE.num_parameters // 2  # two ranks, fp32, half of the elements each
+    assert saved(3) == 2 * 4 * SHAPE.num_parameters // 2
+    offloading = ZeroConfig(stage=2, offload_optimizer=OffloadOptimizer(device="cpu"))
+    assert host_term(estimate(offloading, world_size=2), "copies while saving") == 2 * SHAPE.num_parameters
+
+
+def test_frozen_weights_are_not_copied_to_be_saved() -> None:
+    assert saved(3, method="lora", lora_r=1) < saved(3)

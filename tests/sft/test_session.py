@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
-from collections import namedtuple
+import json
+import subprocess
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import pytest
 
 from sft import preflight
+from sft.disk import weight_shapes
 from sft.session import Session, with_resume
 from tests.sft.test_checkpoint import make_checkpoint
 from tests.sft.warm import make_plan, make_recipe
 from zplan import files
 from zplan.errors import DoesNotFitError
 from zplan.plan import Plan, Rung
-
-USAGE = namedtuple("USAGE", "total used free")
 
 
 @pytest.fixture
@@ -69,15 +69,6 @@ def test_asking_to_resume_without_a_checkpoint_starts_at_the_beginning(session: 
     assert "starting at step 0" in notes[0]
 
 
-def test_a_full_disk_is_refused_before_the_first_step(
-    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = make_plan(make_recipe(tiny_model_dir, None))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: USAGE(10, 10, 1000))
-    with pytest.raises(DoesNotFitError, match="checkpoints need"):
-        preflight.check_disk(plan, tmp_path)
-
-
 def fitting_only(stage: int) -> object:
     return lambda plan: (plan.choice.zero.stage == stage, "GPU memory is short by 2.00 GiB")
 
@@ -100,3 +91,26 @@ def test_a_plan_that_does_not_fit_is_refused_and_fallback_takes_the_next_rung(
     assert chosen.choice.zero.stage == 3
     assert notes == ["fallback: stage 3 shards more"]
     assert preflight.choose_rung(plan, fallback=False, force=True)[0] == plan
+
+
+def test_merging_is_refused_when_the_host_cannot_hold_the_base_twice(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(make_recipe(tiny_model_dir, None, method="lora"))
+    step = 1 << 30
+
+    def answer(free: int) -> None:
+        data = {
+            "host": {"phases": {"step": step}},
+            "cluster": {"host": {"available_bytes": free, "cgroup_limit_bytes": None}},
+        }
+        done = subprocess.CompletedProcess([], 0, stdout=json.dumps(data))
+        monkeypatch.setattr(preflight, "_estimate", lambda plan, *flags: done)
+
+    sizes = [prod(shape) for shape in weight_shapes(tiny_model_dir).values()]
+    needed = step + (sum(sizes) + max(sizes)) * 4  # fp32
+    answer(needed)
+    preflight.check_merge(plan)
+    answer(needed - (1 << 20))
+    with pytest.raises(DoesNotFitError, match=r"short by 1\.00 MiB of host memory"):
+        preflight.check_merge(plan)

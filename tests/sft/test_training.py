@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from sft.checkpoint import list_checkpoints
+from sft.disk import expected_writes, folder_bytes
 from sft.session import Session, with_resume
 from tests.sft.warm import WarmServer, make_plan, make_recipe, rank_pids
 from zplan import files
@@ -31,6 +33,10 @@ def train(warm: WarmServer, session: Session) -> dict[str, Any]:
     answer = warm.train(session)
     logs = "".join(path.read_text()[-2000:] for path in Path(session.output_dir).glob("log_*.txt"))
     assert not any(answer["exit"].values()), logs
+    expected = expected_writes(session.plan, merge=False)
+    assert expected is not None
+    for checkpoint in list_checkpoints(Path(session.output_dir)):
+        assert folder_bytes(checkpoint) <= expected.checkpoint_bytes
     return dict(files.load_json(Path(session.output_dir) / "training_report.json"))
 
 

@@ -101,7 +101,7 @@ def host_bytes(
         states, pins, disk = _parameters(layout, choice, ranks, b)
         terms.extend(states)
         pinned, nvme = pinned + pins, nvme + disk
-    terms.append(_saving(layout, choice))
+    terms.append(_saving(layout, recipe, choice, ranks, partition_numel, on_cpu))
     return HostBytes(
         terms=tuple(term for term in terms if term.bytes), pinned_bytes=0 if on_cpu else pinned, nvme_bytes=nvme
     )
@@ -246,11 +246,23 @@ def _parameters(layout: Layout, choice: Choice, ranks: int, b: int) -> tuple[lis
     return [term], total if config.pin_memory else 0, 0
 
 
-def _saving(layout: Layout, choice: Choice) -> Term:
-    """The 16-bit state dict that rank 0 gathers to save.
+def _saving(layout: Layout, recipe: Recipe, choice: Choice, ranks: int, numel: int, on_cpu: bool) -> Term:
+    """Copies in host memory while a checkpoint or the model is written, first the weights, then the states.
 
-    Source: deepspeed 0.19.8, runtime/engine.py (_zero3_consolidated_16bit_state_dict).
+        max(weights, states)
+        weights   trained elements * b on rank 0: gathered at stage 3, copied off the GPU below it
+        states    ranks * 4 min(S, sub_group_size at stage 3): torch.save copies one flat state at a time; at stage 0
+                  rank 0 writes alone
+
+    What is in host memory already (offloaded states, CPU ranks below stage 3) is written from where it is.
+
+    Source: deepspeed 0.19.8, runtime/engine.py (_zero3_consolidated_16bit_state_dict); safetensors 0.8, torch.py
+    (_to_ndarray); torch 2.13, serialization.py (_save).
     """
-    gathers = choice.zero.stage == 3 and choice.zero.stage3_gather_16bit_weights_on_model_save
-    size = layout.stored_bytes if gathers else 0
-    return _term("gathered weights on rank 0", size, ("save",), f"{size}", "deepspeed 0.19.8, runtime/engine.py")
+    zero = choice.zero
+    weights = 0 if on_cpu and zero.stage < 3 else recipe.weight_bytes * layout.trainable_numel
+    flat = min(numel, zero.sub_group_size) if zero.stage == 3 else numel
+    writers = ranks if zero.stage else 1
+    states = 0 if on_cpu or zero.offloads_optimizer else writers * FP32 * flat
+    formula = f"max(weights of rank 0 {weights}, {writers} ranks x 4 x {flat} = {states})"
+    return _term("copies while saving", max(weights, states), ("save",), formula, "deepspeed 0.19.8, runtime/engine.py")
