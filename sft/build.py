@@ -17,13 +17,16 @@ from typing import Any, Literal
 import deepspeed
 import deepspeed.ops
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.logging import disable_progress_bar
 from trl import SFTConfig, SFTTrainer
 
+from sft.checkpoint import MARK
 from sft.disk import KEPT_CHECKPOINTS
 from sft.meter import Meter
 from sft.order import LongestFirst
@@ -322,6 +325,14 @@ class PlanTrainer(SFTTrainer):  # type: ignore[misc]
         if self.meter is not None and measured:
             self.meter.enter("backward")
         return loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """One that is written anew, after going back to an older one, is not whole until it is whole again."""
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            (folder / MARK).unlink(missing_ok=True)
+        dist.barrier()
+        super()._save_checkpoint(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Weights beside a checkpoint, written by rank 0 from where they are.

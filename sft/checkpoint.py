@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -98,6 +99,14 @@ def newest_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
             return checkpoint, skipped
         skipped.append(f"{checkpoint.name}: {damage}")
     return None, skipped
+
+
+def remove_unfinished(output_dir: Path) -> list[Path]:
+    """Delete the checkpoints that were never finished; the room they take is needed to go on after a full disk."""
+    removed = [item for item in list_checkpoints(output_dir) if item.is_dir() and not (item / MARK).exists()]
+    for item in removed:
+        shutil.rmtree(item)
+    return removed
 
 
 def require_whole(checkpoint: Path) -> None:

@@ -61,8 +61,20 @@ class Ranks:
         return [process.poll() for process in self.processes]
 
 
-def launch(arguments: Sequence[str], *, num_ranks: int, kind: DeviceKind, log_dir: Path) -> int:
-    """Run `python -m sft.train ARGUMENTS` once per rank and return the exit status of the whole.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """How the ranks ended."""
+
+    status: int
+    """Exit status of the whole."""
+    reason: str = ""
+    """Which rank failed first and how; empty if none did."""
+    killed: bool = False
+    """That rank was ended by a signal, so it could not say anything itself."""
+
+
+def launch(arguments: Sequence[str], *, num_ranks: int, kind: DeviceKind, log_dir: Path) -> Ended:
+    """Run `python -m sft.train ARGUMENTS` once per rank, and say how they ended.
 
     Rank 0 speaks on our stdout and stderr, the others into `log_N.txt`.
     """
@@ -95,7 +107,7 @@ def _start(
         )
 
 
-def _wait(ranks: Ranks, log_dir: Path) -> int:
+def _wait(ranks: Ranks, log_dir: Path) -> Ended:
     deadline: float | None = None
     first_failure: tuple[int, int] | None = None
     stopping = False
@@ -111,23 +123,24 @@ def _wait(ranks: Ranks, log_dir: Path) -> int:
         if deadline is not None and time.monotonic() > deadline:
             ranks.send(signal.SIGKILL)
     first_failure = first_failure or next(((rank, code) for rank, code in enumerate(ranks.codes) if code), None)
-    return _status(ranks, first_failure, log_dir)
+    return _ended(ranks, first_failure, log_dir)
 
 
-def _status(ranks: Ranks, first_failure: tuple[int, int] | None, log_dir: Path) -> int:
+def _ended(ranks: Ranks, first_failure: tuple[int, int] | None, log_dir: Path) -> Ended:
     if ranks.stop_signal is not None:
-        return int(ExitCode.INTERRUPTED) if ranks.stop_signal == signal.SIGINT else 128 + signal.SIGTERM
+        stopped = ExitCode.INTERRUPTED if ranks.stop_signal == signal.SIGINT else 128 + signal.SIGTERM
+        return Ended(status=int(stopped))
     if first_failure is None:
-        return int(ExitCode.OK)
+        return Ended(status=int(ExitCode.OK))
     rank, code = first_failure
     if code < 0:
-        name = signal.Signals(-code).name
-        print(
-            f"zplan: rank {rank} was ended by {name}\n  try:     the same command again continues from the newest "
-            "checkpoint",
-            file=sys.stderr,
-        )
-    elif rank > 0:
+        reason = f"rank {rank} was ended by {signal.Signals(-code).name}"
+        print(f"zplan: {reason}", file=sys.stderr)
+        if code == -signal.SIGKILL:
+            print("  because: somebody sent it; when memory runs out, the kernel does", file=sys.stderr)
+        print("  try:     the same command again continues from the newest checkpoint", file=sys.stderr)
+        return Ended(status=int(ExitCode.BUG), reason=reason, killed=True)
+    if rank > 0:
         tail = (log_dir / log_file(rank)).read_text(errors="replace")[-2000:]
         print(f"zplan: rank {rank} ended with status {code}:\n{tail}", file=sys.stderr)
-    return code if code > 0 else int(ExitCode.BUG)
+    return Ended(status=code, reason=f"rank {rank} ended with status {code}")

@@ -86,6 +86,8 @@ def with_resume(session: Session, asked: str | None) -> tuple[Session, list[str]
     if asked == "newest" or same:
         found, skipped = checkpoints.newest_whole(output_dir)
         notes += [f"skipped {line}" for line in skipped]
+        if same:
+            checkpoints.remove_unfinished(output_dir)
         if found is not None:
             resumed, said = _resumed(session, found)
             return resumed, notes + said

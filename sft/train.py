@@ -16,7 +16,7 @@ from typing import Any
 
 from sft import preflight
 from sft.disk import check_disk
-from sft.failure import save_failure
+from sft.failure import save_end
 from sft.launch import PARENT_VARIABLE, launch
 from sft.ranks import adopt_slurm, current_rank, die_with_parent, launched_by, set_environment
 from sft.session import REPORT_FILE, SESSION_FILE, Session, with_resume
@@ -189,15 +189,15 @@ def train_here(options: argparse.Namespace) -> int:
             f"{options.plan}",
         )
     output_dir = Path(session.output_dir)
-    status = launch(
+    ended = launch(
         ["--session", str(output_dir / SESSION_FILE)],
         num_ranks=session.plan.choice.batch.world_size,
         kind=cluster.gpu.kind,
         log_dir=output_dir,
     )
-    if status != ExitCode.OK and not (output_dir / REPORT_FILE).exists():
-        save_failure(session, f"ended with exit status {status} before rank 0 could report")
-    return status
+    if ended.reason:
+        save_end(session, ended.reason, killed=ended.killed)
+    return ended.status
 
 
 def train_as_rank(options: argparse.Namespace, launcher: str) -> int:

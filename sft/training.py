@@ -14,7 +14,7 @@ from transformers import EarlyStoppingCallback, set_seed
 
 from sft import build, data, outputs
 from sft.callbacks import GracefulStop, MarkCheckpoints, ProgressLines, StepTimer
-from sft.failure import save_failure
+from sft.failure import disk_error, save_failure
 from sft.meter import CudaMeter, measure_pinned_bytes, measure_used_bytes, peak_resident_bytes
 from sft.order import longest
 from sft.ranks import Rank, current_rank
@@ -52,19 +52,26 @@ def train_rank(session: Session) -> int:
         prepared.trainer.train(resume_from_checkpoint=prepared.session.resume)
         return finish(prepared)
     except Exception as error:
-        if current_rank().is_first:
-            history = prepared.trainer.state.log_history if prepared else ()
-            save_failure(session, f"{type(error).__name__}: {error}", log_history=history)
-        if not isinstance(error, torch.OutOfMemoryError):
+        told = _explained(error, session)
+        history = prepared.trainer.state.log_history if prepared else ()
+        save_failure(session, f"{type(told).__name__}: {told}", rank=current_rank().rank, log_history=history)
+        if told is error:
             raise
-        raise DoesNotFitError(
-            f"GPU memory ran out: {str(error).splitlines()[0]}",
-            because="the plan's estimate or measurement was made for another machine, data or load",
-            fix="--fallback, or zplan tune on this machine",
-        ) from error
+        raise told from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _explained(error: Exception, session: Session) -> Exception:
+    """Out of memory and a full disk in the words of a user; anything else as it is."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return DoesNotFitError(
+            f"GPU memory ran out: {str(error).splitlines()[0]}",
+            because="the plan's estimate or measurement was made for another machine, data or load",
+            fix="--fallback, or zplan tune on this machine",
+        )
+    return disk_error(error, session) or error
 
 
 def prepare(session: Session) -> Prepared:
