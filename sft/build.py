@@ -244,9 +244,11 @@ def load_model(model_path: str, recipe: Recipe, *, weights: Literal["random", "r
 
 
 def _quantization(recipe: Recipe) -> BitsAndBytesConfig | None:
-    """NF4 with double quantisation, computing in the training dtype (the QLoRA paper's settings)."""
+    """LLM.int8(), or NF4 with double quantisation, computing in the training dtype (the QLoRA paper's settings)."""
     if recipe.method != "qlora":
         return None
+    if recipe.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -16,6 +16,7 @@ from transformers import TrainerCallback, set_seed
 from sft import build, data
 from sft.meter import CpuMeter, CudaMeter, make_meter, measure_pinned_bytes, measure_used_bytes, peak_resident_bytes
 from sft.ranks import Rank
+from sft.software import check_software
 from zplan.trial import Outcome, TrialResult, TrialSpec
 from zplan.zero_config import deepspeed_config
 
@@ -98,6 +99,7 @@ def measure_trial(spec: TrialSpec, out_dir: Path, place: Rank, progress: Progres
     progress.enter("init")
     build.quiet_libraries()
     build.check_world(choice, place.world_size)
+    check_software(recipe, choice)
     build.init_process_group(kind, timeout_seconds=_COLLECTIVE_SECONDS)
     if kind == "cuda":
         torch.cuda.set_device(place.local_rank)

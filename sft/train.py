@@ -20,6 +20,7 @@ from sft.failure import save_end
 from sft.launch import PARENT_VARIABLE, launch
 from sft.ranks import adopt_slurm, current_rank, die_with_parent, launched_by, set_environment
 from sft.session import REPORT_FILE, SESSION_FILE, Session, with_resume
+from sft.software import check_software
 from zplan import files
 from zplan.errors import ConfigError, ExitCode, ZplanError
 from zplan.plan import Plan
@@ -157,6 +158,7 @@ def _check_values(options: argparse.Namespace, recipe: Recipe) -> None:
 def prepare(options: argparse.Namespace) -> Session:
     """Everything that is decided before a rank exists, written to `run.json` in the output folder."""
     session = make_session(options)
+    check_software(session.plan.recipe, session.plan.choice)
     preflight.check_data(str(session.plan.recipe.dataset))
     plan, notes = preflight.choose_rung(session.plan, fallback=options.fallback, force=options.force)
     if plan.recipe.use_dora:

@@ -19,6 +19,7 @@ from sft.meter import CudaMeter, measure_pinned_bytes, measure_used_bytes, peak_
 from sft.order import longest
 from sft.ranks import Rank, current_rank
 from sft.session import Session
+from sft.software import check_software
 from zplan import files
 from zplan.errors import DoesNotFitError, ExitCode
 
@@ -81,6 +82,7 @@ def prepare(session: Session) -> Prepared:
     plan = session.plan
     kind = plan.cluster.gpu.kind
     build.check_world(plan.choice, place.world_size)
+    check_software(plan.recipe, plan.choice)
     build.check_agreement(plan.recipe, plan.choice, plan.deepspeed)
     build.init_process_group(kind, timeout_seconds=_COLLECTIVE_SECONDS)
     if kind == "cuda":

@@ -103,6 +103,14 @@ def test_lora_targets_are_spelt_as_each_tool_spells_them() -> None:
     assert "--target_modules all-linear" in export_plan(everything, "ms-swift")["ms_swift.sh"]
 
 
+def test_eight_bit_loading_is_spelt_as_each_tool_spells_it() -> None:
+    given = plan(method="qlora", load_in_8bit=True)
+    axolotl = yaml.safe_load(export_plan(given, "axolotl")["axolotl.yaml"])  # which refuses adapter: qlora in 8 bit
+    assert (axolotl["adapter"], axolotl["load_in_8bit"], axolotl["load_in_4bit"]) == ("lora", True, False)
+    assert yaml.safe_load(export_plan(given, "llama-factory")["llama_factory.yaml"])["quantization_bit"] == 8
+    assert "--quant_bits 8" in export_plan(given, "ms-swift")["ms_swift.sh"]
+
+
 def test_switches_are_spelt_as_each_tool_spells_them() -> None:
     given = plan(
         method="lora", use_dora=True, use_rslora=True, neftune_noise_alpha=5.0, modules_to_save=("lm_head", "norm")

@@ -129,6 +129,12 @@ def _adapter_switches(plan: Plan) -> dict[str, Any]:
     return {name: True for name, is_on in found.items() if is_on}
 
 
+def _loading(plan: Plan) -> dict[str, bool]:
+    """bitsandbytes as axolotl and TRL call it."""
+    quantised, in_8bit = plan.recipe.method == "qlora", plan.recipe.load_in_8bit
+    return {"load_in_4bit": quantised and not in_8bit, "load_in_8bit": in_8bit}
+
+
 def _noise(plan: Plan) -> dict[str, Any]:
     alpha = plan.recipe.neftune_noise_alpha
     return {} if alpha is None else {"neftune_noise_alpha": alpha}
@@ -158,8 +164,12 @@ def _axolotl(plan: Plan) -> dict[str, str]:
         **_noise(plan),
     }
     if recipe.method != "full":
-        config |= {"adapter": recipe.method, "lora_r": recipe.lora_r, "lora_alpha": recipe.lora_alpha}
-        config |= {"lora_dropout": recipe.lora_dropout, "load_in_4bit": recipe.method == "qlora"}
+        config |= {
+            "adapter": "lora" if recipe.load_in_8bit else recipe.method,
+            "lora_r": recipe.lora_r,
+            "lora_alpha": recipe.lora_alpha,
+        }
+        config |= {"lora_dropout": recipe.lora_dropout, **_loading(plan)}
         modules = _lora_modules(plan)
         config |= {"lora_target_linear": True} if modules is None else {"lora_target_modules": modules}
         config |= {f"peft_{name}": is_on for name, is_on in _adapter_switches(plan).items()}
@@ -211,7 +221,7 @@ def _trl(plan: Plan) -> dict[str, str]:
     if recipe.method != "full":
         modules = _lora_modules(plan)
         arguments |= {"use_peft": True, "lora_r": recipe.lora_r, "lora_alpha": recipe.lora_alpha}
-        arguments |= {"lora_dropout": recipe.lora_dropout, "load_in_4bit": recipe.method == "qlora"}
+        arguments |= {"lora_dropout": recipe.lora_dropout, **_loading(plan)}
         arguments["lora_target_modules"] = modules or ["all-linear"]
         arguments |= _adapter_switches(plan)
         if recipe.modules_to_save:
@@ -245,7 +255,7 @@ def _llama_factory(plan: Plan) -> dict[str, str]:
         if recipe.modules_to_save:
             config["additional_target"] = ",".join(recipe.modules_to_save)
     if recipe.method == "qlora":
-        config["quantization_bit"] = 4
+        config["quantization_bit"] = 8 if recipe.load_in_8bit else 4
     info = {"plan": {"file_name": str(dataset), **LLAMA_FACTORY[columns_of(recipe.dataset)]}}
     return {
         **_deepspeed(plan),
@@ -276,7 +286,7 @@ def _ms_swift(plan: Plan) -> dict[str, str]:
         if recipe.modules_to_save:
             arguments["modules_to_save"] = list(recipe.modules_to_save)
     if recipe.method == "qlora":
-        arguments |= {"quant_method": "bnb", "quant_bits": 4}
+        arguments |= {"quant_method": "bnb", "quant_bits": 8 if recipe.load_in_8bit else 4}
     lines = ["#!/usr/bin/env bash", "set -eu", 'cd "$(dirname "$0")"']
     environment = [f"NPROC_PER_NODE={cluster.gpus_per_node}"]
     if cluster.nodes > 1:

@@ -23,7 +23,7 @@ from zplan.zero_config import Choice, ZeroConfig
 
 _RECIPE_FLAGS = (
     "dataset", "method", "lora_r", "lora_alpha", "max_length", "train_batch_size", "optimizer", "dtype", "attention",
-    "loss", "packing", "learning_rate", "lora_dropout", "use_rslora", "use_dora", "neftune_noise_alpha",
+    "loss", "packing", "learning_rate", "load_in_8bit", "lora_dropout", "use_rslora", "use_dora", "neftune_noise_alpha",
 )  # fmt: skip
 _CHOICES = {
     "method": recipe_module.Method,

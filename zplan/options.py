@@ -67,6 +67,9 @@ class Flags:
         list[str], _flag("KEY=VALUE of config.json for --model custom; repeatable.", _MODEL, "--set-model")
     ] = field(default_factory=list)
     method: Annotated[str | None, _flag("full, lora or qlora.", _RECIPE)] = None
+    load_in_8bit: Annotated[
+        bool | None, _flag("qlora on 8-bit instead of 4-bit weights.", _RECIPE, "--load-in-8bit/--load-in-4bit")
+    ] = None
     lora_r: Annotated[int | None, _flag("Rank of the adapters (16).", _RECIPE)] = None
     lora_alpha: Annotated[int | None, _flag("Scale of the adapters; twice the rank by default.", _RECIPE)] = None
     lora_target: Annotated[list[str], _flag("Module names, or all-linear; repeatable.", _RECIPE, "--lora-target")] = (

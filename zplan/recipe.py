@@ -27,6 +27,8 @@ class Recipe:
     dataset: str | None = None
     """File, folder or Hub id; None while only estimating."""
     method: Method = "full"
+    load_in_8bit: bool = False
+    """With qlora: the frozen weights in LLM.int8() instead of 4-bit NormalFloat."""
     lora_r: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.0
@@ -65,6 +67,13 @@ class Recipe:
         if self.method == "full" and (self.use_rslora or self.use_dora):
             raise ConfigError(
                 "use_rslora and use_dora are for adapters, and the method is full", fix="a plan with --method lora"
+            )
+
+        if self.load_in_8bit and self.method != "qlora":
+            raise ConfigError(
+                f"load_in_8bit, and the method is {self.method}",
+                because="quantised weights cannot train; adapters beside them can",
+                fix="--method qlora --load-in-8bit",
             )
 
     @property

@@ -15,7 +15,7 @@ from tests.shapes import llama_like
 from zplan.hardware import Cluster, Gpu, Host
 from zplan.memory.estimate import estimate_memory
 from zplan.memory.terms import MemoryEstimate
-from zplan.memory.trainable import layout
+from zplan.memory.trainable import int8_bytes, layout
 from zplan.recipe import Recipe
 from zplan.zero_config import BatchSizes, Choice, OffloadOptimizer, OffloadParam, ZeroConfig
 
@@ -175,3 +175,12 @@ def test_a_smaller_bucket_never_raises_the_bucket_terms(zero: ZeroConfig, factor
         return max(term_bytes(found, "reduce buckets", "backward"), term_bytes(found, "reduce bucket", "backward"))
 
     assert buckets(replace(zero, reduce_bucket_size=zero.reduce_bucket_size // factor)) <= buckets(zero)
+
+
+def test_eight_bit_weights_are_a_byte_each_and_a_scale_per_row() -> None:
+    assert int8_bytes((300, 200)) == 300 * 200 + 4 * 300
+    whole, eight, four = (
+        layout(SHAPE, Recipe(model="llama-like", method=method, lora_r=8, load_in_8bit=in_8bit)).frozen_bytes
+        for method, in_8bit in (("lora", False), ("qlora", True), ("qlora", False))
+    )
+    assert four < eight < whole

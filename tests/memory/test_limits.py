@@ -44,6 +44,8 @@ def test_latent_attention_is_not_modelled() -> None:
 
 def test_dora_is_not_modelled_and_rslora_costs_what_lora_costs() -> None:
     lora = estimate(ZeroConfig(stage=2), method="lora")
+    eight = estimate(ZeroConfig(stage=2), method="qlora", load_in_8bit=True)
+    assert eight.gpu.verdict == "tight"
     dora = estimate(ZeroConfig(stage=2), method="lora", use_dora=True)
     assert lora.gpu.verdict == "fits"
     assert dora.gpu.verdict == "tight"

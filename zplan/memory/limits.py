@@ -37,8 +37,10 @@ def _of_recipe(recipe: Recipe, choice: Choice) -> list[str]:
     lines = []
     if recipe.optimizer == "muon" and choice.zero.stage:
         lines.append("Muon under ZeRO gathers whole matrices for its orthogonalisation (stage_1_and_2.py, stage3.py)")
+    if recipe.load_in_8bit:
+        lines.append("8-bit copies of the inputs that LLM.int8() keeps for backward, and its outlier columns")
     if recipe.method == "qlora" and choice.zero.stage == 3:
-        lines.append("4-bit weights gathered by ZeRO-3 and the quantisation states beside them")
+        lines.append("quantised weights gathered by ZeRO-3 and the quantisation states beside them")
     if recipe.use_dora:
         lines.append(
             "DoRA: a magnitude per output with gradient and states, two temporaries as large as each adapted matrix, "
@@ -68,7 +70,7 @@ def unchecked(shape: ModelShape, recipe: Recipe) -> tuple[str, ...]:
     if recipe.optimizer not in CHECKED_OPTIMIZERS:
         lines.append(f"states and temporaries of {recipe.optimizer}")
     if recipe.method == "qlora":
-        lines.append("4-bit weights and their dequantisation")
+        lines.append(f"{8 if recipe.load_in_8bit else 4}-bit weights and their dequantisation")
     if recipe.neftune_noise_alpha is not None:
         lines.append("NEFTune's noise, one tensor as large as the embedded batch")
     if recipe.loss == "liger":

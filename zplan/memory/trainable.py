@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any
 
 from zplan.errors import ConfigError
@@ -25,7 +26,7 @@ class Weight:
     numel: int
     shape: tuple[int, ...]
     itemsize: int
-    """Bytes of one element; 0 for 4-bit weights, whose bytes are `stored_bytes`."""
+    """Bytes of one element; 0 for quantised weights, whose bytes are `stored_bytes`."""
     stored_bytes: int
     trainable: bool
     group: int
@@ -106,7 +107,15 @@ def layout(shape: ModelShape, recipe: Recipe) -> Layout:
     Raises:
         ConfigError: a LoRA target that no module of the model bears.
     """
-    key = (id(shape), recipe.method, recipe.lora_r, recipe.lora_target, recipe.modules_to_save, recipe.dtype)
+    key = (
+        id(shape),
+        recipe.method,
+        recipe.lora_r,
+        recipe.lora_target,
+        recipe.modules_to_save,
+        recipe.dtype,
+        recipe.load_in_8bit,
+    )
     known = _LAYOUTS.get(key)
     if known is not None and known[0] is shape:
         return known[1]
@@ -134,18 +143,31 @@ def _lay(block: Block, recipe: Recipe, model_type: str) -> LaidBlock:
 
 
 def _weight(parameter: ParameterShape, recipe: Recipe, *, trains: bool, block: Block) -> Weight:
-    four_bit = recipe.method == "qlora" and not trains and parameter.kind == "linear" and block.role != "head"
+    quantised = recipe.method == "qlora" and not trains and parameter.kind == "linear" and block.role != "head"
     itemsize = recipe.weight_bytes
     return Weight(
         name=parameter.name,
         module=parameter.module,
         numel=parameter.numel,
         shape=parameter.shape,
-        itemsize=0 if four_bit else itemsize,
-        stored_bytes=nf4_bytes(parameter.numel) if four_bit else itemsize * parameter.numel,
+        itemsize=0 if quantised else itemsize,
+        stored_bytes=_quantised_bytes(parameter, recipe) if quantised else itemsize * parameter.numel,
         trainable=trains,
         group=1 if parameter.kind in ("norm", "bias") else 0,
     )
+
+
+def _quantised_bytes(parameter: ParameterShape, recipe: Recipe) -> int:
+    return int8_bytes(parameter.shape) if recipe.load_in_8bit else nf4_bytes(parameter.numel)
+
+
+def int8_bytes(shape: tuple[int, ...]) -> int:
+    """A linear weight in LLM.int8(): one byte an element and an fp32 absmax per row.
+
+    Source: bitsandbytes 0.49, functional.py (int8_vectorwise_quant), nn/modules.py (Int8Params.CB, SCB).
+    """
+    numel = prod(shape)
+    return numel + 4 * (numel // shape[-1])
 
 
 def nf4_bytes(numel: int) -> int:

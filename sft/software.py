@@ -1,0 +1,42 @@
+"""Libraries that only some recipes need, looked for before anything is loaded."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from zplan.errors import ConfigError, MachineError
+from zplan.recipe import Recipe
+from zplan.zero_config import Choice
+
+_BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion")
+"""Source: transformers 5.23, trainer_optimizer.py (every OptimizerNames entry of bitsandbytes)."""
+
+
+def check_software(recipe: Recipe, choice: Choice) -> None:
+    """Whether this machine can run what the recipe asks for.
+
+    Raises:
+        MachineError: bitsandbytes or Liger is needed and not installed.
+        ConfigError: 8-bit weights under ZeRO-3.
+    """
+    if recipe.load_in_8bit and choice.zero.stage == 3:
+        raise ConfigError(
+            "8-bit weights under ZeRO stage 3",
+            because="bitsandbytes keeps the scales on the weight itself, and ZeRO-3 takes the weight apart",
+            fix="a plan with --stage 2, or 4-bit weights (--method qlora without --load-in-8bit)",
+        )
+    if recipe.method == "qlora":
+        bits = 8 if recipe.load_in_8bit else 4
+        _require("bitsandbytes", f"qlora loads {bits}-bit weights", instead="--method lora trains beside whole weights")
+    if recipe.optimizer in _BITSANDBYTES_OPTIMIZERS:
+        _require("bitsandbytes", f"{recipe.optimizer} is its optimizer", instead="--optimizer adamw")
+    if recipe.loss == "liger":
+        _require("liger_kernel", "the loss is liger", instead="--loss chunked_nll", package="liger-kernel")
+
+
+def _require(module: str, reason: str, *, instead: str, package: str | None = None) -> None:
+    if find_spec(module) is None:
+        name = package or module
+        raise MachineError(
+            f"{name} is not installed", because=reason, fix=f"pip install {name}; or a plan with {instead}"
+        )
