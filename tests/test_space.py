@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.oracle import TOY_RECIPE, toy_cluster, toy_shape
 from zplan.errors import ConfigError
-from zplan.propose import Rolls
+from zplan.pool import Rolls
 from zplan.recipe import Recipe
 from zplan.space import KNOB_NAMES, Elements, Options, Problem, Space, make_knobs, nearest_micro_batch, world_sizes
 from zplan.zero_config import Choice, OffloadOptimizer, OffloadParam, ZeroConfig, batch_sizes

@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import log
 from typing import Any
 
-import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.exceptions import ExperimentalWarning
-from optuna.trial import TrialState, create_trial
+import numpy as np
 
 from zplan.ledger import Origin, Record, Running, out_of_memory
 from zplan.model_shape import ModelShape
+from zplan.pool import first_order_choices, suggestions
 from zplan.recipe import Recipe
 from zplan.screen import Screen, Screened
 from zplan.settings import hf_auto_zero
-from zplan.space import (
-    Draft,
-    Elements,
-    Options,
-    Range,
-    Share,
-    Space,
-    Suggester,
-    Value,
-    nearest_micro_batch,
-    world_sizes,
-)
-from zplan.surrogate import Observation, Surrogate, features, share_of
+from zplan.space import Space, nearest_micro_batch, world_sizes
+from zplan.speed.estimate import estimate_speed
+from zplan.surrogate import Observation, Surrogate, features, make_kernel, share_of
 from zplan.trial import Outcome, TrialResult
 from zplan.zero_config import Choice, OffloadOptimizer, OffloadParam, batch_sizes
 
 _SEEDS = 4
 """Trials from the baseline and the ranking before the model takes over."""
-_TPE_SUGGESTIONS, _RANDOM_SUGGESTIONS, _NEIGHBOURS = 8, 12, 8
+_LOOKS = 24
+"""Configurations of the pool that fit by formula and are compared in full."""
 _TRAINER_MICRO_BATCH = 8
 """per_device_train_batch_size of transformers' TrainingArguments."""
 
@@ -61,6 +49,9 @@ class Proposer:
         self._screen, self._space = screen, screen.space
         self._ranking = [screen.look(choice) for choice in ranking]
         self._baseline = first_fitting(screen, baselines(shape, screen.template.recipe, screen.space))
+        self._shape = shape
+        self._first_order = tuple(first_order_choices(screen.space, ranking))
+        self._kernel = make_kernel(screen.space.knobs)
         self._random = random.Random(seed)
         self._seed = seed
 
@@ -85,8 +76,9 @@ class Proposer:
         return None
 
     def _next_by_model(self, records: Sequence[Record], running: Sequence[Running], taken: set[str]) -> Proposal | None:
-        model = Surrogate([self._observe(record) for record in records])
-        pool = {item.key: item for item in self._candidates(records) if item.promising and item.key not in taken}
+        model = Surrogate([self._observe(record) for record in records], self._kernel)
+        candidates = self._candidates(records, model, taken)
+        pool = {item.key: item for item in candidates if item.promising and item.key not in taken}
         gains = {key: self._gain(model, item) for key, item in pool.items()}
         for key in sorted(pool, key=lambda key: (-gains[key], key)):
             proposal = self._proposal(pool[key], "search", expected_gain=gains[key] if model.best is not None else None)
@@ -128,93 +120,32 @@ class Proposer:
             }
         )
 
-    def _candidates(self, records: Sequence[Record]) -> Iterable[Screened]:
-        """The ranking, neighbours of the best trials, TPE's suggestions and random ones."""
+    def _candidates(self, records: Sequence[Record], model: Surrogate, taken: set[str]) -> Iterable[Screened]:
+        """The ranking, and of a large pool those that promise most if they fit: speed costs little, memory much."""
         yield from self._ranking
-        suggesters: list[Suggester] = [Rolls(self._random) for _ in range(_RANDOM_SUGGESTIONS)]
-        suggesters += tpe_suggestions(self._space, records, _TPE_SUGGESTIONS, seed=self._seed + len(records))
-        ran = [record for record in records if record.result.outcome is Outcome.OK]
-        for record in sorted(ran, key=lambda record: -(record.result.tokens_per_second or 0.0))[:3]:
-            draft = self._space.draft(record.choice)
-            suggesters += [Neighbour(draft, self._random) for _ in range(_NEIGHBOURS)]
-        for suggester in suggesters:
-            yield self._screen.look(self._space.suggest(suggester))
+        found = suggestions(self._space, records, self._random, seed=self._seed + len(records))
+        pool = {self._space.key(choice): choice for choice in (*self._first_order, *found)}
+        untried = [choice for key, choice in pool.items() if key not in taken]
+        if not untried:
+            return
+        points = np.array([features(self._space.knobs, self._space.draft(choice)) for choice in untried])
+        gains = model.gains(points, np.array([self._log_speed_by_formula(choice) for choice in untried]))
+        seen = 0
+        for index in np.argsort(-gains, kind="stable"):
+            item = self._screen.look(untried[index])
+            seen += item.promising
+            yield item
+            if seen == _LOOKS:
+                return
+
+    def _log_speed_by_formula(self, choice: Choice) -> float:
+        template = self._screen.template
+        found = estimate_speed(self._shape, template.recipe, choice, template.cluster).tokens_per_second
+        return log(found) if found else 0.0
 
 
 def _log_speed(predicted: TrialResult) -> float:
     return log(predicted.tokens_per_second) if predicted.tokens_per_second else 0.0
-
-
-class Rolls:
-    """Random values, where `optuna.Trial` would suggest."""
-
-    def __init__(self, rng: random.Random) -> None:
-        self._rng = rng
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        return self._rng.choice(list(choices))
-
-    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
-        value: float = low * (high / low) ** self._rng.random()
-        return min(high, max(low, round(value)))
-
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None) -> float:
-        steps = round((high - low) / step) if step else 1
-        return low + self._rng.randint(0, steps) * (step or high - low)
-
-
-class Neighbour(Rolls):
-    """A finished configuration with about two knobs rolled again."""
-
-    def __init__(self, draft: Draft, rng: random.Random) -> None:
-        super().__init__(rng)
-        self._draft = draft
-
-    def _keep(self, name: str) -> bool:
-        return name in self._draft and self._rng.random() > 2 / max(len(self._draft), 3)
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        return self._draft[name] if self._keep(name) else super().suggest_categorical(name, choices)
-
-    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
-        return int(self._draft[name]) if self._keep(name) else super().suggest_int(name, low, high, log=log)
-
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None) -> float:
-        return float(self._draft[name]) if self._keep(name) else super().suggest_float(name, low, high, step=step)
-
-
-def tpe_suggestions(space: Space, records: Sequence[Record], count: int, *, seed: int) -> list[Suggester]:
-    """Optuna's TPE, shown the finished trials with their memory constraint, asked for `count` suggestions."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)  # group=True: the documented way for conditional spaces
-        sampler = optuna.samplers.TPESampler(multivariate=True, group=True, constant_liar=True, seed=seed)
-        study = optuna.create_study(direction="maximize", sampler=sampler)
-        for record in records:
-            study.add_trial(_as_optuna(space, record))
-        return [study.ask() for _ in range(count)]
-
-
-def _as_optuna(space: Space, record: Record) -> optuna.trial.FrozenTrial:
-    draft = space.draft(record.choice)
-    ranges = {knob.name: knob.range for knob in space.knobs}
-    return create_trial(
-        state=TrialState.COMPLETE,
-        value=record.result.tokens_per_second or 0.0,
-        params=draft,
-        distributions={name: _distribution(ranges[name], value) for name, value in draft.items()},
-        constraints={"memory": 1.0 if record.result.outcome is not Outcome.OK else -1.0},
-    )
-
-
-def _distribution(allowed: Range, value: Value) -> BaseDistribution:
-    """The knob's distribution, widened to a value from outside its range (a trial from before the user narrowed it)."""
-    match allowed:
-        case Options(values):
-            return CategoricalDistribution(values if value in values else (*values, value))
-        case Elements(low, high):
-            return IntDistribution(min(low, int(value)), max(high, int(value)), log=True)
-        case Share(low, high):
-            return FloatDistribution(low, high, step=0.1)
 
 
 def baselines(shape: ModelShape, recipe: Recipe, space: Space) -> list[Choice]:

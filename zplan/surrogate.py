@@ -3,14 +3,16 @@
 The formula is the prior mean, so one trial already corrects the speed of all configurations; the process learns what
 the formula gets wrong about a stage, an offload or a batch size. Speeds are logarithms: 3 % is 3 % anywhere.
 
-Source: Rasmussen & Williams 2006, algorithm 2.1 (exact regression); Jones et al. 1998 (expected improvement).
+Source: Rasmussen & Williams 2006, algorithm 2.1 and section 2.7 (exact regression, unknown mean); Jones et al. 1998
+(expected improvement).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import erf, exp, log, pi, sqrt
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,29 +22,78 @@ from zplan.space import Draft, Elements, Knob, Options, Share, Value
 Vector = npt.NDArray[np.float64]
 _NOISE = 0.02
 """Standard deviation of log tokens/s between two equal trials, at the least; short trials repeat to about 2 %."""
-_PRIOR_SPREAD = 0.35
-"""Standard deviation of log(measured / predicted) between configurations, before trials say otherwise."""
+_GROUPS = (
+    ("stage", "offload_optimizer.device", "offload_param.device"),
+    ("train_micro_batch_size_per_gpu",),
+    ("gradient_checkpointing",),
+    ("world_size",),
+)
+"""Knobs of first order: where the states live, how large a pass is, what is computed twice, over how many GPUs."""
+_FIRST_ORDER, _TOGETHER, _SECOND_ORDER = 0.15, 0.10, 0.03
+"""Prior standard deviation of log(measured / predicted) that one group explains, that only all groups together explain,
+and that one of the other knobs (buckets, limits, pinning) explains: those move a step by a few percent."""
+_LENGTHS = {"train_micro_batch_size_per_gpu": 0.3}
+"""On the scale of `features`; 1 where not named: two values of an unordered knob correlate by exp(-1)."""
+_SCALES = ((0.5, 1.0, 2.0), (0.1, 0.3, 1.0))
+"""Factors on the deviations of first and of second order; the trials choose by their likelihood. Apart from each other:
+ten trials in which no bucket mattered say nothing about a stage that was never tried."""
 _FIT_WIDTH = 0.04
 """Width, in log bytes, of the boundary between fitting and not fitting."""
-_LENGTH = {
-    "world_size": 1.0,
-    "stage": 1.0,
-    "train_micro_batch_size_per_gpu": 0.5,
-    "gradient_checkpointing": 1.0,
-    "offload_optimizer.device": 0.8,
-    "offload_param.device": 0.8,
-}
-_OTHER_LENGTH = 2.5
-"""Knobs of second order (buckets, limits): neighbours in them are nearly alike (field measurements: a few percent)."""
 
 
 def features(knobs: Sequence[Knob], draft: Draft) -> Vector:
     """A configuration as a point: ordered knobs on [0, 1], unordered ones one-hot; a knob that does not act is -0.5."""
     point: list[float] = []
     for knob in knobs:
-        length = _LENGTH.get(knob.name, _OTHER_LENGTH)
+        length = _LENGTHS.get(knob.name, 1.0)
         point += [value / length for value in _coordinates(knob, draft.get(knob.name))]
     return np.array(point)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One additive part of the prior: how far apart two points are in these coordinates, and what that may change."""
+
+    columns: tuple[int, ...]
+    deviation: float
+    order: Literal[1, 2] = 1
+
+
+Kernel: TypeAlias = tuple[Part, ...]
+
+
+def make_kernel(knobs: Sequence[Knob]) -> Kernel:
+    """Seconds multiply, so what the formula gets wrong about one group of knobs is the same whatever the others are."""
+    columns: dict[str, tuple[int, ...]] = {}
+    start = 0
+    for knob in knobs:
+        width = len(_coordinates(knob, None))
+        columns[knob.name] = tuple(range(start, start + width))
+        start += width
+    groups = [tuple(c for name in group for c in columns.get(name, ())) for group in _GROUPS]
+    first = {name for group in _GROUPS for name in group}
+    return (
+        *(Part(group, _FIRST_ORDER) for group in groups),
+        Part(tuple(c for group in groups for c in group), _TOGETHER),
+        *(Part(own, _SECOND_ORDER, 2) for name, own in columns.items() if name not in first),
+    )
+
+
+def _scaled(kernel: Kernel, first: float, second: float) -> Kernel:
+    return tuple(replace(part, deviation=part.deviation * (first if part.order == 1 else second)) for part in kernel)
+
+
+def _prior_variance(kernel: Kernel) -> float:
+    return sum(part.deviation**2 for part in kernel)
+
+
+def _covariance(kernel: Kernel, left: Vector, right: Vector) -> Vector:
+    total = np.zeros((len(left), len(right)))
+    for part in kernel:
+        own = list(part.columns)
+        distances = ((left[:, None, own] - right[None, :, own]) ** 2).sum(axis=-1)
+        total += part.deviation**2 * np.exp(-0.5 * distances)
+    return total
 
 
 def _coordinates(knob: Knob, value: Value | None) -> list[float]:
@@ -72,35 +123,46 @@ class Observation:
 
 
 class Surrogate:
-    """Fitted to the trials so far; predicts speed and fit of any configuration."""
+    """Fitted to the trials so far; predicts speed and fit of any configuration.
 
-    def __init__(self, observations: Sequence[Observation]) -> None:
+    The process has an unknown mean (ordinary kriging): the formula's common error costs one trial, not a prior.
+    """
+
+    def __init__(self, observations: Sequence[Observation], kernel: Kernel) -> None:
         ran = [(item, item.log_measured - item.log_predicted) for item in observations if item.log_measured is not None]
-        residuals = np.array([residual for _, residual in ran])
         self._points = np.array([item.point for item, _ in ran])
-        self._mean = float(residuals.mean()) if len(residuals) else 0.0
-        spread = float(residuals.std()) if len(residuals) > 2 else _PRIOR_SPREAD
-        self._variance = max(spread, 0.08) ** 2
-        if len(residuals):
-            covariance = self._kernel(self._points, self._points) + _NOISE**2 * np.eye(len(residuals))
-            self._inverse = np.linalg.inv(covariance)
-            self._weights = self._inverse @ (residuals - self._mean)
-        self.best = max((item.log_measured for item, _ in ran if item.log_measured is not None), default=None)
-        self._fit_limit = _fit_limit(observations)
+        self._kernel, self._fit_limit = kernel, _fit_limit(observations)
+        self.best: float | None = None
+        """Largest log tokens/s that a trial is believed to have had: its noise is taken out."""
+        if not ran:
+            return
+        residuals = np.array([residual for _, residual in ran])
+        self._kernel = max(
+            (_scaled(kernel, first, second) for first in _SCALES[0] for second in _SCALES[1]),
+            key=lambda kernel: _log_likelihood(_covariance(kernel, self._points, self._points), residuals),
+        )
+        covariance = _covariance(self._kernel, self._points, self._points)
+        self._inverse = np.linalg.inv(covariance + _NOISE**2 * np.eye(len(ran)))
+        self._ones = self._inverse.sum(axis=0)
+        self._mean = float(self._ones @ residuals / self._ones.sum())
+        self._weights = self._inverse @ (residuals - self._mean)
+        means, _ = self.speeds(self._points, np.array([item.log_predicted for item, _ in ran]))
+        self.best = float(means.max())
 
-    def _kernel(self, left: Vector, right: Vector) -> Vector:
-        distances = ((left[:, None, :] - right[None, :, :]) ** 2).sum(axis=-1)
-        kernel: Vector = self._variance * np.exp(-0.5 * distances)
-        return kernel
+    def speeds(self, points: Vector, log_predicted: Vector) -> tuple[Vector, Vector]:
+        """Means and standard deviations of log tokens/s of many configurations, one a row."""
+        if not len(self._points):
+            return log_predicted, np.full(len(points), sqrt(_prior_variance(self._kernel)))
+        near = _covariance(self._kernel, points, self._points)
+        means = log_predicted + self._mean + near @ self._weights
+        variances = _prior_variance(self._kernel) - ((near @ self._inverse) * near).sum(axis=1)
+        variances += (1.0 - near @ self._ones) ** 2 / self._ones.sum()  # of the mean itself
+        return means, np.sqrt(np.maximum(variances, 1e-8))
 
     def speed(self, point: Vector, log_predicted: float) -> tuple[float, float]:
-        """Mean and standard deviation of log tokens/s."""
-        if not len(self._points):
-            return log_predicted + self._mean, sqrt(self._variance)
-        near = self._kernel(point[None, :], self._points)[0]
-        mean = log_predicted + self._mean + float(near @ self._weights)
-        variance = self._variance - float(near @ self._inverse @ near)
-        return mean, sqrt(max(variance, 1e-8))
+        """Mean and standard deviation of log tokens/s of one configuration."""
+        means, deviations = self.speeds(point[None, :], np.array([log_predicted]))
+        return float(means[0]), float(deviations[0])
 
     def fits(self, log_share: float) -> float:
         """Probability that memory suffices: a step at the learned limit, softened."""
@@ -108,12 +170,26 @@ class Surrogate:
 
     def gain(self, point: Vector, log_predicted: float, log_share: float) -> float:
         """Expected improvement over the best trial, in log tokens/s (0.01 is one percent), weighed by the fit."""
-        mean, deviation = self.speed(point, log_predicted)
+        return self.fits(log_share) * float(self.gains(point[None, :], np.array([log_predicted]))[0])
+
+    def gains(self, points: Vector, log_predicted: Vector) -> Vector:
+        """Expected improvement of many configurations, memory aside."""
+        means, deviations = self.speeds(points, log_predicted)
         if self.best is None:
-            return mean * self.fits(log_share)
-        z = (mean - self.best) / deviation
-        density, below = exp(-0.5 * z * z) / sqrt(2 * pi), 0.5 * (1 + erf(z / sqrt(2)))
-        return self.fits(log_share) * deviation * (z * below + density)
+            return means
+        z = (means - self.best) / deviations
+        below = np.array([0.5 * (1 + erf(value / sqrt(2))) for value in z])
+        found: Vector = deviations * (z * below + np.exp(-0.5 * z * z) / sqrt(2 * pi))
+        return found
+
+
+def _log_likelihood(covariance: Vector, residuals: Vector) -> float:
+    """Of the residuals, their unknown mean integrated out (restricted maximum likelihood), constants aside."""
+    noisy = covariance + _NOISE**2 * np.eye(len(residuals))
+    inverse = np.linalg.inv(noisy)
+    ones = inverse.sum(axis=0)
+    centred = residuals - ones @ residuals / ones.sum()
+    return float(-0.5 * (centred @ inverse @ centred + np.linalg.slogdet(noisy)[1] + log(ones.sum())))
 
 
 def _fit_limit(observations: Sequence[Observation]) -> float:
