@@ -122,7 +122,7 @@ class World:
         factor += self._hidden("recompute", choice.gradient_checkpointing, spread=0.08)
         factor += self._hidden("micro", batch.train_micro_batch_size_per_gpu, spread=0.05)
         factor += self._hidden("ranks", batch.world_size, spread=0.08)
-        factor += self._hidden("overlap", zero.overlap_comm, zero.stage, spread=0.04)
+        factor += self._hidden("overlap", zero.overlaps_comm, zero.stage, spread=0.04)
         factor += self._hidden("bucket", zero.reduce_bucket_size.bit_length(), spread=0.02)
         predicted = estimate_speed(self.shape, self.recipe, choice, self.cluster).tokens_per_second
         return (predicted or 0.0) * exp(factor)
