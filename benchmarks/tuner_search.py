@@ -158,6 +158,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("reports/tuner_search.md"))
     options = parser.parse_args()
     warnings.filterwarnings("ignore", module="optuna")
+    for sources in (WORLD_SOURCE, *SOURCES.values()):
+        source_digest(*sources)  # of the code that runs, whatever is edited meanwhile
     started, kept = time.monotonic(), Rows(FOLDER / "tuner_search.jsonl")
     found: dict[str, list[dict[str, int | None]]] = {}
     for world in (world for problem in PROBLEMS for world in make_worlds(problem, range(options.seeds))):

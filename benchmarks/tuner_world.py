@@ -8,6 +8,7 @@ import json
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from math import exp
 from pathlib import Path
 from typing import Any, Literal
@@ -79,8 +80,9 @@ def _slim(kept: dict[str, Any]) -> TrialResult:
     return TrialResult(**{**kept, "outcome": Outcome(kept["outcome"]), "evidence": "formula"})
 
 
+@cache
 def source_digest(*paths: str) -> str:
-    """Of every source file under these folders or files of the repository."""
+    """Of every source file under these folders or files of the repository, as they were when first asked."""
     digest = hashlib.sha256()
     for path in paths:
         for file in sorted((ROOT / path).rglob("*.*")) if (ROOT / path).is_dir() else [ROOT / path]:

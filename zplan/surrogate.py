@@ -169,8 +169,13 @@ class Surrogate:
         return 1.0 / (1.0 + exp(min(50.0, max(-50.0, (log_share - self._fit_limit) / _FIT_WIDTH))))
 
     def gain(self, point: Vector, log_predicted: float, log_share: float) -> float:
-        """Expected improvement over the best trial, in log tokens/s (0.01 is one percent), weighed by the fit."""
-        return self.fits(log_share) * float(self.gains(point[None, :], np.array([log_predicted]))[0])
+        """Expected improvement over the best trial, in log tokens/s (0.01 is one percent), weighed by the fit.
+
+        What more likely runs out of memory than not promises nothing: such a trial costs as much as any and measures
+        no speed.
+        """
+        fits = self.fits(log_share)
+        return fits * (fits >= 0.5) * float(self.gains(point[None, :], np.array([log_predicted]))[0])
 
     def gains(self, points: Vector, log_predicted: Vector) -> Vector:
         """Expected improvement of many configurations, memory aside."""
