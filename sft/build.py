@@ -18,7 +18,7 @@ import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -363,7 +363,7 @@ def build_trainer(
     args: SFTConfig,
     model: Any,
     tokenizer: Any,
-    train_dataset: Dataset,
+    train_dataset: Dataset | IterableDataset,
     *,
     eval_dataset: Dataset | None = None,
     callbacks: list[Any] | None = None,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from sft.render import Rendered, Renderer
 from sft.rows import BadRow, Row, read_rows
@@ -77,6 +77,8 @@ class Data:
     num_truncated: int
     """Examples longer than max_length, cut at the end."""
     bad_rows: tuple[BadRow, ...] = field(default=())
+    stream: IterableDataset | None = None
+    """Instead of `train`, which is empty then: examples without end; the counts are of the first ones."""
     without_labels: tuple[str, ...] = ()
     """Places whose answer lay beyond max_length altogether."""
 
@@ -101,9 +103,9 @@ def load_data(source: str, tokenizer: Any, options: DataOptions) -> Data:
             places.append(row.where)
             parsed.append(result)
     _refuse(source, bad, num_good=len(parsed), policy=options.bad_rows)
-    examples = _tokenise(parsed, tokenizer, options)
+    examples = tokenise(parsed, tokenizer, options)
     num_truncated = sum(len(item.input_ids) > options.max_length for item in examples)
-    cut = [_truncate(item, options.max_length) for item in examples]
+    cut = [truncate(item, options.max_length) for item in examples]
     kept = tuple(item for item in cut if item.num_label_tokens)
     lost = tuple(place for place, item in zip(places, cut, strict=True) if not item.num_label_tokens)
     if not kept:
@@ -136,6 +138,18 @@ def _parse(
         return BadRow(row.where, str(error))
 
 
+def parse_or_refuse(
+    row: Row | BadRow, renderer: Renderer, options: DataOptions, source: str
+) -> tuple[Conversation | PlainText, Rendered] | BadRow:
+    """One row of a stream. Raises ConfigError at a bad one, unless bad ones are skipped."""
+    result = _parse(row, renderer, options)
+    if isinstance(result, BadRow) and options.bad_rows == "refuse":
+        raise ConfigError(
+            f"a row of {source} cannot be used", problems=(str(result),), fix="--bad-rows skip trains on the others"
+        )
+    return result
+
+
 def _refuse(source: str, bad: Sequence[BadRow], *, num_good: int, policy: BadRows) -> None:
     if num_good and (policy == "skip" or not bad):
         return
@@ -150,9 +164,10 @@ def _refuse(source: str, bad: Sequence[BadRow], *, num_good: int, policy: BadRow
     )
 
 
-def _tokenise(
+def tokenise(
     parsed: Sequence[tuple[Conversation | PlainText, Rendered]], tokenizer: Any, options: DataOptions
 ) -> list[Example]:
+    """Examples with their labels, in order. Raises ConfigError for a tokenizer that cannot place its tokens."""
     if not tokenizer.is_fast:
         raise ConfigError(
             "the tokenizer is not a fast one",
@@ -199,7 +214,8 @@ def _masked(
     return Example(ids, labels, example.key)
 
 
-def _truncate(example: Example, max_length: int) -> Example:
+def truncate(example: Example, max_length: int) -> Example:
+    """Cut at the end; the same value if it is short enough."""
     if len(example.input_ids) <= max_length:
         return example
     return Example(example.input_ids[:max_length], example.labels[:max_length], example.key)

@@ -34,10 +34,16 @@ def print_data_report(loaded: Data) -> None:
     """Lengths, what was cut and what was left out, on stderr."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     lengths = loaded.lengths
+    known = f"{len(loaded.train)} examples" if loaded.stream is None else "a stream"
     console.print(
-        f"  data: {len(loaded.train)} examples to train on, {len(loaded.held_out)} held out; tokens per example "
+        f"  data: {known} to train on, {len(loaded.held_out)} held out; tokens per example "
         f"median {lengths.median_tokens}, p95 {lengths.p95_tokens}, max {lengths.max_tokens}"
     )
+    if loaded.stream is not None:
+        console.print(
+            f"  figures are of its first {lengths.num_examples} examples; a longer one may come later, so that the "
+            "first step does not show the most memory that the training needs"
+        )
     if loaded.num_truncated:
         console.print(f"  {loaded.num_truncated} examples are longer than max_length and were cut at the end")
     for name, places in (("skipped", [str(row) for row in loaded.bad_rows]), ("no answer left", loaded.without_labels)):
@@ -163,6 +169,7 @@ def training_report(
         },
         "data": {
             "source": plan.recipe.dataset,
+            "streaming": session.streaming,
             "lengths": asdict(data.lengths),
             "truncated": data.num_truncated,
             "bad_rows": [str(row) for row in data.bad_rows],

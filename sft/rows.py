@@ -36,8 +36,11 @@ class BadRow:
         return f"{self.where}: {self.reason}"
 
 
-def read_rows(source: str) -> Iterator[Row | BadRow]:
+def read_rows(source: str, *, streaming: bool = False) -> Iterator[Row | BadRow]:
     """Rows of a file, a folder of files, a saved `datasets` folder or a Hub id, in order.
+
+    Args:
+        streaming: a Hub id is read while it is downloaded.
 
     Raises:
         ConfigError: nothing there, an unknown kind of file, or one that cannot be read at all.
@@ -49,7 +52,7 @@ def read_rows(source: str) -> Iterator[Row | BadRow]:
         elif path.exists():
             yield from _read_file(path)
         else:
-            yield from _read_hub(source)
+            yield from _read_hub(source, streaming=streaming)
     except OSError as error:
         raise ConfigError(f"{source} cannot be read: {error.strerror or error}", fix="check --dataset") from error
 
@@ -192,13 +195,13 @@ def is_hub_id(source: str) -> bool:
     )
 
 
-def _read_hub(source: str) -> Iterator[Row | BadRow]:
+def _read_hub(source: str, *, streaming: bool) -> Iterator[Row | BadRow]:
     import datasets
 
     if not is_hub_id(source):
         raise ConfigError(f"{source} does not exist", because="it is no file, folder or Hub id", fix="check --dataset")
     try:
-        table = datasets.load_dataset(source, split="train")
+        table = datasets.load_dataset(source, split="train", streaming=streaming)
     except Exception as error:  # the process boundary to a remote service: every kind of failure means "not there"
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(

@@ -37,6 +37,8 @@ class Session:
     prompt_key: str | None = None
     response_key: str | None = None
     response_template: str | None = None
+    streaming: bool = False
+    """Read the data while training."""
     report_to: str = "none"
     data_order: str = "longest-first"
     early_stopping_patience: int | None = None
@@ -57,7 +59,7 @@ class Session:
             "stage": self.plan.choice.zero.stage,
             "length": [self.max_steps, self.num_train_epochs, self.eval_fraction],
             "data": [self.bad_rows, self.loss_on, self.prompt_key, self.response_key, self.response_template],
-            "order": self.data_order,
+            "order": [self.data_order, self.streaming],
         }
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -69,6 +69,9 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also write the adapter merged into the base weights, into OUTPUT_DIR/merged",
     )
+    line.add_argument(
+        "--streaming", action="store_true", help="read the data while training, never all of them; needs --max-steps"
+    )
     line.add_argument("--bad-rows", choices=("refuse", "skip"), default="refuse")
     line.add_argument("--loss-on", choices=("answers", "everything"), default="answers")
     line.add_argument("--prompt-key", help="column of the question, if it is not called prompt")
@@ -126,6 +129,7 @@ def make_session(options: argparse.Namespace) -> Session:
         prompt_key=options.prompt_key,
         response_key=options.response_key,
         response_template=options.response_template,
+        streaming=options.streaming,
         report_to=options.report_to,
         data_order=options.data_order,
         early_stopping_patience=options.early_stopping_patience,
@@ -147,11 +151,27 @@ def _check_values(options: argparse.Namespace, recipe: Recipe) -> None:
             because="it watches the loss of held-out examples, and none are held out",
             fix="--eval-fraction 0.05",
         )
+    _check_streaming(options, recipe)
     if options.merge and recipe.method == "full":
         raise ConfigError(
             "--merge, and the plan's method is full",
             because="full fine-tuning writes full weights anyway; there is no adapter to merge",
             fix="leave --merge out",
+        )
+
+
+def _check_streaming(options: argparse.Namespace, recipe: Recipe) -> None:
+    if options.streaming and options.max_steps is None:
+        raise ConfigError(
+            "--streaming without --max-steps",
+            because="how many examples a stream has is not known before its end",
+            fix="--max-steps 1000",
+        )
+    if options.streaming and recipe.packing:
+        raise ConfigError(
+            "--streaming, and the plan packs examples",
+            because="packing sorts the examples by length, all of them",
+            fix="a plan with --no-packing, or leave --streaming out",
         )
 
 

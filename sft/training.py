@@ -20,6 +20,7 @@ from sft.order import longest
 from sft.ranks import Rank, current_rank
 from sft.session import Session
 from sft.software import check_software
+from sft.stream import open_stream
 from zplan import files
 from zplan.errors import DoesNotFitError, ExitCode
 
@@ -90,7 +91,7 @@ def prepare(session: Session) -> Prepared:
     session = _share(session)
     recipe = session.plan.recipe
     tokenizer = build.load_tokenizer(session.plan.model_path)
-    loaded = data.load_data(str(recipe.dataset), tokenizer, data_options(session))
+    loaded = _load_data(session, tokenizer)
     if place.is_first:
         outputs.print_data_report(loaded)
     total_steps = num_steps(session, len(loaded.train))
@@ -104,7 +105,7 @@ def prepare(session: Session) -> Prepared:
         args,
         model,
         tokenizer,
-        data.to_dataset(loaded.train),
+        data.to_dataset(loaded.train) if loaded.stream is None else loaded.stream,
         eval_dataset=data.to_dataset(loaded.held_out) if loaded.held_out else None,
         first=_first_rows(session, loaded.train),
         callbacks=_callbacks(session, place, timer, stop),
@@ -130,6 +131,13 @@ def _share(session: Session) -> Session:
     box: list[Any] = [files.to_data(session)]
     dist.broadcast_object_list(box, src=0)
     return files.from_data(Session, box[0], name="rank 0's session")
+
+
+def _load_data(session: Session, tokenizer: Any) -> data.Data:
+    source, options = str(session.plan.recipe.dataset), data_options(session)
+    if session.streaming:
+        return open_stream(source, tokenizer, options, shuffled=True)
+    return data.load_data(source, tokenizer, options)
 
 
 def data_options(session: Session) -> data.DataOptions:
@@ -158,7 +166,7 @@ def num_steps(session: Session, num_examples: int) -> int:
 def _first_rows(session: Session, examples: Sequence[data.Example]) -> tuple[int, ...]:
     """The longest examples, one whole step of them: the same however many ranks share it, so that a run may go on with
     another number of ranks. Packed sequences are all of one length."""
-    if session.plan.recipe.packing or session.data_order == "shuffled":
+    if session.streaming or session.plan.recipe.packing or session.data_order == "shuffled":
         return ()
     return longest([len(item.input_ids) for item in examples], session.plan.recipe.train_batch_size)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from zplan.backends.outcome import Observed, RankError, RankExit, classify
+from zplan.errors import MachineError
 from zplan.trial import Outcome
 
 
@@ -125,6 +126,17 @@ def test_a_refusal_before_the_first_step_is_a_bad_config() -> None:
         errors={0: RankError(type="builtins.ValueError", message="a setting that nobody knows", phase="init")},
     )
     assert classify(observed)[0] is Outcome.BAD_CONFIG
+
+
+def test_a_missing_library_is_a_broken_machine_and_says_what_to_type() -> None:
+    error = MachineError("bitsandbytes is not installed", because="qlora needs it", fix="pip install bitsandbytes")
+    observed = Observed(
+        exits=(RankExit(rank=0, returncode=4, ended_at=5.0),),
+        errors={0: RankError(type="zplan.errors.MachineError", message=str(error), phase="init", traceback="...")},
+    )
+    outcome, message = classify(observed)
+    assert outcome is Outcome.ENV_BROKEN
+    assert "pip install bitsandbytes" in message
 
 
 def test_the_word_error_alone_is_no_failure() -> None:

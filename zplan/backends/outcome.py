@@ -110,6 +110,7 @@ RULES: tuple[Rule, ...] = (
     _rule(Outcome.ENV_BROKEN, r"ModuleNotFoundError: No module named", "make setup"),
     _rule(Outcome.ENV_BROKEN, r"(?<!Lazy)ImportError: ", "make setup"),
     _rule(Outcome.ENV_BROKEN, r"EADDRINUSE|Address already in use", "end the process that holds the port; run again"),
+    _rule(Outcome.ENV_BROKEN, r"zplan\.errors\.MachineError: [^\n]*(\n  because: [^\n]*)?(\n  try: [^\n]*)?"),
     # GPU memory.
     _rule(Outcome.GPU_OOM, r"torch\.OutOfMemoryError|OutOfMemoryError: CUDA|CUDA out of memory|HIP out of memory"),
     _rule(Outcome.GPU_OOM, r"CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED|CUDA error: out of memory"),
