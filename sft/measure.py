@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from sft import build, data
 from sft.meter import CpuMeter, CudaMeter, make_meter, measure_pinned_bytes, measure_used_bytes, peak_resident_bytes
 from sft.ranks import Rank
 from sft.software import check_software
-from zplan.trial import Outcome, TrialResult, TrialSpec
+from zplan.trial import Outcome, TrialResult, TrialSpec, clearly_slower
 from zplan.zero_config import deepspeed_config
 
 if TYPE_CHECKING:
@@ -50,8 +50,9 @@ class StepClock(TrainerCallback):  # type: ignore[misc]
         self.meter = meter
         self.progress = progress
         self.trainer: build.PlanTrainer | None = None
-        self.ends: list[float] = []
+        self.step_seconds: list[float] = []
         self.tokens_before: Any = 0
+        self._mark = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """DeepSpeed's engine exists now; its optimizer step is a phase of its own."""
@@ -66,19 +67,32 @@ class StepClock(TrainerCallback):  # type: ignore[misc]
         engine.step = step
         self.progress.enter("steps")
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the warm-up, or the timed step."""
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Close the warm-up, or the timed step; end a trial that is clearly slower than the best."""
         assert self.trainer is not None
         self.progress.beat()
         if state.global_step < self.spec.warmup_steps:
-            return
+            return control
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         if state.global_step == self.spec.warmup_steps:
             self.finish_warmup()
             if dist.is_initialized():
                 dist.barrier()
-        self.ends.append(time.perf_counter())
+        else:
+            self.step_seconds.append(time.perf_counter() - self._mark)
+            control.should_training_stop |= self.is_pruned(args.device)
+        self._mark = time.perf_counter()
+        return control
+
+    def is_pruned(self, device: torch.device) -> bool:
+        """Rank 0 decides for all: ranks that end in different steps would wait for each other for ever."""
+        if not self.spec.best_step_seconds or len(self.step_seconds) == self.spec.timed_steps:
+            return False
+        decision = torch.tensor(clearly_slower(self.step_seconds, self.spec.best_step_seconds), device=device).int()
+        if dist.is_initialized():
+            dist.broadcast(decision, src=0)
+        return bool(decision.item())
 
     def finish_warmup(self) -> None:
         """From here on nothing but the clock runs beside the trainer."""
@@ -86,10 +100,6 @@ class StepClock(TrainerCallback):  # type: ignore[misc]
         self.meter.finish_phases()
         self.trainer.meter = None
         self.tokens_before = self.trainer.seen_tokens
-
-    @property
-    def step_seconds(self) -> list[float]:
-        return [after - before for before, after in zip(self.ends, self.ends[1:], strict=False)]
 
 
 def measure_trial(spec: TrialSpec, out_dir: Path, place: Rank, progress: Progress) -> TrialResult | None:
@@ -172,11 +182,23 @@ def _gather(
     if not place.is_first:
         return None
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return summarise(
+    result = summarise(
         [RankReport(**item) for item in gathered],
         clock.step_seconds,
         message=f"loss {losses[0]:.4f} to {losses[-1]:.4f}",
     )
+    return as_pruned(result, spec) if len(clock.step_seconds) < spec.timed_steps else result
+
+
+def as_pruned(result: TrialResult, spec: TrialSpec) -> TrialResult:
+    """The result of a trial that ended early, with what it has measured."""
+    steps = result.timed_step_seconds
+    best = spec.best_step_seconds[: len(steps)]
+    message = (
+        f"ended after {len(steps)} of {spec.timed_steps} timed steps: "
+        f"{sum(steps) / sum(best):.1f} times the seconds of the fastest trial; {result.message}"
+    )
+    return replace(result, outcome=Outcome.PRUNED, message=message)
 
 
 def summarise(reports: list[RankReport], step_seconds: list[float], *, message: str) -> TrialResult:
@@ -195,6 +217,7 @@ def summarise(reports: list[RankReport], step_seconds: list[float], *, message: 
         host_pinned_bytes=_total([report.pinned_bytes for report in node]),
         phases={phase: max(report.phases.get(phase, 0) for report in reports) for phase in phases},
         step_seconds=statistics.median(step_seconds) if step_seconds else None,
+        timed_step_seconds=tuple(step_seconds),
         tokens_per_second=sum(report.tokens for report in reports) / elapsed if elapsed else None,
         versions={name: version(name) for name in _VERSIONED},
     )

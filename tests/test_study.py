@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from zplan import files
 from zplan.errors import ConfigError, MachineError
 from zplan.ledger import load_study
 from zplan.plan import Plan
-from zplan.trial import Outcome, TrialResult, TrialSpec
+from zplan.trial import Evidence, Outcome, TrialResult, TrialSpec, clearly_slower
 
 ROOT = Path(__file__).parents[1]
 
@@ -275,3 +275,32 @@ def test_a_database_url_works_too(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/study.db"
     first = tune(url, 2)
     assert tune(url, 3).records[: len(first.records)] == first.records
+
+
+@dataclass
+class WithSteps:
+    """An oracle whose trials are timed step by step and end early when they are clearly slower."""
+
+    inner: Oracle
+    evidence: Evidence = "measured"
+
+    def run(self, spec: TrialSpec) -> TrialResult:
+        result = self.inner.run(spec)
+        if result.step_seconds is None:
+            return result
+        if clearly_slower([result.step_seconds], spec.best_step_seconds):
+            return replace(result, outcome=Outcome.PRUNED, timed_step_seconds=(result.step_seconds,))
+        return replace(result, timed_step_seconds=(result.step_seconds,) * spec.timed_steps)
+
+
+def test_slower_trials_are_pruned_and_never_win(tmp_path: Path) -> None:
+    """The wrong half of the formula's ranking is far slower; the search learns it from one step."""
+    backend = WithSteps(Oracle(SHAPE, error=0.8, seed=2))
+    outcome = tune(_study(tmp_path), 12, backend=backend)
+    outcomes = {record.result.outcome for record in outcome.records}
+    assert outcomes == {Outcome.OK, Outcome.PRUNED}
+    assert outcome.best is not None
+    assert outcome.best.result.outcome is Outcome.OK
+    fastest = max(record.result.tokens_per_second or 0.0 for record in outcome.records)
+    assert outcome.best.result.tokens_per_second == fastest
+    assert tune(_study(tmp_path), 12, backend=backend).num_resumed == len(outcome.records)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,13 @@ def _recipe(model: Path, dataset: Path) -> Recipe:
     return Recipe(model=str(model), dataset=str(dataset), dtype="fp32", max_length=64, train_batch_size=4)
 
 
-def _spec(model: Path, dataset: Path, *, deadline_seconds: float = 300.0) -> TrialSpec:
+def _spec(
+    model: Path, dataset: Path, *, deadline_seconds: float = 300.0, best_step_seconds: tuple[float, ...] = ()
+) -> TrialSpec:
     recipe = _recipe(model, dataset)
     zero = ZeroConfig(stage=2, reduce_bucket_size=100_000)
     return TrialSpec(
+        best_step_seconds=best_step_seconds,
         recipe=recipe,
         cluster=CLUSTER,
         model_path=str(model),
@@ -72,29 +76,44 @@ def test_a_real_study_of_two_ranks_becomes_a_plan_that_resumes(
     assert plan.choice.batch.world_size == 2
 
 
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealBackend]:
+    """One warm server for all tests that need nothing else of it."""
+    backend = RealBackend(tmp_path_factory.mktemp("warm"))
+    yield backend
+    backend.close()
+
+
 @pytest.mark.slow
 def test_a_cold_trial_gives_the_same_loss_as_a_warm_one(
-    tmp_path: Path, tiny_model_dir: Path, tiny_dataset: Path
+    tmp_path: Path, warm: RealBackend, tiny_model_dir: Path, tiny_dataset: Path
 ) -> None:
     spec = _spec(tiny_model_dir, tiny_dataset)
-    warm = RealBackend(tmp_path / "warm")
-    try:
-        answers = [RealBackend(tmp_path / "cold", ColdLauncher()).run(spec), warm.run(spec)]
-    finally:
-        warm.close()
+    answers = [RealBackend(tmp_path / "cold", ColdLauncher()).run(spec), warm.run(spec)]
     assert [answer.outcome for answer in answers] == [Outcome.OK] * 2, [answer.message for answer in answers]
     assert answers[0].message == answers[1].message  # "loss 6.2619 to 6.2682"
 
 
 @pytest.mark.slow
-def test_a_warm_trial_past_its_deadline_ends_and_the_server_goes_on(
-    tmp_path: Path, tiny_model_dir: Path, tiny_dataset: Path
+def test_a_trial_that_is_clearly_slower_ends_early_with_what_it_measured(
+    warm: RealBackend, tiny_model_dir: Path, tiny_dataset: Path
 ) -> None:
-    backend = RealBackend(tmp_path / "trials")
-    try:
-        assert backend.run(_spec(tiny_model_dir, tiny_dataset)).outcome is Outcome.OK
-        late = backend.run(_spec(tiny_model_dir, tiny_dataset, deadline_seconds=0.5))
-        assert late.outcome is Outcome.TIMED_OUT
-        assert backend.run(_spec(tiny_model_dir, tiny_dataset)).outcome is Outcome.OK
-    finally:
-        backend.close()
+    fast, slow = (
+        warm.run(_spec(tiny_model_dir, tiny_dataset, best_step_seconds=best)) for best in ((60.0,) * 2, (1e-6,) * 2)
+    )
+    assert (fast.outcome, len(fast.timed_step_seconds)) == (Outcome.OK, 2), fast.message
+    assert (slow.outcome, len(slow.timed_step_seconds)) == (Outcome.PRUNED, 1), slow.message
+    assert "after 1 of 2 timed steps" in slow.message
+    assert slow.tokens_per_second
+    assert slow.gpu_allocated_bytes == fast.gpu_allocated_bytes
+    assert slow.phases == fast.phases
+
+
+@pytest.mark.slow
+def test_a_warm_trial_past_its_deadline_ends_and_the_server_goes_on(
+    warm: RealBackend, tiny_model_dir: Path, tiny_dataset: Path
+) -> None:
+    assert warm.run(_spec(tiny_model_dir, tiny_dataset)).outcome is Outcome.OK
+    late = warm.run(_spec(tiny_model_dir, tiny_dataset, deadline_seconds=0.5))
+    assert late.outcome is Outcome.TIMED_OUT
+    assert warm.run(_spec(tiny_model_dir, tiny_dataset)).outcome is Outcome.OK

@@ -190,7 +190,7 @@ class Ledger:
         if "record" not in trial.user_attrs:
             trial.set_user_attr("record", files.to_data(record))
         trial.set_constraint("memory", 1.0 if out_of_memory(record.result) else -1.0)
-        trial.set_constraint("runs", -1.0 if record.result.outcome in (Outcome.OK, Outcome.PRUNED) else 1.0)
+        trial.set_constraint("runs", -1.0 if has_speed(record.result) else 1.0)
         # An infeasible trial's value is never read (constraints rank first); Optuna wants a number with COMPLETE.
         self._study.tell(number, record.result.tokens_per_second or 0.0, skip_if_finished=True)
 
@@ -217,6 +217,11 @@ class Ledger:
 def out_of_memory(result: TrialResult) -> bool:
     """GPU or host memory did not suffice."""
     return result.outcome in (Outcome.GPU_OOM, Outcome.HOST_OOM)
+
+
+def has_speed(result: TrialResult) -> bool:
+    """The configuration ran and its speed is known, if only from a few steps."""
+    return result.outcome in (Outcome.OK, Outcome.PRUNED)
 
 
 def open_ledger(path: str, question: Question) -> Ledger:
@@ -254,12 +259,11 @@ def _create(storage: BaseStorage, path: str, question: Question) -> optuna.Study
 
 
 def _salvaged_trial(record: Record) -> optuna.trial.FrozenTrial:
-    failed = record.result.outcome not in (Outcome.OK, Outcome.PRUNED)
     return optuna.create_trial(
         state=TrialState.COMPLETE,
         value=record.result.tokens_per_second or 0.0,
         user_attrs={"record": files.to_data(record)},
-        constraints={"runs": 1.0 if failed else -1.0},
+        constraints={"runs": -1.0 if has_speed(record.result) else 1.0},
     )
 
 

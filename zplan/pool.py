@@ -12,7 +12,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState, create_trial
 
-from zplan.ledger import Record
+from zplan.ledger import Record, has_speed
 from zplan.space import Draft, Elements, Options, Range, Share, Space, Suggester, Value, world_sizes
 from zplan.trial import Outcome
 from zplan.zero_config import Choice
@@ -118,7 +118,7 @@ def _as_optuna(space: Space, record: Record) -> optuna.trial.FrozenTrial:
         value=record.result.tokens_per_second or 0.0,
         params=draft,
         distributions={name: _distribution(ranges[name], value) for name, value in draft.items()},
-        constraints={"memory": 1.0 if record.result.outcome is not Outcome.OK else -1.0},
+        constraints={"memory": -1.0 if has_speed(record.result) else 1.0},
     )
 
 

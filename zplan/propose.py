@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from zplan.ledger import Origin, Record, Running, out_of_memory
+from zplan.ledger import Origin, Record, Running, has_speed, out_of_memory
 from zplan.model_shape import ModelShape
 from zplan.pool import first_order_choices, suggestions
 from zplan.recipe import Recipe
@@ -19,7 +19,7 @@ from zplan.settings import hf_auto_zero
 from zplan.space import Space, nearest_micro_batch, world_sizes
 from zplan.speed.estimate import estimate_speed
 from zplan.surrogate import Observation, Surrogate, features, make_kernel, share_of
-from zplan.trial import Outcome, TrialResult
+from zplan.trial import TrialResult
 from zplan.zero_config import Choice, OffloadOptimizer, OffloadParam, batch_sizes
 
 _SEEDS = 4
@@ -106,7 +106,7 @@ class Proposer:
         return Observation(
             point=features(self._space.knobs, self._space.draft(record.choice)),
             log_predicted=_log_speed(predicted),
-            log_measured=log(measured) if measured and record.result.outcome is Outcome.OK else None,
+            log_measured=log(measured) if measured and has_speed(record.result) else None,
             log_share=self._log_share(predicted),
             out_of_memory=out_of_memory(record.result),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from zplan.backends.formula import FormulaBackend
 from zplan.calibrate import Accuracy, accuracy, learn, load_corrections, save_corrections
 from zplan.errors import MachineError
 from zplan.hardware import Cluster
-from zplan.ledger import Ledger, Question, Record, Running, open_ledger
+from zplan.ledger import Ledger, Question, Record, Running, has_speed, open_ledger
 from zplan.model_shape import ModelShape
 from zplan.narrowing import narrow
 from zplan.plan import Plan
@@ -202,7 +202,7 @@ class Search:
                 return "every configuration that can fit has been tried"
             low = proposal.expected_gain is not None and proposal.expected_gain < _LEAST_GAIN
             hopeless = hopeless + 1 if low else 0
-            ran = sum(record.result.outcome is Outcome.OK for record in self.ledger.records())
+            ran = sum(has_speed(record.result) for record in self.ledger.records())
             if hopeless >= _PATIENCE and ran >= _LEAST_TRIALS:
                 return (
                     f"the best untried configuration promises only {proposal.expected_gain:.1%} more, "
@@ -238,7 +238,7 @@ class Search:
     def _run_one(self, trial: Running, proposal: Proposal) -> None:
         self.observer.trial_started(trial, proposal)
         try:
-            result = self.backend.run(self._spec(proposal.choice))
+            result = self.backend.run(replace(self._spec(proposal.choice), best_step_seconds=self._to_beat(proposal)))
         except BaseException:
             self.ledger.abandon(trial)
             raise
@@ -252,6 +252,11 @@ class Search:
         record = self.ledger.finish(trial, self._record(trial, proposal, result))
         self._durations.append(record.finished - record.started)
         self.observer.trial_finished(record, self._progress())
+
+    def _to_beat(self, proposal: Proposal) -> tuple[float, ...]:
+        """Timed steps of the fastest trial; none for a confirmation, which must run to its end."""
+        ranked = rank_records(self.ledger.records()) if proposal.origin != "confirm" else []
+        return ranked[0].result.timed_step_seconds if ranked else ()
 
     def _record(self, trial: Running, proposal: Proposal, result: TrialResult) -> Record:
         return Record(

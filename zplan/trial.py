@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import log, sqrt
+from statistics import fmean, stdev
 from typing import Literal
 
 from zplan.hardware import Cluster
@@ -34,6 +36,28 @@ def progress_file(rank: int) -> str:
 def log_file(rank: int) -> str:
     """stdout and stderr of a rank."""
     return f"log_{rank}.txt"
+
+
+_STEP_SCATTER = 0.10
+"""Standard deviation of the log of one step's seconds, at the least: two or three steps cannot show it themselves."""
+_BOUND_DEVIATIONS = 2.0
+"""Half width of a confidence bound, in standard errors."""
+
+
+def clearly_slower(step_seconds: Sequence[float], best_step_seconds: Sequence[float]) -> bool:
+    """Whether a trial's lower confidence bound of log step seconds is already above the fastest trial's upper one.
+
+        mean(log t) - 2 s / sqrt(k) > mean(log b) + 2 s / sqrt(k)
+
+    Step i of both trains on the same examples, so steps are compared with the best trial's first k; s is the larger of
+    the sample's own deviation around the best's steps and 10 %. One step must take 1.5 times as long, two 1.33 times.
+    """
+    pairs = list(zip(step_seconds, best_step_seconds, strict=False))
+    if not pairs:
+        return False
+    ratios = [log(mine / best) for mine, best in pairs]
+    scatter = max(_STEP_SCATTER, stdev(ratios) if len(ratios) > 1 else 0.0)
+    return fmean(ratios) > 2 * _BOUND_DEVIATIONS * scatter / sqrt(len(ratios))
 
 
 class Outcome(StrEnum):
@@ -63,6 +87,8 @@ class TrialSpec:
     timed_steps: int = 3
     weights: Literal["random", "real"] = "random"
     deadline_seconds: float = 600.0
+    best_step_seconds: tuple[float, ...] = ()
+    """Timed steps of the fastest trial so far; a trial that is clearly slower ends early, as `pruned`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +111,8 @@ class TrialResult:
     """Phase -> peak allocated bytes on the worst rank: load, init, forward, backward, step, save."""
     step_seconds: float | None = None
     """Median of the timed steps (one optimizer step, all micro-batches)."""
+    timed_step_seconds: tuple[float, ...] = ()
+    """Each timed step; fewer than were asked for if the trial was pruned."""
     tokens_per_second: float | None = None
     """Real, non-padding tokens of all ranks per second of wall clock."""
     wall_seconds: float | None = None

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 VERDICT_STYLE = {"fits": "green", "tight": "yellow", "does_not_fit": "red"}
 VERDICT_TEXT = {"fits": "fits", "tight": "tight", "does_not_fit": "does not fit"}
+_OUTCOME_STYLE = {Outcome.OK: "green", Outcome.PRUNED: "yellow"}
 _SEVERITY_STYLE = {"ok": "green", "warning": "yellow", "broken": "red"}
 
 
@@ -202,7 +203,7 @@ def render_machine(cluster: Cluster, findings: Sequence[Finding]) -> RenderableT
 
 
 def outcome_text(outcome: Outcome) -> Text:
-    return Text(outcome.value, style="green" if outcome is Outcome.OK else "red")
+    return Text(outcome.value, style=_OUTCOME_STYLE.get(outcome, "red"))
 
 
 def render_records(records: Sequence[Record], *, best: Record | None) -> RenderableType:
