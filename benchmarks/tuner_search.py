@@ -7,6 +7,9 @@ micro-batch, overlap, bucket size, number of GPUs) gets its own hidden factor on
 scatters by 2 %. zplan sees the unbent formula; the others see only their trials. All ask the same world with the same
 seeds. The best is the best, without noise, of 2000 random configurations, a grid of the first-order knobs, and a climb
 of 500 steps from there. Answers and finished rows are kept in .cache/benchmarks: a run that was stopped goes on.
+
+Limits: the hidden factors multiply, as zplan's model of a machine assumes too; where errors interact in other ways, more
+trials are needed. A trial costs one whatever it takes, so what pruning saves is not counted.
 """  # noqa: E501
 
 from __future__ import annotations
