@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import platform
 from dataclasses import asdict
 from importlib.metadata import version
@@ -243,6 +244,7 @@ def model_card(report: dict[str, Any], session: Session) -> str:
     losses = report["loss_history"]
     speed = report["tokens_per_second"]
     adapter = "" if recipe.method == "full" else f", r = {recipe.lora_r}, alpha = {recipe.lora_alpha}"
+    adapter += "".join(f", {name}" for name in ("use_rslora", "use_dora", "load_in_8bit") if getattr(recipe, name))
     rows = [
         ("base model", recipe.model),
         ("data", recipe.dataset),
@@ -254,17 +256,26 @@ def model_card(report: dict[str, Any], session: Session) -> str:
         ("training loss", f"{losses[0]['loss']:.4f} to {losses[-1]['loss']:.4f}" if losses else "-"),
         ("held-out loss", f"{held_out['before']} to {held_out['after']}" if held_out["examples"] else "-"),
         ("tokens per second", f"{speed:.0f}" if speed else "-"),
-        ("GPU memory allocated, worst rank", format_bytes(report["gpu"]["measured"]["allocated_bytes"])),
-        ("host memory, all ranks of a node", format_bytes(report["host"]["measured"]["resident_bytes"])),
+        ("GPU memory allocated, worst rank", _against(report["gpu"], "allocated_bytes")),
+        ("host memory, all ranks of a node", _against(report["host"], "resident_bytes")),
         ("versions", ", ".join(f"{name} {number}" for name, number in report["versions"].items())),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     library = "transformers" if recipe.method == "full" else "peft"
+    base = "" if Path(recipe.model).exists() else f"base_model: {recipe.model}\n"
     name = Path(session.output_dir).name
     return (
-        f"---\nlibrary_name: {library}\ntags: [sft, trl, deepspeed, zplan]\n---\n\n# {name}\n\n"
-        f"Fine-tuned with `python -m sft.train` from a zplan plan (`run.json` holds it).\n\n| | |\n|---|---|\n{table}\n"
+        f"---\nlibrary_name: {library}\n{base}tags: [sft, trl, deepspeed, zplan]\n---\n\n# {name}\n\n"
+        "Fine-tuned with `python -m sft.train` from a zplan plan (`run.json` holds it).\n\n"
+        f"| | |\n|---|---|\n{table}\n\n"
+        f"## DeepSpeed configuration\n\n```json\n{json.dumps(dict(session.plan.deepspeed), indent=2)}\n```\n"
     )
+
+
+def _against(figures: dict[str, Any], key: str) -> str:
+    measured, predicted = figures["measured"][key], (figures["predicted"] or {}).get(key)
+    text = "not measured" if measured is None else format_bytes(measured)
+    return text if predicted is None else f"{text} (predicted {format_bytes(predicted)})"
 
 
 def print_summary(report: dict[str, Any], session: Session) -> None:

@@ -46,6 +46,7 @@ def test_deepspeeds_own_parser_reads_the_exported_configuration() -> None:
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_accelerates_own_parser_reads_the_exported_configuration(nodes: int, tmp_path: Path) -> None:
     from accelerate.commands.config.config_args import ClusterConfig
+    from accelerate.utils import DeepSpeedPlugin
 
     path = tmp_path / "accelerate.yaml"
     path.write_text(export_plan(plan(nodes=nodes), "accelerate")["accelerate.yaml"])
@@ -53,6 +54,8 @@ def test_accelerates_own_parser_reads_the_exported_configuration(nodes: int, tmp
     assert str(parsed.distributed_type.value) == "DEEPSPEED"
     assert (parsed.num_machines, parsed.num_processes) == (nodes, 4 * nodes)
     assert parsed.deepspeed_config["deepspeed_config_file"] == DEEPSPEED_FILE
+    (tmp_path / DEEPSPEED_FILE).write_text(export_plan(plan(nodes=nodes), "accelerate")[DEEPSPEED_FILE])
+    assert DeepSpeedPlugin(hf_ds_config=str(tmp_path / DEEPSPEED_FILE)).zero_stage == 2
 
 
 def test_torchrun_and_slurm_carry_the_whole_plan(tmp_path: Path) -> None:
@@ -125,6 +128,35 @@ def test_switches_are_spelt_as_each_tool_spells_them() -> None:
     for flag in ("--use_dora true", "--use_rslora true", "--neftune_noise_alpha 5.0", "--modules_to_save lm_head norm"):
         assert flag in swift
     assert "dora" not in "".join(export_plan(plan(method="lora"), "ms-swift").values())
+
+
+KNOWN_KEYS = {
+    "axolotl": """
+        base_model datasets output_dir sequence_len sample_packing micro_batch_size gradient_accumulation_steps
+        num_epochs optimizer learning_rate lr_scheduler max_grad_norm bf16 fp16 attn_implementation
+        gradient_checkpointing seed deepspeed neftune_noise_alpha adapter lora_r lora_alpha lora_dropout load_in_4bit
+        load_in_8bit lora_target_linear lora_target_modules lora_modules_to_save peft_use_rslora peft_use_dora
+    """,
+    "llama-factory": """
+        model_name_or_path stage do_train finetuning_type dataset_dir dataset template cutoff_len packing flash_attn
+        disable_gradient_checkpointing output_dir per_device_train_batch_size gradient_accumulation_steps
+        learning_rate num_train_epochs max_grad_norm optim bf16 fp16 seed deepspeed neftune_noise_alpha lora_rank
+        lora_alpha lora_dropout lora_target use_rslora use_dora additional_target quantization_bit
+    """,
+}
+"""Looked up one by one, because the tools are not installed here.
+
+axolotl: src/axolotl/utils/schemas/{config,peft,training,model,datasets}.py. LLaMA-Factory:
+src/llamafactory/hparams/{model,data,finetuning}_args.py, and transformers' TrainingArguments.
+"""
+
+
+@pytest.mark.parametrize(("target", "file"), [("axolotl", "axolotl.yaml"), ("llama-factory", "llama_factory.yaml")])
+def test_every_key_is_one_that_the_tools_schema_has(target: str, file: str) -> None:
+    switches = {"use_dora": True, "use_rslora": True, "neftune_noise_alpha": 5.0, "modules_to_save": ("lm_head",)}
+    for given in (plan(), plan(method="qlora", **switches), plan(method="lora", lora_target=("q_proj",), **switches)):
+        keys = yaml.safe_load(export_plan(given, target)[file]).keys()
+        assert keys <= set(KNOWN_KEYS[target].split())
 
 
 ROWS: dict[str, dict[str, Any]] = {

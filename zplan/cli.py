@@ -154,13 +154,15 @@ def report(study: str, *, out: str) -> None:
 @click.option("--out", default="profiles/export", help="Folder to write into.", show_default=True)
 def export(plan: str, *, to: str, out: str) -> None:
     """Write PLAN, a plan of profiles/, as the files of another tool."""
-    from zplan.export import export_plan
+    from zplan.export import KEYS_FROM, export_plan
     from zplan.files import load, save_text
     from zplan.plan import Plan
 
     for name, text in export_plan(load(Plan, plan), to).items():
         save_text(text, Path(out) / name)
         _show(f"wrote {Path(out) / name}")
+    if to in KEYS_FROM:
+        _show(f"note: keys are those of {KEYS_FROM[to]}; that tool's own parser has not read these files")
 
 
 @app.command()

@@ -312,3 +312,9 @@ _WRITERS: dict[str, Callable[[Plan], dict[str, str]]] = {
     "ms-swift": _ms_swift,
 }
 TARGETS = tuple(_WRITERS)
+KEYS_FROM: Mapping[str, str] = {
+    "axolotl": "axolotl 0.19's schema",
+    "llama-factory": "LLaMA-Factory 0.9.5's arguments",
+    "ms-swift": "ms-swift 4.6's arguments",
+}
+"""Targets whose own parser does not read the files in our tests, and where their keys were looked up."""

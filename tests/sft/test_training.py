@@ -44,7 +44,7 @@ def losses(report: dict[str, Any]) -> list[float]:
     return [entry["loss"] for entry in report["loss_history"]]
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (1, 2), (2, 2), (3, 2)])
 def test_a_full_fine_tuning_learns_and_leaves_a_model_that_transformers_loads(
     warm: WarmServer, tiny_model_dir: Path, tiny_dataset: Path, tmp_path: Path, stage: int, ranks: int
 ) -> None:
@@ -61,6 +61,14 @@ def test_a_full_fine_tuning_learns_and_leaves_a_model_that_transformers_loads(
     assert all(after[name].shape == before[name].shape for name in before)
     assert not after["lm_head.weight"].equal(before["lm_head.weight"])
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template
+    card = (tmp_path / "README.md").read_text()
+    for shown in (
+        f"| ZeRO stage, ranks | {stage}, {ranks} |",
+        "| training loss |",
+        "deepspeed 0.",
+        f'"stage": {stage}',
+    ):
+        assert shown in card
 
 
 def test_weights_of_a_tied_model_are_gathered_after_an_evaluation(
@@ -82,11 +90,18 @@ def test_weights_of_a_tied_model_are_gathered_after_an_evaluation(
 def test_lora_leaves_an_adapter_and_an_answer(
     warm: WarmServer, tiny_model_dir: Path, tiny_dataset: Path, tmp_path: Path, stage: int, ranks: int
 ) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
     plan = make_plan(make_recipe(tiny_model_dir, tiny_dataset, method="lora"), stage=stage, ranks=ranks)
     report = train(warm, make_session(plan, tmp_path, sample_prompt="Which wall?", sample_tokens=4))
     assert (tmp_path / "adapter_model.safetensors").stat().st_size > 0
     assert not (tmp_path / "model.safetensors").exists()
     assert report["samples"][0].keys() == {"prompt", "before", "after"}
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), tmp_path)
+    trained = [weight for name, weight in model.named_parameters() if "lora_B" in name]
+    assert trained
+    assert all(weight.abs().sum() > 0 for weight in trained)  # they start at zero
 
 
 def test_losses_are_equal_at_every_stage(
