@@ -18,6 +18,7 @@ import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
+from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, set_seed
@@ -387,4 +388,10 @@ def build_trainer(
             first=first,
         )
     trainer.remove_callback(PrinterCallback)
+    if trainer.accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise MachineError(
+            f"accelerate would train with {trainer.accelerator.distributed_type}, without DeepSpeed",
+            because="a variable of this environment decides it, and the plan's configuration would be ignored",
+            fix="unset the variables that `env | grep ACCELERATE` shows",
+        )
     return trainer

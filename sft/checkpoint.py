@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zplan import files
-from zplan.errors import ConfigError, MachineError, ZplanError
+from zplan.errors import ConfigError, DoesNotFitError, MachineError, ZplanError
+from zplan.units import format_bytes
 
 MARK = "zplan_checkpoint.json"
 _NAME = re.compile(r"checkpoint-(\d+)$")
 _CONVERT_SECONDS = 6 * 3600
+_UNIVERSAL = "_universal"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +122,32 @@ def require_whole(checkpoint: Path) -> None:
         )
 
 
+def written_bytes(checkpoint: Path) -> int:
+    """Bytes that the training wrote into a checkpoint: all but what a conversion for other ranks has added."""
+    inside = [item for item in checkpoint.rglob("*") if item.is_file()]
+    return sum(item.stat().st_size for item in inside if _UNIVERSAL not in str(item.relative_to(checkpoint)))
+
+
+def conversion_bytes(engine: Path) -> int:
+    """Room that a conversion needs: every optimizer shard in slices, merged again, and the model states copied.
+
+    Source: deepspeed 0.19.8, checkpoint/ds_to_universal.py:1189 (main; the slices are removed at the end).
+    """
+    sizes = {item.name: item.stat().st_size for item in engine.glob("*.pt")}
+    optimizer = sum(size for name, size in sizes.items() if name.endswith("_optim_states.pt"))
+    return 2 * optimizer + (sum(sizes.values()) - optimizer)
+
+
+def _check_room(engine: Path) -> None:
+    needed, free = conversion_bytes(engine), shutil.disk_usage(engine).free
+    if free < needed:
+        raise DoesNotFitError(
+            f"{engine.parent} has {format_bytes(free)} free, {format_bytes(needed - free)} too little to convert it",
+            because="a checkpoint for another number of ranks is written beside the one that is there",
+            fix=f"free {format_bytes(needed - free)}, or resume with the checkpoint's own number of ranks",
+        )
+
+
 def make_universal(checkpoint: Path, *, zero_stage: int) -> bool:
     """Convert a checkpoint for another number of ranks; False if it needs no conversion (stage 0 keeps no shards).
 
@@ -127,6 +155,7 @@ def make_universal(checkpoint: Path, *, zero_stage: int) -> bool:
 
     Raises:
         ConfigError: the checkpoint is of another stage than the plan.
+        DoesNotFitError: the disk has no room for the converted one.
         MachineError: the conversion failed.
     """
     mark = load_mark(checkpoint)
@@ -139,9 +168,10 @@ def make_universal(checkpoint: Path, *, zero_stage: int) -> bool:
     if zero_stage == 0:
         return False
     tag = (checkpoint / "latest").read_text().strip()
-    target = checkpoint / f"{tag}_universal"
+    target = checkpoint / f"{tag}{_UNIVERSAL}"
     if (checkpoint / "latest_universal").is_file() and target.is_dir():
         return True
+    _check_room(checkpoint / tag)
     command = [
         sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal",
         "--input_folder", str(checkpoint / tag), "--output_folder", str(target),
@@ -149,6 +179,7 @@ def make_universal(checkpoint: Path, *, zero_stage: int) -> bool:
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=_CONVERT_SECONDS, check=False)
     if done.returncode != 0 or not (checkpoint / "latest_universal").is_file():
+        shutil.rmtree(target, ignore_errors=True)
         raise MachineError(
             f"{checkpoint.name} could not be converted for another number of ranks",
             because=(done.stderr.strip().splitlines() or ["no message"])[-1],

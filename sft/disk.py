@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from sft.checkpoint import list_checkpoints
+from sft.checkpoint import list_checkpoints, written_bytes
 from zplan.errors import ConfigError, DoesNotFitError
 from zplan.plan import Plan
 from zplan.recipe import Recipe
@@ -116,7 +116,7 @@ def check_disk(plan: Plan, output_dir: Path, *, merge: bool = False) -> None:
     if writes is None:
         return
     free = shutil.disk_usage(output_dir).free
-    there = sum(folder_bytes(item) for item in list_checkpoints(output_dir)[:KEPT_CHECKPOINTS])
+    there = sum(written_bytes(item) for item in list_checkpoints(output_dir)[:KEPT_CHECKPOINTS])
     short = writes.peak_bytes - there - free
     if short <= 0:
         return
@@ -129,8 +129,3 @@ def check_disk(plan: Plan, output_dir: Path, *, merge: bool = False) -> None:
         because=" and ".join(parts),
         fix=f"--output-dir on a disk with {format_bytes(writes.peak_bytes)}{without}, or --force",
     )
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below."""
-    return sum(item.stat().st_size for item in folder.rglob("*") if item.is_file())

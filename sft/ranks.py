@@ -51,7 +51,15 @@ def environment(kind: DeviceKind) -> dict[str, str]:
 
 
 def set_environment(kind: DeviceKind, target: MutableMapping[str, str] = os.environ) -> None:
-    """Set what the user has not set."""
+    """Set what the user has not set; forget what accelerate launch decided, because the plan decides.
+
+    `ACCELERATE_USE_CPU`, which `accelerate launch --cpu` sets, would make accelerate wrap the model in DDP and ignore
+    the plan's DeepSpeed configuration without a word; FSDP or a mixed precision from its config file likewise.
+
+    Source: accelerate 1.15, state.py:915 (AcceleratorState); utils/launch.py (ACCELERATE_*, FSDP_*).
+    """
+    for name in [name for name in target if name.startswith("ACCELERATE_")]:
+        del target[name]
     for name, value in environment(kind).items():
         target.setdefault(name, value)
     if kind == "cpu":

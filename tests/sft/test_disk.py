@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from sft.checkpoint import MARK, Mark, conversion_bytes, make_universal
 from sft.disk import check_disk, expected_writes, weight_shapes
 from tests.sft.warm import make_plan, make_recipe
+from zplan import files
 from zplan.errors import ConfigError, DoesNotFitError
 
 USAGE = namedtuple("USAGE", "total used free")
@@ -48,6 +50,23 @@ def test_checkpoints_that_are_there_need_no_room_again(
     free(monkeypatch, 2 * writes.checkpoint_bytes - 1)
     with pytest.raises(DoesNotFitError):
         check_disk(plan, tmp_path)
+
+
+def test_converting_for_other_ranks_is_refused_before_it_fills_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tmp_path / "checkpoint-3"
+    engine = checkpoint / "global_step3"
+    engine.mkdir(parents=True)
+    files.save(Mark(step=3, world_size=2, zero_stage=2, fingerprint="x"), checkpoint / MARK)
+    (checkpoint / "latest").write_text("global_step3")
+    for rank in (0, 1):
+        (engine / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").write_bytes(bytes(1000))
+    (engine / "mp_rank_00_model_states.pt").write_bytes(bytes(300))
+    assert conversion_bytes(engine) == 2 * (1000 + 1000) + 300  # slices, merged, and the model states again
+    free(monkeypatch, 4299)
+    with pytest.raises(DoesNotFitError, match="1 B too little"):
+        make_universal(checkpoint, zero_stage=2)
 
 
 def test_merging_needs_room_for_the_whole_model_and_leaving_it_out_is_offered(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sft.ranks import adopt_slurm, current_rank, environment, launched_by, rank_variables
+from sft.ranks import adopt_slurm, current_rank, environment, launched_by, rank_variables, set_environment
 from zplan.errors import MachineError
 
 
@@ -51,3 +51,9 @@ def test_cpu_ranks_use_the_cpu_accelerator_and_one_thread() -> None:
     assert variables["DS_ACCELERATOR"] == "cpu"
     assert variables["OMP_NUM_THREADS"] == "1"
     assert "DS_ACCELERATOR" not in environment("cuda")
+
+
+def test_what_accelerate_launch_decided_does_not_reach_the_training() -> None:
+    variables = {"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "bf16", "CUDA_VISIBLE_DEVICES": "1"}
+    set_environment("cuda", variables)
+    assert variables == {**environment("cuda"), "CUDA_VISIBLE_DEVICES": "1"}

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from sft.checkpoint import list_checkpoints
-from sft.disk import expected_writes, folder_bytes
+from sft.checkpoint import conversion_bytes, list_checkpoints, written_bytes
+from sft.disk import expected_writes
 from sft.session import Session, with_resume
 from tests.sft.warm import WarmServer, make_plan, make_recipe, rank_pids
 from zplan import files
@@ -36,7 +36,7 @@ def train(warm: WarmServer, session: Session) -> dict[str, Any]:
     expected = expected_writes(session.plan, merge=False)
     assert expected is not None
     for checkpoint in list_checkpoints(Path(session.output_dir)):
-        assert folder_bytes(checkpoint) <= expected.checkpoint_bytes
+        assert written_bytes(checkpoint) <= expected.checkpoint_bytes
     return dict(files.load_json(Path(session.output_dir) / "training_report.json"))
 
 
@@ -141,6 +141,9 @@ def test_a_run_of_two_ranks_continues_on_one(
     alone, notes = with_resume(replace(session, plan=make_plan(recipe, ranks=1)), str(tmp_path / "checkpoint-3"))
     assert notes[-1] == "converting it from 2 to 1 ranks"
     assert alone.universal
+    converted = tmp_path / "checkpoint-3" / "global_step3_universal"
+    added = sum(item.stat().st_size for item in converted.rglob("*") if item.is_file())
+    assert 0 < added <= conversion_bytes(tmp_path / "checkpoint-3" / "global_step3")
     assert losses(train(warm, alone)) == pytest.approx(losses(unbroken), rel=1e-5)  # fp32 sums in another order
 
 
