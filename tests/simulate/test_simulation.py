@@ -80,6 +80,23 @@ def test_what_cannot_be_simulated_names_the_operation(worker: WorkerClient) -> N
     assert caught.value.operation == "adamw_8bit"
 
 
+@pytest.mark.parametrize(
+    "family",
+    [
+        {"model_type": "gemma3_text", "head_dim": 16},  # a scale that is a tensor made of a Python number
+        {"model_type": "falcon", "new_decoder_architecture": False, "multi_query": True},  # `x[..., [-2], :]`
+        {"model_type": "deepseek_v2", "kv_lora_rank": 16, "q_lora_rank": None, "qk_nope_head_dim": 16,
+         "qk_rope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
+         "num_key_value_heads": 4, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1},  # other heads in v
+    ],
+    ids=lambda family: family["model_type"],
+)  # fmt: skip
+def test_families_that_do_more_than_llama_does_are_simulated(worker: WorkerClient, family: dict[str, object]) -> None:
+    config = {**TINY_LLAMA, "num_key_value_heads": 2, **family}
+    two, three = worker.ask(question(2, config=config)), worker.ask(question(3, config=config))
+    assert two.categories["parameters"] > three.categories["parameters"] > 0
+
+
 def test_cpu_ranks_are_simulated_too(worker: WorkerClient) -> None:
     report = worker.ask(question(2, kind="cpu", world_size=2))
     assert report.gpu_allocated_bytes > 0

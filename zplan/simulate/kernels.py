@@ -130,8 +130,20 @@ def copy_into(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def copy_to(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
+    """`.to(...)`; a tensor made of a Python number keeps its value on the CPU and loses it on the device.
+
+    FakeTensorMode would copy the value as well, and the device has no memory to hold one.
+    """
     source = args[0]
-    out = tracker.run(func, args, kwargs)
+    constant = getattr(source, "constant", None)
+    if constant is not None and kwargs.get("device", source.device).type != "cpu":
+        source.constant = None
+        try:
+            out = tracker.run(func, args, kwargs)
+        finally:
+            source.constant = constant
+    else:
+        out = tracker.run(func, args, kwargs)
     if source.device.type != out.device.type:
         tracker.copy(source.device.type, out.device.type, out.numel() * source.element_size())
     return out

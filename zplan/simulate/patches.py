@@ -70,6 +70,8 @@ def install_fake_tensor_patches(patches: Patches, tracker: Tracker) -> None:
     patches.set(torch, "tensor", constructor)
     patches.set(torch, "empty", _empty_constructor(torch.empty, tracker))
     partition = importlib.import_module("deepspeed.runtime.zero.partition_parameters")
+    # a list of positions goes to the tensor's device below all dispatch, where a simulated device has no kernels
+    patches.set(torch.Tensor, "__getitem__", _getitem(torch.Tensor.__getitem__))
     # zero.Init restores these two on exit
     patches.set(partition, "_orig_torch_tensor", constructor)
     patches.set(partition, "_orig_torch_empty", torch.empty)
@@ -288,6 +290,17 @@ def _tensor_constructor(original: Callable[..., torch.Tensor]) -> Callable[..., 
     return tensor
 
 
+def _getitem(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def getitem(self: torch.Tensor, item: Any) -> torch.Tensor:
+        if type(item) is tuple and any(type(part) is list for part in item) and _on_simulated_device(self.device):
+            item = tuple(torch.tensor(p, device=self.device) if type(p) is list else p for p in item)
+        elif type(item) is list and _on_simulated_device(self.device):
+            item = torch.tensor(item, device=self.device)
+        return original(self, item)
+
+    return getitem
+
+
 def _empty_constructor(original: Callable[..., torch.Tensor], tracker: Tracker) -> Callable[..., torch.Tensor]:
     def empty(*size: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
         if not pin_memory:
@@ -323,7 +336,8 @@ def _attention(original: Callable[..., Any]) -> Callable[..., Any]:
         dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> Any:  # fmt: skip
         half = query.dtype in (torch.float16, torch.bfloat16)
-        if half and attn_mask is None and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0:
+        dims = {query.shape[-1], key.shape[-1], value.shape[-1]}
+        if half and attn_mask is None and len(dims) == 1 and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0:
             return aten._scaled_dot_product_flash_attention(
                 query, key, value, dropout_p, is_causal, return_debug_mask=False, scale=scale
             )[0]
