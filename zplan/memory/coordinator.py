@@ -83,6 +83,45 @@ class Fetches:
 
 
 @dataclass(slots=True)
+class Bounds:
+    """Values of a limit with which every comparison would have come out as it did: low < limit <= high."""
+
+    low: int = -1
+    high: int = sys.maxsize
+
+    def above(self, number: int) -> None:
+        """The limit was above the number."""
+        if number > self.low:
+            self.low = number
+
+    def not_above(self, number: int) -> None:
+        """It was not."""
+        if number < self.high:
+            self.high = number
+
+    def __contains__(self, limit: int) -> bool:
+        return self.low < limit <= self.high
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The three numbers that decide what a coordinator does, in elements."""
+
+    prefetch: int
+    live: int
+    reuse: int
+
+    @classmethod
+    def of(cls, zero: ZeroConfig) -> Limits:
+        """One parameter at a time is prefetched under stage3_allgather_sequential."""
+        return cls(
+            prefetch=1 if zero.stage3_allgather_sequential else zero.stage3_prefetch_bucket_size,
+            live=zero.stage3_max_live_parameters,
+            reuse=zero.stage3_max_reuse_distance,
+        )
+
+
+@dataclass(slots=True)
 class _Gather:
     numbers: tuple[int, ...]
     waiting: int
@@ -101,7 +140,7 @@ class Coordinator:
     def __init__(
         self,
         fetches: Fetches,
-        zero: ZeroConfig,
+        limits: Limits,
         *,
         persistent: frozenset[int],
         external: Sequence[int],
@@ -109,9 +148,8 @@ class Coordinator:
     ) -> None:
         self.fetches, self.persistent, self.external = fetches, persistent, frozenset(external)
         self.trainable = trainable
-        self.max_live = zero.stage3_max_live_parameters
-        self.max_reuse = zero.stage3_max_reuse_distance
-        self.prefetch_numel = 1 if zero.stage3_allgather_sequential else zero.stage3_prefetch_bucket_size
+        self.limits = limits
+        self.prefetch, self.live, self.reuse = Bounds(), Bounds(), Bounds()
         size = len(fetches.numel)
         self.status = [NOT_AVAILABLE] * size
         for number in persistent:
@@ -136,7 +174,7 @@ class Coordinator:
                 if number in self.inflight:
                     self._wait(number)
             self._pop_queue(needed)
-        if self.prefetch_numel > 0 and self.queue:
+        if self.queue:
             self._prefetch()
         self.step += 1
         return tuple(self.actions)
@@ -186,8 +224,16 @@ class Coordinator:
             number not in self.persistent
             and number not in self.external
             and self.last_use[number] <= self.step
-            and self.fetches.distance(number, self.step) >= self.max_reuse
+            and self._is_far(self.fetches.distance(number, self.step))
         )
+
+    def _is_far(self, distance: int) -> bool:
+        """Not used again within stage3_max_reuse_distance."""
+        if distance >= self.limits.reuse:
+            self.reuse.not_above(distance)
+            return True
+        self.reuse.above(distance)
+        return False
 
     def _pop_queue(self, needed: Sequence[int]) -> None:
         missing = {number for number in needed if self.last_use[number] < self.step}
@@ -198,10 +244,9 @@ class Coordinator:
             found.add(number)
 
     def _prefetch(self) -> None:
-        limit = min(self.max_live - self.available_numel, self.prefetch_numel)
         chosen: set[int] = set()
         numel = 0
-        while self.queue and numel < limit:
+        while self.queue and self._prefetches_more(numel):
             number, step = self.queue.popleft()
             self.last_use[number] = max(self.last_use[number], step)
             if self.status[number] == NOT_AVAILABLE and number not in chosen:
@@ -209,6 +254,23 @@ class Coordinator:
                 numel += self.fetches.numel[number]
         if chosen:
             self._gather(sorted(chosen))
+
+    def _prefetches_more(self, numel: int) -> bool:
+        """numel < min(stage3_prefetch_bucket_size, stage3_max_live_parameters - available)."""
+        live = numel + self.available_numel
+        if numel >= self.limits.prefetch:
+            self.prefetch.not_above(numel)
+            return False
+        if live >= self.limits.live:
+            self.live.not_above(live)
+            return False
+        self.prefetch.above(numel)
+        self.live.above(live)
+        return True
+
+    def decides_alike(self, limits: Limits) -> bool:
+        """Whether every decision so far would have been the same under these limits."""
+        return limits.prefetch in self.prefetch and limits.live in self.live and limits.reuse in self.reuse
 
     def _gather(self, numbers: Sequence[int]) -> None:
         wanted = tuple(number for number in numbers if self.status[number] == NOT_AVAILABLE)

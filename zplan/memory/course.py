@@ -7,12 +7,14 @@ calls, added, are the step: `zplan.memory.replay` adds them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal
 
 from zplan.memory.coordinator import Fetches
+from zplan.memory.instances import Instances
 from zplan.memory.meter import Kind, Meter
 from zplan.memory.tape import Event, Step
 from zplan.memory.timeline import (
@@ -56,11 +58,30 @@ Call = tuple[int, int]
 """(Op, number of the module or of the parameter)."""
 
 
+HOOKS = frozenset({Op.PRE_MODULE, Op.POST_MODULE, Op.RECOMPUTED_MODULE, Op.END_RECOMPUTED, Op.READ_HEAD})
+"""Calls that gather and release parameters; no gradient comes or goes in them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reduction:
+    """The calls of a step without the hooks of its modules. One object per distinct sequence."""
+
+    calls: tuple[Call, ...]
+    phases: tuple[int, ...]
+    """Number of the first call of each phase."""
+
+
 @dataclass(frozen=True, eq=False)
 class Script:
     """The calls of a step and what a ZeRO-3 engine must know to follow them. One object per distinct script."""
 
-    calls: Mapping[StepPhase, tuple[Call, ...]]
+    calls: tuple[Call, ...]
+    """Of the whole step, phase after phase."""
+    phases: tuple[int, ...]
+    """Number of the first call of each phase."""
+    reduction: Reduction
+    kept: tuple[int, ...]
+    """Number of each call of the reduction among all calls."""
     fetches: Fetches
     """Modules in the order in which a step fetches them; empty below stage 3."""
     external: tuple[int, ...]
@@ -69,33 +90,14 @@ class Script:
     """Parameters of the output projection."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stretch:
-    """One phase: bytes outside the engine before and at each call."""
-
-    peaks: tuple[int, ...]
-    """Largest moment since the call before."""
-    peak_kinds: tuple[Kinds, ...]
-    levels: tuple[int, ...]
-    """Live while the call runs."""
-    level_kinds: tuple[Kinds, ...]
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Course:
-    """A script with the bytes around its calls."""
+    """A script with the bytes outside the engine. Each call has two moments: the largest since the call before it, and
+    what is live while it runs. Every table of bytes over calls lists moments in this order."""
 
     script: Script
-    stretches: Mapping[StepPhase, Stretch]
-
-
-@dataclass(slots=True)
-class _Noted:
-    calls: list[Call] = field(default_factory=list)
-    peaks: list[int] = field(default_factory=list)
-    peak_kinds: list[Kinds] = field(default_factory=list)
-    levels: list[int] = field(default_factory=list)
-    level_kinds: list[Kinds] = field(default_factory=list)
+    moments: tuple[int, ...]
+    kinds: tuple[Kinds, ...]
 
 
 class _Walk:
@@ -110,10 +112,12 @@ class _Walk:
         self.meter = Meter()
         self.module_base = module_bases(recording)
         self.root = root_module(recording)
-        self.noted: dict[StepPhase, _Noted] = {phase: _Noted() for phase in STEP_PHASES}
-        self.current = self.noted["forward"]
+        self.calls: list[Call] = []
+        self.moments: list[int] = []
+        self.kinds: list[Kinds] = []
+        self.phases = [0]
 
-    def run(self) -> dict[StepPhase, _Noted]:
+    def run(self) -> None:
         """One micro-step and the update."""
         meter, r = self.meter, self.recording
         self.call(Op.BEGIN)
@@ -121,14 +125,13 @@ class _Walk:
         self.pre(self.root)
         self._forward()
         self._loss_forward()
-        self._begin("backward")
+        self._next_phase()
         self._loss_backward()
         self._backward()
         self.call(Op.END_BACKWARD)
         meter.add(Kind.ACTIVATIONS, self._input_bytes() - meter.by_kind[Kind.ACTIVATIONS])
-        self._begin("step")
+        self._next_phase()
         self.call(Op.STEP)
-        return self.noted
 
     def _input_bytes(self) -> int:
         """Adapters under checkpointing make the embedding's output a leaf: it and its gradient stay with the loss,
@@ -141,13 +144,11 @@ class _Walk:
 
     def call(self, op: Op, number: int = 0) -> None:
         """Note the bytes up to here; the engine acts here."""
-        meter, noted = self.meter, self.current
-        noted.calls.append((int(op), number))
-        noted.peaks.append(meter.peak_bytes)
-        noted.peak_kinds.append(meter.peak_by_kind)
+        meter, before = self.meter, self.meter.peak_by_kind
+        self.calls.append((int(op), number))
+        self.moments += (meter.peak_bytes, meter.total_bytes)
         meter.mark()
-        noted.levels.append(meter.total_bytes)
-        noted.level_kinds.append(meter.peak_by_kind)
+        self.kinds += (before, meter.peak_by_kind)
 
     def pre(self, module: int) -> None:
         if self.fetches:
@@ -157,9 +158,9 @@ class _Walk:
         if self.fetches:
             self.call(Op.POST_MODULE, module)
 
-    def _begin(self, phase: StepPhase) -> None:
+    def _next_phase(self) -> None:
         self.call(Op.NOTHING)
-        self.current = self.noted[phase]
+        self.phases.append(len(self.calls))
 
     # -- forward -------------------------------------------------------------------------------------------------
     def _forward(self) -> None:
@@ -273,6 +274,7 @@ class _Walk:
 
 _COURSES: dict[tuple[int, bool, bool], tuple[Recording, Course]] = {}
 _SCRIPTS: dict[tuple[object, ...], Script] = {}
+_REDUCTIONS: dict[tuple[object, ...], Reduction] = {}
 MOST_KEPT = 1024
 
 
@@ -287,39 +289,44 @@ def course(recording: Recording, *, checkpointing: bool, fetches: bool) -> Cours
     known = _COURSES.get(key)
     if known is not None and known[0] is recording:
         return known[1]
-    noted = _Walk(recording, checkpointing=checkpointing, fetches=fetches).run()
-    made = Course(
-        script=_script(recording, noted, checkpointing=checkpointing, fetches=fetches),
-        stretches={
-            phase: Stretch(
-                peaks=tuple(part.peaks),
-                peak_kinds=tuple(part.peak_kinds),
-                levels=tuple(part.levels),
-                level_kinds=tuple(part.level_kinds),
-            )
-            for phase, part in noted.items()
-        },
-    )
+    walk = _Walk(recording, checkpointing=checkpointing, fetches=fetches)
+    walk.run()
+    made = Course(script=_script(walk), moments=tuple(walk.moments), kinds=tuple(walk.kinds))
     if len(_COURSES) >= MOST_KEPT:
         _COURSES.clear()
     _COURSES[key] = (recording, made)
     return made
 
 
-def _script(recording: Recording, noted: Mapping[StepPhase, _Noted], *, checkpointing: bool, fetches: bool) -> Script:
+def _script(walk: _Walk) -> Script:
     """Recordings that differ in bytes only (micro-batch, length, attention, loss) share one script."""
-    calls = {phase: tuple(part.calls) for phase, part in noted.items()}
-    order = tuple(fetch_order(recording, checkpointing=checkpointing)) if fetches else ()
-    key = (recording.items, order, *calls.values())
+    recording, calls = walk.recording, tuple(walk.calls)
+    order = tuple(fetch_order(recording, checkpointing=walk.checkpointing)) if walk.fetches else ()
+    key = (recording.items, order, calls)
     known = _SCRIPTS.get(key)
     if known is None:
         if len(_SCRIPTS) >= MOST_KEPT:
             _SCRIPTS.clear()
-        modules = module_parameters(recording) if fetches else {}
+        modules = module_parameters(recording) if walk.fetches else {}
+        kept = tuple(number for number, (op, _) in enumerate(calls) if op not in HOOKS)
         known = _SCRIPTS[key] = Script(
             calls=calls,
+            phases=tuple(walk.phases),
+            reduction=_reduction(recording.items, calls, kept, walk.phases),
+            kept=kept,
             fetches=Fetches.of(order, modules, recording.items.numel),
-            external=external_numbers(recording) if fetches else (),
+            external=external_numbers(recording) if walk.fetches else (),
             head=output_numbers(recording),
         )
     return known
+
+
+def _reduction(items: Instances, calls: tuple[Call, ...], kept: tuple[int, ...], phases: Sequence[int]) -> Reduction:
+    """Scripts with the same gradients in the same order (stages, recomputation) share one."""
+    found = Reduction(
+        calls=tuple(calls[number] for number in kept), phases=tuple(bisect_left(kept, first) for first in phases)
+    )
+    key = (items, found.calls)
+    if len(_REDUCTIONS) >= MOST_KEPT:
+        _REDUCTIONS.clear()
+    return _REDUCTIONS.setdefault(key, found)

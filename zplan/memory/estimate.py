@@ -14,7 +14,7 @@ from zplan.memory.instances import instances
 from zplan.memory.limits import not_modelled, unchecked
 from zplan.memory.loss import FP32, TOKEN_TILE, VOCAB_TILE
 from zplan.memory.meter import KIND_NAMES, Kind
-from zplan.memory.replay import step_peaks
+from zplan.memory.replay import replay_of
 from zplan.memory.resident import Resident, resident
 from zplan.memory.stage3 import Shards, shard
 from zplan.memory.stage12 import Partitions, partition
@@ -50,7 +50,7 @@ def estimate_memory(
     laid = layout(shape, recipe)
     cut, shards = _cut(laid, choice, rank)
     still = resident(laid, recipe, choice, cut, shards)
-    peaks = _replay(shape, recipe, choice, laid, cut, shards, on_cpu)
+    peaks = _replay(shape, recipe, choice, laid, rank, on_cpu)
     if on_cpu:
         still = replace(still, terms=(*still.terms, *offloaded_to_itself(laid, recipe, choice, cluster, still)))
     # below stage 3 the weights are loaded in host memory and reach the GPU at initialize
@@ -98,13 +98,12 @@ def _replay(
     recipe: Recipe,
     choice: Choice,
     laid: Layout,
-    cut: Partitions | None,
-    shards: Shards | None,
+    rank: int | None,
     on_cpu: bool,
 ) -> dict[StepPhase, Kinds]:
     recording = record(shape, recipe, laid, micro_batch=choice.batch.train_micro_batch_size_per_gpu, on_cpu=on_cpu)
-    walked = course(recording, checkpointing=choice.gradient_checkpointing, fetches=shards is not None)
-    return step_peaks(walked, recording.items, choice, cut, shards, itemsize=recording.sizes.itemsize)
+    walked = course(recording, checkpointing=choice.gradient_checkpointing, fetches=choice.zero.stage == 3)
+    return replay_of(walked.script, recording.items, recording.sizes.itemsize, rank).peaks(walked, choice)
 
 
 def _without_load(terms: tuple[Term, ...]) -> tuple[Term, ...]:

@@ -1,186 +1,185 @@
-"""One optimizer step of one rank: what the engine of the stage holds at each call of a course, added to the course.
+"""One optimizer step of one rank: three tables of bytes over the same calls, added; the largest moment of each phase.
 
-The engine's bytes are traced once for each script and ZeRO configuration; a longer sequence or another micro-batch
-changes only the course's bytes. What is live at the same call is added, nothing else is.
+    outside   activations and loss        model, micro-batch, recomputation        zplan.memory.course
+    gathered  parameters of ZeRO-3        coordinator's limits, world size         zplan.memory.gather
+    held      gradients and buckets       bucket sizes, stage, world size          here
+
+What is live at the same call is added, nothing else is. Gradients move at a few of the calls only, so the other two
+are added first, and between those calls only their largest moment is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain, pairwise
 from operator import add
 from typing import Protocol
 
-from zplan.memory.coordinator import Action, Coordinator, Schedule
-from zplan.memory.course import STEP_PHASES, Call, Course, Kinds, Op, Script, StepPhase
+from zplan.memory.course import STEP_PHASES, Course, Kinds, Op, Reduction, Script, StepPhase
+from zplan.memory.gather import Gathered, gathering
 from zplan.memory.instances import Instances
-from zplan.memory.meter import Meter
+from zplan.memory.memo import Memo
+from zplan.memory.meter import Kind, Meter
 from zplan.memory.stage0 import Stage0Engine
-from zplan.memory.stage3 import Shards, Stage3Engine
-from zplan.memory.stage12 import Partitions, Stage12Engine
+from zplan.memory.stage3 import Stage3Engine, shard
+from zplan.memory.stage12 import Stage12Engine, partition
 from zplan.zero_config import Choice, ZeroConfig
+
+MOST_KEPT = 512
 
 
 class Engine(Protocol):
-    """What a step asks of a stage."""
+    """What the gradients of a step ask of a stage."""
 
     def begin_micro_step(self) -> None: ...
-    def pre_module(self, module: int) -> None: ...
-    def post_module(self, module: int) -> None: ...
-    def recomputed_module(self, module: int) -> None: ...
-    def end_recomputed(self) -> None: ...
-    def read_head(self, numbers: tuple[int, ...]) -> None: ...
     def gradient(self, number: int) -> None: ...
     def end_backward(self) -> None: ...
     def step(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Held:
-    """One phase: bytes that the engine holds before each call, and at most while it runs."""
+    """What the engine holds for gradients, in the order of a course's moments but for the calls of a reduction only."""
 
-    before: tuple[int, ...]
-    before_kinds: tuple[Kinds, ...]
-    during: tuple[int, ...]
-    during_kinds: tuple[Kinds, ...]
+    moments: tuple[int, ...]
+    kinds: tuple[Kinds, ...]
 
 
-Trace = Mapping[StepPhase, Held]
-_TRACES: dict[tuple[object, ...], tuple[Script, Instances, Trace]] = {}
-_SCHEDULES: dict[tuple[object, ...], tuple[Script, Schedule]] = {}
-MOST_KEPT = 4096
-
-
-def step_peaks(
-    course: Course, items: Instances, choice: Choice, cut: Partitions | None, shards: Shards | None, *, itemsize: int
-) -> dict[StepPhase, Kinds]:
-    """Bytes by kind at the largest moment of each phase of a step.
+@dataclass(eq=False)
+class Replay:
+    """One script on one set of parameters in one dtype, and what was asked about it.
 
     Args:
-        cut: partitions of stages 1 and 2, None elsewhere.
-        shards: partitions of stage 3, None elsewhere.
-        itemsize: bytes of one element of the training dtype.
+        rank: whose bytes to count; None is the rank that holds most.
     """
-    trace = _trace(course.script, items, choice, cut, shards, itemsize)
-    return {phase: _peak(course, trace, phase) for phase in STEP_PHASES}
 
+    script: Script
+    items: Instances
+    itemsize: int
+    rank: int | None
+    held: Memo[Choice, Held] = field(init=False)
+    gathered: Memo[Choice, Gathered] = field(init=False)
+    _bases: dict[tuple[int, int], tuple[Course, Gathered, Sequence[int]]] = field(default_factory=dict)
 
-def _peak(course: Course, trace: Trace, phase: StepPhase) -> Kinds:
-    outside, held = course.stretches[phase], trace[phase]
-    between = list(map(add, outside.peaks, held.before))
-    within = list(map(add, outside.levels, held.during))
-    most_between, most_within = max(between), max(within)
-    if most_between >= most_within:
-        index = between.index(most_between)
-        return tuple(map(add, outside.peak_kinds[index], held.before_kinds[index]))
-    index = within.index(most_within)
-    return tuple(map(add, outside.level_kinds[index], held.during_kinds[index]))
+    def __post_init__(self) -> None:
+        self.held = held_by(self.script.reduction, self.items, self.itemsize, self.rank)
+        self.gathered = gathering(self.script, self.items, self.itemsize)
 
+    @cached_property
+    def cuts(self) -> tuple[int, ...]:
+        """Which moments of the script each moment of its reduction stands for: cuts[i] up to cuts[i + 1].
 
-def _trace(
-    script: Script,
-    items: Instances,
-    choice: Choice,
-    cut: Partitions | None,
-    shards: Shards | None,
-    itemsize: int,
-) -> Trace:
-    partial = choice.batch.gradient_accumulation_steps > 1
-    rank = cut.rank if cut is not None else 0
-    key = (id(script), id(items), choice.zero, choice.batch.world_size, partial, rank, itemsize)
-    known = _TRACES.get(key)
-    if known is not None and known[0] is script and known[1] is items:
+        Even ones reach from the call before to this call, hooks in between included; odd ones are the call itself.
+        """
+        return (0, *chain.from_iterable((2 * number + 1, 2 * number + 2) for number in self.script.kept))
+
+    @property
+    def phases(self) -> dict[StepPhase, slice]:
+        """Moments of the reduction by phase."""
+        firsts = (*(2 * first for first in self.script.reduction.phases), 2 * len(self.script.reduction.calls))
+        return {phase: slice(*ends) for phase, ends in zip(STEP_PHASES, pairwise(firsts), strict=True)}
+
+    def peaks(self, course: Course, choice: Choice) -> dict[StepPhase, Kinds]:
+        """Bytes by kind at the largest moment of each phase."""
+        gathered = self.gathered(choice) if choice.zero.stage == 3 else None
+        held = self.held(choice)
+        totals = list(map(add, self._base(course, gathered), held.moments))
+        found: dict[StepPhase, Kinds] = {}
+        for phase, moments in self.phases.items():
+            index = totals.index(max(totals[moments]), moments.start)
+            found[phase] = tuple(map(add, self._kinds(course, gathered, index), held.kinds[index]))
+        return found
+
+    def _base(self, course: Course, gathered: Gathered | None) -> Sequence[int]:
+        """Activations, loss and gathered parameters at the moments of the reduction."""
+        if gathered is None:
+            return course.moments
+        key = (id(course), id(gathered))
+        known = self._bases.get(key)
+        if known is None:
+            totals = list(map(add, course.moments, gathered.moments))
+            base = [max(totals[first:end]) for first, end in pairwise(self.cuts)]
+            if len(self._bases) >= MOST_KEPT:
+                self._bases.clear()
+            known = self._bases[key] = (course, gathered, base)
         return known[2]
+
+    def _kinds(self, course: Course, gathered: Gathered | None, index: int) -> Kinds:
+        """What the bytes of a moment of the reduction are, outside the reduction."""
+        if gathered is None:
+            return course.kinds[index]
+        moments = range(self.cuts[index], self.cuts[index + 1])
+        moment = max(moments, key=lambda number: course.moments[number] + gathered.moments[number])
+        kinds = list(course.kinds[moment])
+        kinds[Kind.GATHERED_PARAMETERS] += gathered.moments[moment]
+        return tuple(kinds)
+
+
+_REPLAYS: dict[tuple[object, ...], tuple[Script, Replay]] = {}
+_HELD: dict[tuple[object, ...], tuple[Reduction, Memo[Choice, Held]]] = {}
+
+
+def replay_of(script: Script, items: Instances, itemsize: int, rank: int | None) -> Replay:
+    """The replay of a script; kept, because a search asks about one model again and again."""
+    key = (id(script), itemsize, rank)
+    known = _REPLAYS.get(key)
+    if known is None or known[0] is not script:
+        if len(_REPLAYS) >= MOST_KEPT:
+            _REPLAYS.clear()
+        known = _REPLAYS[key] = (script, Replay(script, items, itemsize, rank))
+    return known[1]
+
+
+def held_by(reduction: Reduction, items: Instances, itemsize: int, rank: int | None) -> Memo[Choice, Held]:
+    """What the engine holds for gradients, by what it reads of a choice."""
+
+    def follow(choice: Choice) -> Held:
+        return follow_gradients(reduction, items, choice, itemsize=itemsize, rank=rank)
+
+    key = (id(reduction), itemsize, rank)
+    known = _HELD.get(key)
+    if known is None or known[0] is not reduction:
+        if len(_HELD) >= MOST_KEPT:
+            _HELD.clear()
+        known = _HELD[key] = (reduction, Memo(follow, most_kept=MOST_KEPT))
+    return known[1]
+
+
+def follow_gradients(
+    reduction: Reduction, items: Instances, choice: Choice, *, itemsize: int, rank: int | None
+) -> Held:
+    """Run the engine through the gradients of a step."""
     meter = Meter()
-    engine = _engine(script, items, choice.zero, cut, shards, meter, choice.batch.world_size, partial, itemsize)
-    made = {phase: _follow(engine, meter, script, script.calls[phase]) for phase in STEP_PHASES}
-    if len(_TRACES) >= MOST_KEPT:
-        _TRACES.clear()
-    _TRACES[key] = (script, items, made)
-    return made
-
-
-def _follow(engine: Engine, meter: Meter, script: Script, calls: tuple[Call, ...]) -> Held:
-    """Run the engine through the calls of one phase."""
+    engine = _engine(meter, items, choice, itemsize=itemsize, rank=rank)
     act: dict[int, Callable[[int], None]] = {
-        Op.PRE_MODULE: engine.pre_module,
-        Op.POST_MODULE: engine.post_module,
-        Op.GRADIENT: engine.gradient,
+        Op.NOTHING: lambda _: None,
         Op.BEGIN: lambda _: engine.begin_micro_step(),
+        Op.GRADIENT: engine.gradient,
         Op.END_BACKWARD: lambda _: engine.end_backward(),
         Op.STEP: lambda _: engine.step(),
-        Op.NOTHING: lambda _: None,
-        Op.READ_HEAD: lambda _: engine.read_head(script.head),
-        Op.RECOMPUTED_MODULE: engine.recomputed_module,
-        Op.END_RECOMPUTED: lambda _: engine.end_recomputed(),
     }
-    before: list[int] = []
-    before_kinds: list[Kinds] = []
-    during: list[int] = []
-    during_kinds: list[Kinds] = []
-    for op, number in calls:
+    moments: list[int] = []
+    kinds: list[Kinds] = []
+    for op, number in reduction.calls:
         meter.mark()
-        before.append(meter.peak_bytes)
-        before_kinds.append(meter.peak_by_kind)
+        moments.append(meter.peak_bytes)
+        kinds.append(meter.peak_by_kind)
         act[op](number)
-        during.append(meter.peak_bytes)
-        during_kinds.append(meter.peak_by_kind)
-    return Held(
-        before=tuple(before),
-        before_kinds=tuple(before_kinds),
-        during=tuple(during),
-        during_kinds=tuple(during_kinds),
-    )
+        moments.append(meter.peak_bytes)
+        kinds.append(meter.peak_by_kind)
+    return Held(tuple(moments), tuple(kinds))
 
 
-def _engine(
-    script: Script,
-    items: Instances,
-    zero: ZeroConfig,
-    cut: Partitions | None,
-    shards: Shards | None,
-    meter: Meter,
-    num_ranks: int,
-    partial: bool,
-    itemsize: int,
-) -> Engine:
+def _engine(meter: Meter, items: Instances, choice: Choice, *, itemsize: int, rank: int | None) -> Engine:
     """The engine of the configured stage."""
-    if shards is not None:
-        return Stage3Engine(
-            meter,
-            items,
-            shards,
-            zero,
-            num_ranks=num_ranks,
-            itemsize=itemsize,
-            schedule=_schedule(script, items, zero, shards.persistent),
-        )
-    if cut is not None:
-        return Stage12Engine(meter, items, cut, zero, itemsize=itemsize, partial=partial)
-    return Stage0Engine(meter, items, itemsize=itemsize, num_ranks=num_ranks, partial=partial)
-
-
-def _schedule(script: Script, items: Instances, zero: ZeroConfig, persistent: frozenset[int]) -> Schedule:
-    """What the coordinator does at every hook of the script."""
-    key = (
-        id(script), persistent, zero.stage3_prefetch_bucket_size, zero.stage3_max_live_parameters,
-        zero.stage3_max_reuse_distance, zero.stage3_allgather_sequential,
-    )  # fmt: skip
-    known = _SCHEDULES.get(key)
-    if known is not None and known[0] is script:
-        return known[1]
-    coordinator = Coordinator(
-        script.fetches, zero, persistent=persistent, external=script.external, trainable=items.trainable
-    )
-    act: dict[int, Callable[[int], tuple[Action, ...]]] = {
-        Op.PRE_MODULE: coordinator.pre_module,
-        Op.POST_MODULE: coordinator.post_module,
-        Op.RECOMPUTED_MODULE: coordinator.recomputed_module,
-        Op.END_RECOMPUTED: lambda _: coordinator.end_recomputed(),
-    }
-    calls = (call for phase in STEP_PHASES for call in script.calls[phase])
-    made = tuple(act[op](module) for op, module in calls if op in act)
-    if len(_SCHEDULES) >= MOST_KEPT:
-        _SCHEDULES.clear()
-    _SCHEDULES[key] = (script, made)
-    return made
+    zero, ranks = choice.zero, choice.batch.world_size
+    partial = choice.batch.gradient_accumulation_steps > 1
+    if zero.stage == 3:
+        # gradients are cut alike whether their parameter persists or not
+        shards = shard(items, ZeroConfig(), ranks)
+        return Stage3Engine(meter, items, shards, zero, num_ranks=ranks, itemsize=itemsize, schedule=())
+    if zero.stage:
+        return Stage12Engine(meter, items, partition(items, ranks, rank), zero, itemsize=itemsize, partial=partial)
+    return Stage0Engine(meter, items, itemsize=itemsize, num_ranks=ranks, partial=partial)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from zplan.memory.stage3 import Shards
+from zplan.memory.instances import instances
+from zplan.memory.stage3 import Shards, sub_groups
 from zplan.memory.stage12 import Partitions
 from zplan.memory.states import FP32, optimizer_state_bytes, step_temporary_bytes
 from zplan.memory.terms import Phase, Term
@@ -103,6 +104,7 @@ def _stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards) -> Res
     setup_ipg), parameter_offload.py (mark_persistent_parameters).
     """
     b, numel, zero = recipe.weight_bytes, shards.trainable_numel, choice.zero
+    groups = sub_groups(instances(laid), choice.batch.world_size, zero.sub_group_size).numel
     source = "deepspeed 0.19.8, runtime/zero/stage3.py"
     terms = []
     if not zero.offloads_param:
@@ -112,7 +114,7 @@ def _stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards) -> Res
             )
         )
     if not zero.offloads_optimizer:
-        states = optimizer_state_bytes(recipe.optimizer, numel, num_tensors=len(shards.sub_groups))
+        states = optimizer_state_bytes(recipe.optimizer, numel, num_tensors=len(groups))
         terms += [
             _term("master weights", FP32 * numel, AFTER_LOAD, f"4 x {numel}", source),
             _term(
@@ -131,7 +133,7 @@ def _stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards) -> Res
     )  # each trainable parameter is gathered once while the optimizer is built
     buffers = bucket + gathered
     if not zero.offloads_optimizer:
-        buffers = max(FP32 * max(shards.sub_groups), b * numel + bucket + gathered)
+        buffers = max(FP32 * max(groups), b * numel + bucket + gathered)
     terms.append(
         _term(
             "buffers at initialize",
@@ -161,6 +163,6 @@ def _stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards) -> Res
         )
     persistent = shards.persistent_bytes
     terms.append(_term("persistent parameters", persistent, STEPS, "gathered for good", source))
-    optimizer = 0 if zero.offloads_optimizer else step_temporary_bytes(recipe.optimizer, max(shards.sub_groups))
+    optimizer = 0 if zero.offloads_optimizer else step_temporary_bytes(recipe.optimizer, max(groups))
     terms.append(_term("optimizer temporaries", optimizer, ("step",), "largest sub-group", source))
     return Resident(terms=tuple(terms), partition_numel=numel)

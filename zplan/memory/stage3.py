@@ -33,14 +33,9 @@ class Shards:
     """Bytes of all partitions of one rank."""
     persistent_bytes: int
     """Bytes of the gathered persistent parameters."""
-    sub_groups: tuple[int, ...]
-    """Elements of each sub-group of the step."""
-    sub_group_sizes: tuple[int, ...]
-    """Number of parameters of each sub-group."""
     largest_partition: int
 
 
-@lru_cache(1024)
 def shard(items: Instances, zero: ZeroConfig, num_ranks: int) -> Shards:
     """Partition every parameter, frozen ones too.
 
@@ -51,30 +46,44 @@ def shard(items: Instances, zero: ZeroConfig, num_ranks: int) -> Shards:
     Source: deepspeed 0.19.8, partition_parameters.py (_partition_param), parameter_offload.py
     (mark_persistent_parameters).
     """
+    return _shard(
+        items, zero.stage3_param_persistence_threshold, zero.stage3_model_persistence_threshold, num_ranks,
+        num_ranks > 1 or zero.offloads_param,
+    )  # fmt: skip
+
+
+@lru_cache(1024)
+def _shard(items: Instances, small: int, sum_of_small: int, num_ranks: int, gathers: bool) -> Shards:
     parts = tuple(-(-numel // num_ranks) for numel in items.numel)
     persistent, total = set(), 0
     for number, numel in enumerate(items.numel):
-        if numel + total <= zero.stage3_model_persistence_threshold and (
-            numel <= zero.stage3_param_persistence_threshold
-        ):
+        if numel <= small and numel + total <= sum_of_small:
             persistent.add(number)
             total += numel
-    gathered = num_ranks > 1 or zero.offloads_param
-    groups, counts = _sub_groups(items, parts, zero.sub_group_size)
     return Shards(
         partition=parts,
         persistent=frozenset(persistent),
         trainable_numel=sum(parts[number] for group in items.groups for number in group),
         stored_bytes=sum(size * part for size, part in zip(items.itemsize, parts, strict=True)),
-        persistent_bytes=sum(items.itemsize[p] * parts[p] * num_ranks for p in persistent) if gathered else 0,
-        sub_groups=groups,
-        sub_group_sizes=counts,
+        persistent_bytes=sum(items.itemsize[p] * parts[p] * num_ranks for p in persistent) if gathers else 0,
         largest_partition=max(parts[number] for group in items.groups for number in group),
     )
 
 
-def _sub_groups(items: Instances, parts: Sequence[int], sub_group_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+@dataclass(frozen=True, slots=True)
+class SubGroups:
+    """How the step of one rank is cut."""
+
+    numel: tuple[int, ...]
+    """Elements of each sub-group."""
+    counts: tuple[int, ...]
+    """Number of parameters of each sub-group."""
+
+
+@lru_cache(1024)
+def sub_groups(items: Instances, num_ranks: int, sub_group_size: int) -> SubGroups:
     """A group's parameters until sub_group_size partition elements are reached (stage3.py, _create_fp16_sub_groups)."""
+    parts = [-(-numel // num_ranks) for numel in items.numel]
     totals: list[int] = []
     counts: list[int] = []
     for group in items.groups:
@@ -89,7 +98,7 @@ def _sub_groups(items: Instances, parts: Sequence[int], sub_group_size: int) -> 
                 totals.append(size)
                 counts.append(count)
                 size = count = 0
-    return tuple(totals), tuple(counts)
+    return SubGroups(tuple(totals), tuple(counts))
 
 
 class Stage3Engine:
@@ -261,7 +270,8 @@ class Stage3Engine:
         if self.zero.offloads_optimizer:
             return
         self.meter.touch(Kind.TEMPORARIES, 2 * FP32 * self.shards.largest_partition)
-        for numel, count in zip(self.shards.sub_groups, self.shards.sub_group_sizes, strict=True):
+        groups = sub_groups(self.items, self.num_ranks, self.zero.sub_group_size)
+        for numel, count in zip(groups.numel, groups.counts, strict=True):
             flat = self.itemsize * numel if count > 1 else 0
             cast = FP32 * numel if self.itemsize != FP32 else 0
             self.meter.touch(Kind.TEMPORARIES, max(flat + cast, FP32 * numel))

@@ -1,0 +1,114 @@
+"""Three tables, added, are one engine: what each of them leaves out does not change the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import given, settings
+
+from tests.memory.choices import BATCH, FULL_ON_SMOLLM, LORA_ON_SMOLLM, SMOLLM, choices
+from zplan.memory.coordinator import Coordinator, Limits
+from zplan.memory.course import STEP_PHASES, Course, Op, course
+from zplan.memory.instances import instances
+from zplan.memory.memo import Memo
+from zplan.memory.meter import Kind, Meter
+from zplan.memory.replay import replay_of
+from zplan.memory.stage3 import Stage3Engine, shard
+from zplan.memory.timeline import record
+from zplan.memory.trainable import layout
+from zplan.recipe import Recipe
+from zplan.zero_config import Choice, ZeroConfig
+
+
+def whole_engine_peaks(walked: Course, recipe: Recipe, choice: Choice) -> dict[str, int]:
+    """One ZeRO-3 engine that follows every call of a step, its bytes counted together with those outside it."""
+    items, ranks, script = instances(layout(SMOLLM, recipe)), choice.batch.world_size, walked.script
+    shards, meter = shard(items, choice.zero, ranks), Meter()
+    coordinator = Coordinator(
+        script.fetches, Limits.of(choice.zero), persistent=shards.persistent, external=script.external,
+        trainable=items.trainable,
+    )  # fmt: skip
+    hooks = {
+        Op.PRE_MODULE: coordinator.pre_module,
+        Op.POST_MODULE: coordinator.post_module,
+        Op.RECOMPUTED_MODULE: coordinator.recomputed_module,
+        Op.END_RECOMPUTED: lambda _: coordinator.end_recomputed(),
+    }
+    schedule = tuple(hooks[op](number) for op, number in script.calls if op in hooks)
+    engine = Stage3Engine(
+        meter, items, shards, choice.zero, num_ranks=ranks, itemsize=recipe.weight_bytes, schedule=schedule
+    )
+    act = {
+        Op.NOTHING: lambda _: None,
+        Op.BEGIN: lambda _: engine.begin_micro_step(),
+        Op.PRE_MODULE: engine.pre_module,
+        Op.POST_MODULE: engine.post_module,
+        Op.RECOMPUTED_MODULE: engine.recomputed_module,
+        Op.END_RECOMPUTED: lambda _: engine.end_recomputed(),
+        Op.READ_HEAD: lambda _: engine.read_head(script.head),
+        Op.GRADIENT: engine.gradient,
+        Op.END_BACKWARD: lambda _: engine.end_backward(),
+        Op.STEP: lambda _: engine.step(),
+    }
+    peaks = dict.fromkeys(STEP_PHASES, 0)
+    firsts = (*script.phases, len(script.calls))
+    for number, (op, argument) in enumerate(script.calls):
+        phase = STEP_PHASES[next(index for index in range(3) if firsts[index] <= number < firsts[index + 1])]
+        meter.mark()
+        before = meter.peak_bytes
+        act[Op(op)](argument)
+        moments = (walked.moments[2 * number] + before, walked.moments[2 * number + 1] + meter.peak_bytes)
+        peaks[phase] = max(peaks[phase], *moments)
+    return peaks
+
+
+@pytest.mark.parametrize("recipe", [FULL_ON_SMOLLM, LORA_ON_SMOLLM], ids=["full", "lora"])
+@settings(max_examples=15, deadline=None)
+@given(choice=choices())
+def test_gathered_parameters_and_gradients_followed_apart_add_up_to_one_engine(recipe: Recipe, choice: Choice) -> None:
+    choice = replace(choice, zero=replace(choice.zero, stage=3))
+    recording = record(
+        SMOLLM, recipe, layout(SMOLLM, recipe), micro_batch=choice.batch.train_micro_batch_size_per_gpu, on_cpu=False
+    )
+    walked = course(recording, checkpointing=choice.gradient_checkpointing, fetches=True)
+    apart = replay_of(walked.script, recording.items, recipe.weight_bytes, None).peaks(walked, choice)
+    whole = whole_engine_peaks(walked, recipe, choice)
+    assert {phase: sum(kinds) for phase, kinds in apart.items()} == whole
+
+
+@dataclass(frozen=True)
+class Question:
+    stage: int
+    bucket: int
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+
+
+def test_a_memo_asks_again_only_when_a_value_that_was_read_has_changed() -> None:
+    asked: list[int] = []
+
+    def formula(question: Question) -> int:
+        asked.append(question.stage)
+        return question.bucket if question.stage else question.zero.offload_param.buffer_count
+
+    memo = Memo(formula, most_kept=8)
+    assert [memo(Question(0, bucket)) for bucket in (1, 2, 3)] == [5, 5, 5]
+    assert asked == [0], "the bucket is not read at stage 0"
+    assert [memo(Question(1, bucket)) for bucket in (1, 2, 1)] == [1, 2, 1]
+    assert asked == [0, 1, 1]
+
+
+def test_a_memo_forgets_everything_when_it_is_full() -> None:
+    memo = Memo(lambda question: question.bucket, most_kept=2)
+    assert [memo(Question(1, bucket)) for bucket in (1, 2, 3, 1)] == [1, 2, 3, 1]
+
+
+def test_peaks_name_what_they_are_made_of() -> None:
+    choice = Choice(zero=ZeroConfig(stage=3), batch=replace(BATCH, world_size=4))
+    recording = record(SMOLLM, FULL_ON_SMOLLM, layout(SMOLLM, FULL_ON_SMOLLM), micro_batch=1, on_cpu=False)
+    walked = course(recording, checkpointing=True, fetches=True)
+    peaks = replay_of(walked.script, recording.items, 2, None).peaks(walked, choice)
+    assert peaks["forward"][Kind.GATHERED_PARAMETERS] > 0
+    assert peaks["backward"][Kind.LOSS] > 0, "the loss is the largest moment of so short a model"
+    assert peaks["step"][Kind.TEMPORARIES] > 0
+    assert peaks["step"][Kind.LOSS] == peaks["step"][Kind.GATHERED_PARAMETERS] == 0

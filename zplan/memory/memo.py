@@ -1,0 +1,75 @@
+"""Memo: answers kept by what a formula read of its question, and nothing else.
+
+A formula takes a whole `Choice` and reads a few of its fields. Two choices that agree in the fields that it reads have
+one answer, so the answer is kept under those. Which fields they are is noted while the formula runs: no list of them
+can go out of date. A formula that is asked like this must be a pure function that reads its question by attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, is_dataclass
+from operator import attrgetter
+from typing import Any, Generic, TypeVar, cast
+
+Question = TypeVar("Question")
+Answer = TypeVar("Answer")
+
+
+class _Reader:
+    """Stands for the question: notes the first read of every attribute, the later ones cost what they always cost."""
+
+    def __init__(self, value: Any, path: str, reads: list[tuple[str, Any]]) -> None:
+        self.__dict__.update(_value=value, _path=path, _reads=reads)
+
+    def __getattr__(self, name: str) -> Any:
+        value, path = getattr(self._value, name), self._path + name
+        if is_dataclass(value):
+            value = _Reader(value, f"{path}.", self._reads)
+        else:
+            self._reads.append((path, value))
+        self.__dict__[name] = value
+        return value
+
+
+@dataclass(slots=True)
+class _Branch:
+    """The formula reads this attribute next; what it reads after that depends on the value."""
+
+    path: str
+    read: Callable[[Any], Any]
+    edges: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Leaf(Generic[Answer]):
+    answer: Answer
+
+
+class Memo(Generic[Question, Answer]):
+    """The formula, asked once for every set of values that it reads; forgets everything at `most_kept` answers."""
+
+    def __init__(self, formula: Callable[[Question], Answer], *, most_kept: int) -> None:
+        self.formula, self.most_kept = formula, most_kept
+        self._edges: dict[Any, Any] = {}
+        self._num_kept = 0
+
+    def __call__(self, question: Question) -> Answer:
+        node = self._edges.get(None)
+        while type(node) is _Branch:
+            node = node.edges.get(node.read(question))
+        return node.answer if node is not None else self._ask(question)
+
+    def _ask(self, question: Question) -> Answer:
+        if self._num_kept >= self.most_kept:
+            self._edges, self._num_kept = {}, 0
+        reads: list[tuple[str, Any]] = []
+        answer = self.formula(cast(Question, _Reader(question, "", reads)))
+        edges, key = self._edges, None
+        for path, value in reads:
+            branch = edges.setdefault(key, _Branch(path, attrgetter(path)))
+            assert branch.path == path, f"the formula read {path} where it read {branch.path} before: it is not pure"
+            edges, key = branch.edges, value
+        edges[key] = _Leaf(answer)
+        self._num_kept += 1
+        return answer
