@@ -8,6 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._prims_common import is_non_overlapping_and_dense_or_false
 
 if TYPE_CHECKING:
     from zplan.simulate.tracker import Tracker
@@ -149,7 +150,29 @@ def copy_to(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
     return out
 
 
+_LAST_REFERENCE = (4, 3, 2)
+"""Use count of a tensor, references to its Python object and use count of its storage, seen from `accumulate`, when
+autograd's buffer is the last to hold it: everything else among them is the dispatch's own."""
+
+
+def accumulate(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
+    """Autograd adds a second gradient into the first one in place, but not under a dispatch mode: here it does.
+
+    Source: torch 2.13, csrc/autograd/input_buffer.cpp (can_accumulate_inplace): not under grad mode, the first
+    gradient is dense and nobody else holds it or its storage. Held to torch's own peak by a test.
+    """
+    caller = sys._getframe(1).f_back
+    by_engine = caller is None or caller.f_code.co_name == "_engine_run_backward"
+    if by_engine and not torch.is_grad_enabled():
+        storage = args[0].untyped_storage()
+        counts = (args[0]._use_count(), sys.getrefcount(args[0]), torch._C._storage_Use_Count(storage._cdata))
+        if counts == _LAST_REFERENCE and (args[0].is_contiguous() or is_non_overlapping_and_dense_or_false(args[0])):
+            return tracker.run(aten.add_.Tensor, args, kwargs)
+    return tracker.run(func, args, kwargs)
+
+
 SPECIAL: dict[Any, Handler] = {
+    aten.add.Tensor: accumulate,
     aten._local_scalar_dense.default: read_on_host,
     aten.equal.default: same_values,
     aten.index.Tensor: index,
@@ -165,5 +188,10 @@ SPECIAL: dict[Any, Handler] = {
     aten.copy_.default: copy_into,
     aten._to_copy.default: copy_to,
 }
-COUNTED = frozenset({aten.mm.default, aten.bmm.default, aten.addmm.default, aten.copy_.default, aten._to_copy.default})
-"""Handlers that only count, and so run over real tensors too."""
+COUNTED = frozenset(
+    {
+        aten.add.Tensor, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.copy_.default,
+        aten._to_copy.default,
+    }
+)  # fmt: skip
+"""Handlers that run over real tensors too: they only count, or do what torch does without a dispatch mode."""

@@ -1,0 +1,69 @@
+"""What the tracker says of a backward against what torch allocates when nobody watches."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from zplan.simulate.analysis import find_peaks
+from zplan.simulate.tracker import Tracker
+
+SIDE = 256
+MATRIX_BYTES = 4 * SIDE * SIDE
+Loss = Callable[[torch.Tensor, list[torch.Tensor]], torch.Tensor]
+LOSSES: dict[str, Loss] = {
+    "one input of three products": lambda y, w: y * w[0] + y * w[1] + y * w[2],
+    "a residual": lambda y, w: y + (y * w[0]) * w[1] + y * w[2],
+    "one gradient for two inputs": lambda y, w: (y + y) * w[0],
+    "a gradient that is a view": lambda y, w: (y * w[0]).view(-1) + (y.t() * w[1]).reshape(-1) + y.view(-1),
+    "a sum's expanded gradient": lambda y, w: y.sum() + (y * w[0]).sum() + y.sum(),
+    "a transposed gradient": lambda y, w: (w[0] * y.t()) + (w[1] * y.t()) + y * w[2],
+    "recomputed, not reentrant": lambda y, w: recomputed(lambda t: t * w[0] + t * w[1] + t * w[2], y, reentrant=False),
+    "recomputed, reentrant": lambda y, w: recomputed(lambda t: t * w[0] + t * w[1] + t * w[2], y, reentrant=True),
+}
+
+
+def recomputed(block: Callable[[torch.Tensor], torch.Tensor], y: torch.Tensor, *, reentrant: bool) -> torch.Tensor:
+    out: torch.Tensor = checkpoint(block, y, use_reentrant=reentrant)
+    return out
+
+
+def backward(loss: Loss, watch: Callable[[], None] = lambda: None) -> None:
+    x = torch.ones(SIDE, SIDE, requires_grad=True)
+    weights = [torch.ones(SIDE, SIDE) for _ in range(3)]  # frozen: the peak is where gradients are added
+    value = loss(x * 2, weights).sum()
+    watch()
+    value.backward()  # type: ignore[no-untyped-call]
+
+
+def unwatched_peak(loss: Loss) -> int:
+    """Highest sum of torch's own record of allocations and frees, from the backward's start."""
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        backward(loss, lambda: torch.profiler.record_function("backward starts").__enter__())
+    current = peak = 0
+    started = False
+    for event in sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns()):  # type: ignore[union-attr]
+        started = started or event.name() == "backward starts"
+        if event.name() == "[memory]":
+            current += event.nbytes()
+            peak = max(peak, current) if started else 0
+    return peak
+
+
+def watched_peak(loss: Loss, fake_mode: FakeTensorMode | None) -> int:
+    tracker = Tracker({"cpu": "gpu"}, fake_mode=fake_mode)
+    with fake_mode or contextlib.nullcontext(), tracker:
+        backward(loss, lambda: tracker.enter_phase("backward"))
+    return find_peaks(tracker).phases["gpu"]["backward"]
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
+def test_gradients_are_added_in_place_where_torch_does_it_unwatched(loss: Loss) -> None:
+    matrices = unwatched_peak(loss) // MATRIX_BYTES
+    assert watched_peak(loss, None) // MATRIX_BYTES == matrices
+    assert watched_peak(loss, FakeTensorMode()) // MATRIX_BYTES == matrices
