@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from zplan.ds_keys import REMOVED_KEYS, TOP_KEYS, ZERO_KEYS, Accepts, read_value
+from zplan.ds_keys import HALF_MASTERS, REMOVED_KEYS, SECTION_KEYS, TOP_KEYS, ZERO_KEYS, Accepts, read_value
 from zplan.ds_zero import Findings, read_zero_section, refused_combinations
 from zplan.errors import ConfigError
 from zplan.files import load_json
@@ -24,6 +24,9 @@ __all__ = [
 _POSITIVE = Accepts("int", low=1)
 _OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "lion": "lion", "muon": "muon"}
 """DeepSpeed's optimizer types that a Recipe knows. DeepSpeed's Adam is AdamW (adam_w_mode is on by default)."""
+_CLOSE = 0.8
+"""How alike a key of the file and one of DeepSpeed must be to be called a slip of the pen: at the top of a file
+other tools keep sections of their own (`fp8`, `comms_config`)."""
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
@@ -79,9 +82,10 @@ def read_ds_config(
     if zero is not None:
         _check_together(data, zero, recipe, found)
     if found.problems or zero is None or batch is None:
+        noticed = tuple(f"also: {line}" for line in found.warnings)
         raise ConfigError(
-            f"{name} cannot be used", problems=tuple(found.problems),
-            because="DeepSpeed 0.19.8 refuses it, or would ignore what it plainly means",
+            f"{name} cannot be used", problems=(*found.problems, *noticed),
+            because="DeepSpeed 0.19.8 refuses it, or zplan does not model it",
             fix="mend the lines above and ask again",
         )  # fmt: skip
     return DsConfigReading(
@@ -98,17 +102,29 @@ def _check_top_keys(data: Mapping[str, Any], found: Findings) -> None:
             found.problems.append(
                 f"{key}: {REMOVED_KEYS[key]} has been removed, and DeepSpeed refuses the key; delete it"
             )
-        elif key in TOP_KEYS:
-            continue
-        elif key in ZERO_KEYS:
-            found.problems.append(f"{key} belongs in zero_optimization; at the top DeepSpeed ignores it")
-        elif near := nearest(str(key), TOP_KEYS):
-            found.problems.append(f"{key}: DeepSpeed has no such key and would ignore it; did you mean {near}?")
-        else:
-            found.warnings.append(f"{key}: DeepSpeed has no such key and ignores it")
+        elif key in ZERO_KEYS and key not in TOP_KEYS:
+            found.warnings.append(f"{key} belongs in zero_optimization; at the top DeepSpeed ignores it")
+        elif key not in TOP_KEYS:
+            near = nearest(str(key), TOP_KEYS, cutoff=_CLOSE)
+            mend = f"; did you mean {near}?" if near else ""
+            found.warnings.append(f"{key}: DeepSpeed has no such key and ignores it{mend}")
+    for section, known in SECTION_KEYS.items():
+        _check_section(data.get(section, {}), section, known, found)
     _check_unplanned(data, found)
     if "activation_checkpointing" in data:
         found.warnings.append("activation_checkpointing has no effect: transformers' models do not use DeepSpeed's")
+
+
+def _check_section(section: Any, name: str, known: tuple[str, ...], found: Findings) -> None:
+    """Keys of a section that DeepSpeed checks with a model of its own. Source: runtime/config_utils.py (forbid)."""
+    if not isinstance(section, Mapping):
+        found.problems.append(f"{name} is {section!r}, not a section; delete it")
+        return
+    for key in section:
+        if key not in known:
+            near = nearest(str(key), known, cutoff=_CLOSE)
+            mend = f"did you mean {near}?" if near else "delete it"
+            found.problems.append(f"{name}.{key}: DeepSpeed has no such key and refuses it; {mend}")
 
 
 def _check_unplanned(data: Mapping[str, Any], found: Findings) -> None:
@@ -132,8 +148,12 @@ def _check_unplanned(data: Mapping[str, Any], found: Findings) -> None:
         found.warnings.append(
             "data_types.grad_accum_dtype is not modelled: gradients are counted in the training dtype"
         )
-    if data.get("communication_data_type") is not None:
-        found.warnings.append("communication_data_type is not modelled: buckets are counted in the training dtype")
+    for key in ("communication_data_type", "seq_parallel_communication_data_type"):
+        value = data.get(key)
+        if value is not None and str(value).lower() not in ("fp32", "fp16", "bf16"):
+            found.problems.append(f'{key} is {value!r}, not fp32, fp16 or bf16; write "bf16"')
+        elif value is not None:
+            found.warnings.append(f"{key} is not modelled: buckets are counted in the training dtype")
 
 
 def _read_recipe(data: Mapping[str, Any], recipe: Recipe, found: Findings) -> Recipe:
@@ -178,8 +198,7 @@ def _enabled(data: Mapping[str, Any], key: str, found: Findings) -> bool | str:
     """true, false or "auto" of `bf16.enabled` and `fp16.enabled`."""
     section = data.get(key, data.get("bfloat16", {}) if key == "bf16" else {})
     if not isinstance(section, Mapping):
-        found.problems.append(f'{key} is {section!r}, not a section; write {{"enabled": true}}')
-        return False
+        return False  # named by _check_section
     value = section.get("enabled", False)
     if value == "auto":
         found.origins[f"{key}.enabled"] = "auto"
@@ -261,7 +280,28 @@ def _check_together(data: Mapping[str, Any], zero: ZeroConfig, recipe: Recipe, f
     norm = section.get("compute_grad_norm", True) if isinstance(section, Mapping) else True
     if norm is False and zero.stage in (1, 2) and recipe.max_grad_norm > 0:
         found.problems.append("compute_grad_norm is false with gradient_clipping on; set gradient_clipping to 0")
-    if str(data.get("gradient_allreduce_op", "mean")).lower() == "sum" and zero.stage == 3:
+    operation = str(data.get("gradient_allreduce_op", "mean")).lower()
+    if operation not in ("mean", "sum"):
+        found.problems.append(f'gradient_allreduce_op is {operation!r}, not mean or sum; write "mean"')
+    if operation == "sum" and zero.stage == 3:
         found.problems.append('gradient_allreduce_op is "sum" at stage 3; DeepSpeed refuses it; write "mean"')
     if zero.stage >= 1 and recipe.dtype == "fp32" and zero.offloads_optimizer:
         found.warnings.append("neither bf16 nor fp16 is enabled: weights and gradients take 4 bytes an element")
+    _check_half_masters(data, zero, found)
+
+
+def _check_half_masters(data: Mapping[str, Any], zero: ZeroConfig, found: Findings) -> None:
+    """Optimizer states in 16 bits. Source: deepspeed 0.19.8, runtime/config.py (_do_error_check)."""
+    on = {
+        key: f"{name}.{key}"
+        for name in ("bf16", "fp16")
+        for key in HALF_MASTERS
+        if isinstance(data.get(name), Mapping) and read_value(Accepts("bool"), data[name].get(key, False))[0] is True
+    }
+    for path in on.values():
+        if zero.stage == 0:
+            found.problems.append(f"{path} is for stages 1, 2 and 3; DeepSpeed refuses it at stage 0; delete it")
+        else:
+            found.warnings.append(f"{path} is not modelled: states and gradients are counted in fp32, too high")
+    if "bf16_optimizer_states" in on and "bf16_master_weights_and_grads" not in on:
+        found.problems.append("bf16.bf16_optimizer_states needs bf16.bf16_master_weights_and_grads; set both")

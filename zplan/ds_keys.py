@@ -52,7 +52,10 @@ def read_value(accepts: Accepts, value: Any) -> tuple[Any, str | None]:
     if accepts.kind == "share" and not 0.0 <= read <= 1.0:
         return None, f"is {value!r}, not between 0 and 1"
     if accepts.kind == "int" and not accepts.low <= read <= _MOST:
-        return None, f"is {value!r}, not between {accepts.low} and 2**63 - 1"
+        return (
+            None,
+            f"is {value!r}, not between {accepts.low} and 2**63 - 1; write {max(accepts.low, min(read, _MOST))}",
+        )
     return read, None
 
 
@@ -159,6 +162,37 @@ REMOVED_KEYS = {
     "curriculum_learning": "legacy curriculum learning", "progressive_layer_drop": "progressive layer dropping",
 }  # fmt: skip
 """Top-level keys that DeepSpeed refuses because the feature is gone."""
+SECTION_KEYS: Mapping[str, tuple[str, ...]] = {
+    "bf16": (
+        "enabled", "immediate_grad_update", "check_grad_overflow", "bf16_master_weights_and_grads",
+        "bf16_optimizer_states",
+    ),
+    "fp16": (
+        "enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis",
+        "consecutive_hysteresis", "min_loss_scale", "fp16_master_weights_and_grads",
+    ),
+    "compile": (
+        "deepcompile", "autoep_non_moe", "free_activation", "free_activation_threshold", "offload_activation",
+        "offload_activation_pin_memory", "offload_opt_states", "double_buffer", "symmetric_memory", "debug_log",
+        "offload_parameters", "sync_before_reduce", "sync_after_reduce", "sync_before_allgather",
+        "sync_after_allgather", "keep_int_input_tensors", "keep_all_input_tensors", "passes",
+    ),
+    "comms_logger": ("enabled", "prof_all", "prof_ops", "verbose", "debug"),
+    "tensorboard": ("enabled", "output_path", "job_name"),
+    "wandb": ("enabled", "group", "team", "project"),
+    "csv_monitor": ("enabled", "output_path", "job_name"),
+    "comet": (
+        "enabled", "samples_log_interval", "project", "workspace", "api_key", "experiment_name", "experiment_key",
+        "online", "mode",
+    ),
+    "hybrid_engine": (
+        "enabled", "max_out_tokens", "inference_tp_size", "release_inference_cache", "pin_parameters",
+        "tp_gather_partition_size", "enable_cuda_graph",
+    ),
+}  # fmt: skip
+"""Sections whose unknown keys DeepSpeed refuses, with all the keys it knows there."""
+HALF_MASTERS = ("bf16_master_weights_and_grads", "bf16_optimizer_states", "fp16_master_weights_and_grads")
+"""Keys of bf16 and fp16 that keep optimizer states in 16 bits; at stages 1 to 3 only."""
 TOP_KEYS = frozenset((
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
     "managed_gradient_accumulation", "gradient_clipping", "steps_per_print", "wall_clock_breakdown",

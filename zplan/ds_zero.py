@@ -98,26 +98,44 @@ def _unknown(given: str, path: str, known: Mapping[str, Accepts]) -> str:
     return f"{path}: DeepSpeed has no such key and refuses it; {mend}"
 
 
+_FILLED_BY_ACCELERATE = {
+    "stage": 2,
+    "stage3_gather_16bit_weights_on_model_save": None,
+    "offload_optimizer.device": None,
+    "offload_param.device": None,
+}
+"""Key -> what accelerate writes in place of "auto" when its own settings are untouched; None: DeepSpeed's default too.
+
+Source: accelerate 1.15, utils/dataclasses.py:1280 (plugin_to_config_mapping).
+"""
+
+
 def _auto(given: str, prefix: str, section: Mapping[str, Any], hidden_size: int, found: Findings) -> Any:
-    """Three sizes are filled in by transformers; every other "auto" is dropped by DeepSpeed, without a word."""
+    """transformers fills in three sizes, accelerate a few more; it stops at any other "auto", DeepSpeed alone drops it.
+
+    Source: transformers 5.23, integrations/deepspeed.py (trainer_config_finalize); accelerate 1.15,
+    utils/dataclasses.py:1371 (fill_match); deepspeed 0.19.8, runtime/config_utils.py (DeepSpeedConfigModel).
+    """
     sizes = hf_auto_bucket_sizes(hidden_size)
-    stage3_only = given.startswith("stage3_")
-    if (
-        not prefix
-        and given in sizes
-        and (not stage3_only or read_value(ZERO_KEYS["stage"], section.get("stage"))[0] == 3)
-    ):
-        found.origins[given] = "auto"
-        return sizes[given]
     path = f"{prefix}{given}"
-    if given == "stage":
-        found.problems.append('stage is "auto", which nothing fills in; DeepSpeed would run without ZeRO; write 2 or 3')
-        return None
-    prefixed = STAGE3_ALIASES.get(given)
-    if prefixed in sizes:
-        found.warnings.append(f'{path}: "auto" is filled in under {prefixed} only; DeepSpeed takes its own default')
-    elif not (stage3_only and given in sizes):
-        found.warnings.append(f'{path}: nothing fills in this "auto"; DeepSpeed takes its own default')
+    if path in sizes:
+        if path.startswith("stage3_") and read_value(ZERO_KEYS["stage"], section.get("stage"))[0] != 3:
+            return None
+        found.origins[path] = "auto"
+        return sizes[path]
+    if path in _FILLED_BY_ACCELERATE:
+        found.origins[path] = "auto"
+        if path == "stage":
+            found.warnings.append(
+                'stage: accelerate fills in 2 for this "auto", DeepSpeed alone runs without ZeRO; write 2'
+            )
+        return _FILLED_BY_ACCELERATE[path]
+    prefixed = STAGE3_ALIASES.get(given, given)
+    where = f" under {prefixed} only" if prefixed in sizes and prefixed != given else ""
+    what = f"is filled in{where}" if where else "is filled in by nothing"
+    found.warnings.append(
+        f'{path}: "auto" {what}: accelerate stops at it, DeepSpeed alone takes its default; delete it'
+    )
     return None
 
 

@@ -75,9 +75,9 @@ def split_setting(setting: str) -> tuple[str, str]:
     return STAGE3_KEYS.get(key, key), text
 
 
-def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The most similar of `names`, None if nothing is near."""
-    found = get_close_matches(name, list(names), n=1, cutoff=0.5)
+def nearest(name: str, names: Iterable[str], *, cutoff: float = 0.5) -> str | None:
+    """The most similar of `names`, None if nothing is near (`cutoff` of difflib: 1 is equal)."""
+    found = get_close_matches(name, list(names), n=1, cutoff=cutoff)
     return found[0] if found else None
 
 
