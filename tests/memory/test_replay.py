@@ -32,6 +32,7 @@ def whole_engine_peaks(walked: Course, recipe: Recipe, choice: Choice) -> dict[s
     hooks = {
         Op.PRE_MODULE: coordinator.pre_module,
         Op.POST_MODULE: coordinator.post_module,
+        Op.KEPT_MODULE: coordinator.kept_module,
         Op.RECOMPUTED_MODULE: coordinator.recomputed_module,
         Op.END_RECOMPUTED: lambda _: coordinator.end_recomputed(),
     }
@@ -44,12 +45,14 @@ def whole_engine_peaks(walked: Course, recipe: Recipe, choice: Choice) -> dict[s
         Op.BEGIN: lambda _: engine.begin_micro_step(),
         Op.PRE_MODULE: engine.pre_module,
         Op.POST_MODULE: engine.post_module,
+        Op.KEPT_MODULE: engine.post_module,
         Op.RECOMPUTED_MODULE: engine.recomputed_module,
         Op.END_RECOMPUTED: lambda _: engine.end_recomputed(),
         Op.READ_HEAD: lambda _: engine.read_head(script.head),
         Op.GRADIENT: engine.gradient,
         Op.END_BACKWARD: lambda _: engine.end_backward(),
         Op.STEP: lambda _: engine.step(),
+        Op.END_STEP: lambda _: engine.end_step(),
     }
     peaks = dict.fromkeys(STEP_PHASES, 0)
     firsts = (*script.phases, len(script.calls))

@@ -17,6 +17,9 @@ from zplan.model_shape import ModelShape
 
 _OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "W_pack_out", "out")
 _POST_NORM_FAMILIES = ("olmo2", "olmo3")
+_SPLIT_QKV = ("gpt2", "gpt_neox")
+"""Fused q, k, v taken apart by torch.split or torch.chunk; others slice (transformers 5.23.0, modeling_gpt2.py,
+modeling_gpt_neox.py, modeling_phi3.py)."""
 _PARALLEL_NORMS = ("falcon", "gptj", "gpt_neox", "phi", "cohere")
 
 
@@ -159,16 +162,18 @@ def _attention(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, 
         rotated_k = ops.rotary(tape, sizes, k, k_width)
         tape.drop(q, k)
         q, k = rotated_q, rotated_k
-    attend = ops.eager_attention if sizes.attention == "eager" else ops.fused_attention
-    mixed = attend(
-        tape, sizes, q, k, v,
-        num_heads=shape.num_attention_heads, q_width=q_width, k_width=k_width, v_width=k_width,
-        softcap=bool(shape.config.get("attn_logit_softcapping", shape.model_type == "gemma2")),
-    )  # fmt: skip
+    widths = (shape.num_attention_heads, q_width, k_width, k_width)
+    if sizes.attention == "eager":
+        softcap = bool(shape.config.get("attn_logit_softcapping", shape.model_type == "gemma2"))
+        fp32_softmax = shape.model_type != "gpt2"
+        mixed = ops.eager_attention(tape, sizes, q, k, v, *widths, softcap=softcap, fp32_softmax=fp32_softmax)
+    else:
+        masked = sizes.attention == "sdpa" and is_windowed(shape, sizes.length)
+        mixed = ops.fused_attention(tape, sizes, q, k, v, *widths, masked=masked)
     out = ops.linear(tape, modules, sizes, layer.output, mixed, transposed=layer.is_conv1d)
     tape.drop(q, k, v, mixed)
     tape.exit(container)
-    return out
+    return ops.dropout(tape, sizes, out, shape.hidden_size, sizes.residual_dropout)
 
 
 def _head_norm(tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, width: int, head_dim: int) -> Value:
@@ -185,7 +190,11 @@ def _project(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x:
     if len(outs) == 3:
         return outs[0], outs[1], outs[2]
     if len(outs) == 1:
-        pieces = [tape.apply(None, [(outs[0], sizes.bytes(width))]) for width in (q_width, k_width, k_width)]
+        whole = sizes.bytes(q_width + 2 * k_width)
+        if shape.model_type in _SPLIT_QKV:
+            pieces = tape.split(outs[0], 3, whole)
+        else:  # slices, each with a gradient of the whole
+            pieces = tuple(tape.apply(None, [(outs[0], whole)]) for _ in range(3))
         tape.drop(outs[0])
         return pieces[0], pieces[1], pieces[2]
     q = tape.apply(sizes.bytes(q_width), [(out, sizes.bytes(q_width)) for out in outs[:1]])
@@ -193,6 +202,15 @@ def _project(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x:
     v = tape.apply(sizes.bytes(k_width), [(out, sizes.bytes(k_width)) for out in outs[-1:]])
     tape.drop(*outs)
     return q, k, v
+
+
+def is_windowed(shape: ModelShape, length: int) -> bool:
+    """Whether some layer's window is shorter than the batch, so that sdpa gets a mask instead of `is_causal`.
+
+    Limits: where windows alternate with full attention, every layer is taken as windowed.
+    Source: transformers 5.23.0, masking_utils.py (_ignore_causal_mask_sdpa).
+    """
+    return shape.sliding_window is not None and length >= shape.sliding_window
 
 
 def uses_rotary(shape: ModelShape) -> bool:
@@ -208,7 +226,7 @@ def _mlp(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: Val
     tape.enter(container)
     out = _feed_forward(tape, layer, sizes, modules, x, names)
     tape.exit(container)
-    return out
+    return ops.dropout(tape, sizes, out, layer.shape.hidden_size, sizes.residual_dropout)
 
 
 def _feed_forward(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: Value, names: list[str]) -> Value:
@@ -230,9 +248,11 @@ def _feed_forward(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Module
         return out
     first = ops.linear(tape, modules, sizes, names[0], x, transposed=layer.is_conv1d)
     if "gate_up_proj" in last:
-        acted = ops.activation(tape, sizes, first, inner, layer.shape.hidden_act)
-        product = tape.apply(whole, [(acted, whole), (first, 2 * whole)], saves=(acted, first))
-        tape.drop(acted, first)
+        gate, up = tape.split(first, 2, 2 * whole)
+        tape.drop(first)
+        acted = ops.activation(tape, sizes, gate, inner, layer.shape.hidden_act)
+        product = tape.apply(whole, [(acted, whole), (up, whole)], saves=(acted, up))
+        tape.drop(gate, up, acted)
     else:
         product = ops.activation(tape, sizes, first, inner, layer.shape.hidden_act)
         tape.drop(first)

@@ -33,6 +33,10 @@ class Act(IntEnum):
     """The last of its parameters is waited for: a coalesced buffer goes away."""
     RELEASE = 3
     """Back to the partition."""
+    KEEP = 4
+    """Released, but the recomputed graph still holds the gathered tensor."""
+    FORGET = 5
+    """The graph has used it."""
 
 
 Action = tuple[int, tuple[int, ...]]
@@ -159,6 +163,7 @@ class Coordinator:
         self.users: list[set[int]] = [set() for _ in range(size)]
         self.inflight: dict[int, _Gather] = {}
         self.recomputed: list[int] = []
+        self.kept: dict[int, tuple[int, ...]] = {}
         self.step = 0
         self.available_numel = 0
         self.actions: list[Action] = []
@@ -188,7 +193,23 @@ class Coordinator:
             self.users[number].discard(module)
             if number in release and self._release(number):
                 released.append(number)
-        return ((int(Act.RELEASE), tuple(released)),) if released else ()
+        forgotten = self.kept.pop(module, ())
+        return (
+            *(((int(Act.RELEASE), tuple(released)),) if released else ()),
+            *(((int(Act.FORGET), forgotten),) if forgotten else ()),
+        )
+
+    def kept_module(self, module: int) -> tuple[Action, ...]:
+        """release_sub_module within a non-reentrant recomputation: its graph keeps a view of every weight it saved,
+        until the backward of the module; by then the parameter is gathered a second time.
+
+        Source: torch 2.13.0, utils/checkpoint.py (_recomputation_hook: inner_pack returns x.detach()).
+        """
+        done = self.post_module(module)
+        kept = tuple(number for _, numbers in done for number in numbers)
+        if kept:
+            self.kept[module] = kept
+        return tuple((int(Act.KEEP), numbers) for _, numbers in done)
 
     def recomputed_module(self, module: int) -> tuple[Action, ...]:
         """A frozen parameter that a recomputation fetches belongs to the recomputed layer until its backward is done.

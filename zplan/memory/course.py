@@ -52,13 +52,22 @@ class Op(IntEnum):
     """The layer that was recomputed has had its backward."""
     READ_HEAD = 9
     """The loss reads the head's weight, or is done with it."""
+    KEPT_MODULE = 10
+    """POST_MODULE within a non-reentrant recomputation."""
+    END_STEP = 11
+    """The update is done."""
 
 
 Call = tuple[int, int]
 """(Op, number of the module or of the parameter)."""
 
 
-HOOKS = frozenset({Op.PRE_MODULE, Op.POST_MODULE, Op.RECOMPUTED_MODULE, Op.END_RECOMPUTED, Op.READ_HEAD})
+HOOKS = frozenset(
+    {
+        Op.PRE_MODULE, Op.POST_MODULE, Op.RECOMPUTED_MODULE, Op.END_RECOMPUTED, Op.READ_HEAD, Op.KEPT_MODULE,
+        Op.END_STEP,
+    }
+)  # fmt: skip
 """Calls that gather and release parameters; no gradient comes or goes in them."""
 
 
@@ -132,6 +141,9 @@ class _Walk:
         meter.add(Kind.ACTIVATIONS, self._input_bytes() - meter.by_kind[Kind.ACTIVATIONS])
         self._next_phase()
         self.call(Op.STEP)
+        if self.fetches:
+            self.call(Op.END_STEP)
+        self.call(Op.NOTHING)
 
     def _input_bytes(self) -> int:
         """Adapters under checkpointing make the embedding's output a leaf: it and its gradient stay with the loss,
@@ -194,6 +206,8 @@ class _Walk:
         if self.fetches and not self.recording.runs_head:
             self.call(Op.READ_HEAD)
         self.post(self.root)
+        if not loss.reads_hidden:
+            self.meter.add(Kind.ACTIVATIONS, -self.recording.hidden_bytes)
 
     # -- backward ------------------------------------------------------------------------------------------------
     def _loss_backward(self) -> None:
@@ -210,7 +224,7 @@ class _Walk:
         elif r.head_trains:
             meter.add(Kind.GRADIENTS, r.head_bytes)
         meter.touch(Kind.LOSS, r.loss.hidden_gradient + r.loss.spread)
-        meter.add(Kind.ACTIVATIONS, r.loss.hidden_gradient)
+        meter.add(Kind.ACTIVATIONS, r.loss.hidden_gradient - r.hidden_bytes * r.loss.reads_hidden)
         if r.runs_head:
             self.post(self.root + 1)
 
@@ -225,7 +239,7 @@ class _Walk:
                 if checkpointed:
                     reentrant = r.reentrant and self.fetches
                     again, back = recomputation(block.tape, reentrant=reentrant)
-                    self._play(again, index, layer, recomputed=reentrant)
+                    self._play(again, index, layer, runs_again=True)
                     self._play(back, index, layer)
                     if reentrant:
                         self.call(Op.END_RECOMPUTED)
@@ -253,8 +267,8 @@ class _Walk:
                 self.call(Op.GRADIENT, r.items.base[index] + local)
             self.post(self.module_base[index])
 
-    def _play(self, steps: Sequence[Step], index: int, layer: int, *, recomputed: bool = False) -> None:
-        meter = self.meter
+    def _play(self, steps: Sequence[Step], index: int, layer: int, *, runs_again: bool = False) -> None:
+        meter, reentrant = self.meter, self.recording.reentrant
         block = self.recording.blocks[index]
         weights = self.recording.items.base[index] + layer * len(block.laid.weights)
         modules = self.module_base[index] + layer * max(len(block.modules.numbers), 1)
@@ -264,8 +278,10 @@ class _Walk:
                 meter.add(Kind.ACTIVATIONS, a)
             elif event == Event.GRADIENT:
                 self.call(Op.GRADIENT, weights + a)
-            elif event == Event.PRE_FORWARD and recomputed:
+            elif event == Event.PRE_FORWARD and runs_again and reentrant and self.fetches:
                 self.call(Op.RECOMPUTED_MODULE, modules + a)
+            elif event == Event.POST_FORWARD and runs_again and not reentrant and self.fetches:
+                self.call(Op.KEPT_MODULE, modules + a)
             elif event in (Event.PRE_FORWARD, Event.PRE_BACKWARD):
                 self.pre(modules + a)
             else:

@@ -69,6 +69,7 @@ class Gathering:
         act: dict[int, Callable[[int], tuple[Action, ...]]] = {
             Op.PRE_MODULE: coordinator.pre_module,
             Op.POST_MODULE: coordinator.post_module,
+            Op.KEPT_MODULE: coordinator.kept_module,
             Op.RECOMPUTED_MODULE: coordinator.recomputed_module,
             Op.END_RECOMPUTED: lambda _: coordinator.end_recomputed(),
         }
@@ -87,10 +88,12 @@ def follow_hooks(of: Gathering, choice: Choice, shards: Shards, schedule: Schedu
     act: dict[int, Callable[[int], None]] = {
         Op.PRE_MODULE: engine.pre_module,
         Op.POST_MODULE: engine.post_module,
+        Op.KEPT_MODULE: engine.post_module,
         Op.RECOMPUTED_MODULE: engine.recomputed_module,
         Op.END_RECOMPUTED: lambda _: engine.end_recomputed(),
         Op.READ_HEAD: lambda _: engine.read_head(of.script.head),
         Op.END_BACKWARD: lambda _: engine.end_backward(),
+        Op.END_STEP: lambda _: engine.end_step(),
     }
     moments: list[int] = []
     for op, number in of.script.calls:

@@ -32,6 +32,8 @@ class LossCost:
     """Live at most in its backward, without `kept`, before the head's gradient leaves."""
     hidden_gradient: int
     """Gradient of the final hidden states that goes on to the last norm."""
+    reads_hidden: bool = True
+    """Keeps the final hidden states themselves for its backward; otherwise they go with its forward."""
     spread: int = 0
     """Temporaries while that gradient is scattered to all positions."""
     logits: int = 0
@@ -82,6 +84,7 @@ def _tiled(shape: ModelShape, micro_batch: int, length: int, b: int, head_trains
         kept=kept,
         backward=gradients + tile + max(fold_backward, products, cast - 0),
         hidden_gradient=hidden,
+        reads_hidden=copies,
         spread=0 if copies else hidden,
     )
 
@@ -100,6 +103,7 @@ def _full(shape: ModelShape, tokens: int, b: int, head_trains: bool) -> LossCost
         kept=logits * FP32,
         backward=2 * FP32 * logits,
         hidden_gradient=hidden,
+        reads_hidden=head_trains,
         logits=logits * b,
         head=logits * b + hidden + weight,
     )
@@ -122,4 +126,5 @@ def _liger(shape: ModelShape, tokens: int, b: int, head_trains: bool) -> LossCos
         kept=hidden + weight,
         backward=hidden,
         hidden_gradient=hidden,
+        reads_hidden=False,
     )

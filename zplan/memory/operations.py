@@ -26,6 +26,10 @@ class Sizes:
     on_cpu: bool
     fp32_norm_weight: bool = False
     """RMSNorm multiplies by its weight before the cast back (OLMo 2, Gemma), and keeps the fp32 product."""
+    residual_dropout: float = 0.0
+    """Behind the attention and behind the MLP."""
+    attention_dropout: float = 0.0
+    """On eager attention's weights; fused kernels draw theirs as they go."""
 
     @property
     def tokens(self) -> int:
@@ -206,28 +210,62 @@ def rotary(tape: Tape, sizes: Sizes, x: Value, width: int) -> Value:
     return out
 
 
+def dropout(tape: Tape, sizes: Sizes, x: Value, width: int, rate: float) -> Value:
+    """Keeps a mask, one byte an element; without the fused kernel (CPU ranks) noise of the training dtype.
+
+    Source: torch 2.13.0, aten/src/ATen/native/Dropout.cpp (native_dropout, _dropout).
+    """
+    if rate == 0.0:
+        return x
+    whole = sizes.bytes(width)
+    out = tape.apply(whole, [(x, whole)], extra_saved=whole if sizes.on_cpu else sizes.tokens * width)
+    tape.drop(x)
+    return out
+
+
 def fused_attention(
-    tape: Tape, sizes: Sizes, q: Value, k: Value, v: Value, *, num_heads: int, q_width: int, k_width: int, v_width: int,
-    softcap: bool = False,
+    tape: Tape, sizes: Sizes, q: Value, k: Value, v: Value, num_heads: int, q_width: int, k_width: int, v_width: int,
+    *, masked: bool,
 ) -> Value:  # fmt: skip
     """sdpa and flash attention: keep q, k, v, the output and one fp32 logsumexp per token and head.
 
-    Limits: the kernel's own workspace in backward is not counted (it is in `high`).
-    Source: torch 2.13.0, derivatives.yaml (_scaled_dot_product_flash_attention).
+    A mask (a sliding window shorter than the batch under sdpa) rules out grouped queries: keys and values are repeated
+    first. Flash attention's backward takes one fp32 number per token and head, and dq in fp32; grouped queries get dk
+    and dv of every head.
+
+    Source: torch 2.13.0, derivatives.yaml (_scaled_dot_product_flash_attention),
+    aten/native/transformers/cuda/flash_attn/flash_api.cpp (mha_bwd); transformers 5.23.0,
+    integrations/sdpa_attention.py (use_gqa_in_sdpa).
     """
+    wide, grouped = sizes.bytes(q_width), k_width != q_width
+    if masked and grouped:
+        k = tape.apply(wide, [(k, sizes.bytes(k_width))], temporary=wide)
+        v = tape.apply(wide, [(v, sizes.bytes(v_width))], temporary=wide)
+        out = fused_attention(tape, sizes, q, k, v, num_heads, q_width, q_width, q_width, masked=True)
+        tape.drop(k, v)
+        return out
     out_width = num_heads * (v_width // max(k_width // max(q_width // num_heads, 1), 1)) if v_width else q_width
+    flash = not masked and not sizes.on_cpu and sizes.itemsize != FP32
+    scratch = _flash_scratch(sizes, num_heads, q_width // num_heads) + 2 * wide * grouped if flash else 0
     return tape.apply(
         sizes.bytes(out_width),
-        [(q, sizes.bytes(q_width)), (k, sizes.bytes(k_width)), (v, sizes.bytes(v_width))],
+        [(q, wide), (k, sizes.bytes(k_width)), (v, sizes.bytes(v_width))],
         saves=(q, k, v),
         saves_output=True,
         extra_saved=sizes.fp32_bytes(num_heads),
+        temporary=scratch,
     )
 
 
+def _flash_scratch(sizes: Sizes, num_heads: int, head_dim: int) -> int:
+    """softmax_d and the fp32 dq of flash attention's backward: rows in blocks of 128, heads 32 elements wide."""
+    rows = sizes.micro_batch * -(-sizes.length // 128) * 128
+    return FP32 * rows * num_heads * (1 + -(-head_dim // 32) * 32)
+
+
 def eager_attention(
-    tape: Tape, sizes: Sizes, q: Value, k: Value, v: Value, *, num_heads: int, q_width: int, k_width: int, v_width: int,
-    softcap: bool = False,
+    tape: Tape, sizes: Sizes, q: Value, k: Value, v: Value, num_heads: int, q_width: int, k_width: int, v_width: int,
+    *, softcap: bool = False, fp32_softmax: bool = True,
 ) -> Value:  # fmt: skip
     """Attention with the S x S matrix, once in the training dtype and twice in fp32 while softmax runs.
 
@@ -252,8 +290,9 @@ def eager_attention(
         scaled = _softcap(tape, scaled, small)
     masked = tape.apply(small, [(scaled, None)])
     tape.drop(scaled)
-    weights = _fp32_softmax(tape, masked, small, large)
+    weights = _fp32_softmax(tape, masked, small, large if fp32_softmax else small)
     tape.drop(masked)
+    weights = _attention_dropout(tape, sizes, weights, small, scores)
     out = tape.apply(wide, [(weights, small), (values, wide)], saves=(weights, values))
     if repeats:
         tape.drop(keys, values)
@@ -262,6 +301,15 @@ def eager_attention(
     tape.drop(out, viewed)
     tape.hold(weights)
     return flat
+
+
+def _attention_dropout(tape: Tape, sizes: Sizes, weights: Value, num_bytes: int, scores: int) -> Value:
+    """As `dropout`, on scores: the mask is a byte each."""
+    if sizes.attention_dropout == 0.0:
+        return weights
+    out = tape.apply(num_bytes, [(weights, num_bytes)], extra_saved=num_bytes if sizes.on_cpu else scores)
+    tape.drop(weights)
+    return out
 
 
 def _softcap(tape: Tape, scores: Value, num_bytes: int) -> Value:

@@ -161,8 +161,8 @@ def _stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards) -> Res
                 "deepspeed 0.19.8, runtime/zero/partition_parameters.py (ds_secondary_tensor)",
             )
         )
-    persistent = shards.persistent_bytes
-    terms.append(_term("persistent parameters", persistent, STEPS, "gathered for good", source))
+    kept = "gathered for good, but for the update itself (Stage3Engine.end_step)"
+    terms.append(_term("persistent parameters", shards.persistent_bytes, ("forward", "backward", "save"), kept, source))
     optimizer = 0 if zero.offloads_optimizer else step_temporary_bytes(recipe.optimizer, max(groups))
     terms.append(_term("optimizer temporaries", optimizer, ("step",), "largest sub-group", source))
     return Resident(terms=tuple(terms), partition_numel=numel)

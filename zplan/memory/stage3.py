@@ -123,9 +123,10 @@ class Stage3Engine:
         self.num_ranks, self.itemsize = num_ranks, itemsize
         self.actions = iter(schedule)
         self.held = [0] * len(items.numel)
+        self.kept: dict[int, int] = {}
         self.padded_bytes = [b * part * num_ranks for b, part in zip(items.itemsize, shards.partition, strict=True)]
         self.act: tuple[Callable[[tuple[int, ...]], None], ...] = (
-            self._gather, self._arrive, self._settle, self._release
+            self._gather, self._arrive, self._settle, self._release, self._keep, self._forget
         )  # fmt: skip
         self.reads_head = False
         self.bucket: list[int] = []
@@ -198,6 +199,14 @@ class Stage3Engine:
             self._hold(number, -self.held[number])
             self.held[number] = 0
 
+    def _keep(self, numbers: tuple[int, ...]) -> None:
+        for number in numbers:
+            self.kept[number], self.held[number] = self.held[number], 0
+
+    def _forget(self, numbers: tuple[int, ...]) -> None:
+        for number in numbers:
+            self.meter.add(Kind.GATHERED_PARAMETERS, -self.kept.pop(number, 0))
+
     def read_head(self, numbers: tuple[int, ...]) -> None:
         """A single rank copies the head in the first step, before it is known as external; called again when it goes.
 
@@ -212,6 +221,13 @@ class Stage3Engine:
         size = sum(self.items.itemsize[p] * self.items.numel[p] for p in numbers if p not in self.shards.persistent)
         self.meter.add(Kind.GATHERED_PARAMETERS, -size if self.reads_head else size)
         self.reads_head = not self.reads_head
+
+    def end_step(self) -> None:
+        """Persistent parameters, partitioned before the update, are gathered again after it.
+
+        Source: deepspeed 0.19.8, stage3.py (step: _partition_all_parameters, _post_step).
+        """
+        self.meter.touch(Kind.GATHERED_PARAMETERS, self.shards.persistent_bytes)
 
     # -- gradients -----------------------------------------------------------------------------------------------
     def begin_micro_step(self) -> None:

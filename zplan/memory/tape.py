@@ -67,6 +67,15 @@ class Operation:
 
 
 @dataclass(slots=True)
+class Division:
+    """One tensor seen as several views by one node, whose backward joins their gradients (SplitBackward)."""
+
+    outs: tuple[Value, ...]
+    source: Value
+    num_bytes: int
+
+
+@dataclass(slots=True)
 class Marker:
     """Start or end of a module's forward."""
 
@@ -87,7 +96,7 @@ class Tape:
     keeps: bool = True
     stop_at: int | None = None
     steps: list[Step] = field(default_factory=list)
-    operations: list[Operation | Marker] = field(default_factory=list)
+    operations: list[Operation | Division | Marker] = field(default_factory=list)
     num_operations: int = 0
     last_saving: int = 0
     _net: int = 0
@@ -221,6 +230,13 @@ class Tape:
         storage.refs += 1
         return Value(storage)
 
+    def split(self, source: Value, count: int, num_bytes: int) -> tuple[Value, ...]:
+        """`count` views of a tensor of `num_bytes`, as torch.split and torch.chunk give."""
+        source.storage.refs += count
+        outs = tuple(Value(source.storage) for _ in range(count))
+        self.operations.append(Division(outs, source, num_bytes))
+        return outs
+
     # -- backward ------------------------------------------------------------------------------------------------
     def backward(self, out: Value, gradient_bytes: int) -> None:
         """Play the recorded operations backwards from a gradient that is already live outside (not counted here)."""
@@ -228,6 +244,8 @@ class Tape:
         for operation in reversed(self.operations):
             if isinstance(operation, Marker):
                 self._emit(Event.POST_BACKWARD if operation.enters else Event.PRE_BACKWARD, operation.module)
+            elif isinstance(operation, Division):
+                self._join(operation)
             elif operation.out.gradient is not None:
                 self._node(operation)
         self.flush()
@@ -255,6 +273,14 @@ class Tape:
         for index, num_bytes in operation.weights:
             self._add(-num_bytes)
             self._emit(Event.GRADIENT, index)
+
+    def _join(self, division: Division) -> None:
+        self._add(division.num_bytes)
+        for out in division.outs:
+            if out.gradient is not None:
+                self._release(out.gradient)
+                out.gradient = None
+        self._accumulate(division.source, Tensor(division.num_bytes))
 
     def _accumulate(self, value: Value, result: Tensor) -> None:
         known = value.gradient

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zplan.memory.blocks import build_layer
+from zplan.memory.blocks import build_layer, is_windowed
 from zplan.memory.instances import Instances, instances
 from zplan.memory.loss import INT64, LossCost, loss_cost
 from zplan.memory.operations import Modules, Sizes, norm
@@ -67,12 +67,29 @@ def record(shape: ModelShape, recipe: Recipe, layout: Layout, *, micro_batch: in
         attention=recipe.attention,
         on_cpu=on_cpu,
         fp32_norm_weight=shape.model_type.startswith(("olmo2", "gemma")),
+        residual_dropout=_rate(shape, "resid_pdrop", "dropout", "hidden_dropout", "residual_dropout"),
+        attention_dropout=_rate(shape, "attn_pdrop", "attention_dropout"),
     )
     made = _record(shape, recipe, layout, sizes)
     if len(_RECORDINGS) > 4096:
         _RECORDINGS.clear()
     _RECORDINGS[key] = made
     return made
+
+
+DEFAULT_DROPOUT: dict[tuple[str, str], float] = {
+    ("gpt2", "resid_pdrop"): 0.1,
+    ("gpt2", "attn_pdrop"): 0.1,
+    ("gpt2", "embd_pdrop"): 0.1,
+    ("opt", "dropout"): 0.1,
+}
+"""Of a config.json that says nothing; every other family's is 0 (transformers 5.23.0, models/*/configuration_*.py)."""
+
+
+def _rate(shape: ModelShape, *keys: str) -> float:
+    """The dropout rate under the first of the keys that the model's config has."""
+    found = (shape.config.get(key, DEFAULT_DROPOUT.get((shape.model_type, key))) for key in keys)
+    return float(next((rate for rate in found if rate is not None), 0.0))
 
 
 def _record(shape: ModelShape, recipe: Recipe, layout: Layout, sizes: Sizes) -> Recording:
@@ -116,14 +133,17 @@ def is_output(weight: Weight) -> bool:
 
 
 def _batch_bytes(shape: ModelShape, sizes: Sizes) -> int:
-    """input_ids, labels and attention_mask (int64), positions, cos and sin of the rotary embedding, eager's masks.
+    """input_ids, labels and attention_mask (int64), positions, cos and sin of the rotary embedding, masks.
 
     Source: transformers 5.23.0, masking_utils.py (eager_mask): one B x S x S of the training dtype for each kind of
     layer (full, sliding).
     """
     rotary = 2 * sizes.length * shape.head_dim * sizes.itemsize
+    squares = sizes.micro_batch * sizes.length * sizes.length
     kinds = max(len(set(shape.layer_types)), 1) if sizes.attention == "eager" else 0
-    masks = kinds * sizes.micro_batch * sizes.length * sizes.length * sizes.itemsize
+    masks = kinds * squares * sizes.itemsize
+    if sizes.attention == "sdpa" and is_windowed(shape, sizes.length):
+        masks = squares  # a byte each
     return 3 * INT64 * sizes.tokens + INT64 * sizes.length + rotary + masks
 
 

@@ -1,0 +1,105 @@
+"""Bytes of single operations and of a few steps, worked by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tests.memory.test_estimate import SHAPE, cluster, estimate, term_bytes
+from zplan.memory import operations as ops
+from zplan.memory.coordinator import Act, Coordinator, Fetches, Limits
+from zplan.memory.estimate import estimate_memory
+from zplan.memory.operations import Sizes
+from zplan.memory.tape import Tape, Tensor, Value, record_block
+from zplan.recipe import Recipe
+from zplan.zero_config import BatchSizes, Choice, ZeroConfig
+
+SIZES = Sizes(micro_batch=1, length=100, itemsize=2, attention="sdpa", on_cpu=False)
+
+
+def most_in_backward(build: object, input_bytes: int, output_bytes: int) -> int:
+    """Above the saved tensors and the incoming gradient."""
+    tape = record_block(build, input_bytes, output_bytes)  # type: ignore[arg-type]
+    net = peak = 0
+    for _, change, above in tape.backward:
+        peak, net = max(peak, net + above), net + change
+    return peak
+
+
+def test_the_views_of_a_split_give_their_gradients_to_one_that_joins_them() -> None:
+    def build(tape: Tape, x: Value) -> Value:
+        left, right = tape.split(x, 2, 200)
+        out = tape.apply(100, [(left, 100), (right, 100)])
+        tape.drop(left, right)
+        return out
+
+    assert (
+        most_in_backward(build, 200, 100) == 100 + 100 + 200 - 100
+    )  # two halves, the joined one; the incoming is gone
+
+
+def test_slices_give_gradients_of_the_whole() -> None:
+    def build(tape: Tape, x: Value) -> Value:
+        left, right = (tape.apply(None, [(x, 200)]) for _ in range(2))
+        out = tape.apply(100, [(left, 100), (right, 100)])
+        tape.drop(left, right)
+        return out
+
+    # one half's gradient has become a whole; the other makes its own whole before they are added
+    assert most_in_backward(build, 200, 100) == 200 + 100 + 200 - 100
+
+
+def saved_by(build: object) -> int:
+    """Bytes that stay after the forward, output and input aside."""
+    tape = Tape()
+    source = Value(Tensor(0, foreign=True))
+    out = build(tape, source)  # type: ignore[operator]
+    return sum(step[1] for step in (*tape.steps, (0, tape._net, 0)) if step[0] == 0) - out.storage.bytes
+
+
+def test_dropout_keeps_a_byte_for_every_element() -> None:
+    assert saved_by(lambda tape, x: ops.dropout(tape, SIZES, x, 64, 0.1)) == 100 * 64
+    on_cpu = replace(SIZES, on_cpu=True)
+    assert saved_by(lambda tape, x: ops.dropout(tape, on_cpu, x, 64, 0.1)) == 100 * 64 * 2  # noise in bf16
+    assert saved_by(lambda tape, x: ops.dropout(tape, SIZES, x, 64, 0.0)) == 0
+
+
+def test_flash_attention_s_backward_takes_rows_of_128_and_heads_of_32() -> None:
+    assert ops._flash_scratch(SIZES, num_heads=3, head_dim=40) == 4 * 128 * 3 * (1 + 64)
+
+
+def windowed(length: int) -> int:
+    batch = BatchSizes(train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=1, world_size=1)
+    found = estimate_memory(
+        replace(SHAPE, sliding_window=256),
+        Recipe(model="windowed", train_batch_size=2, max_length=length),
+        Choice(zero=ZeroConfig(stage=2), batch=batch),
+        cluster(1),
+    )
+    return term_bytes(found, "activations", "forward")
+
+
+def test_a_batch_as_long_as_the_window_gets_a_mask() -> None:
+    growth = windowed(256) - windowed(255)
+    assert growth - (windowed(255) - windowed(254)) == 2 * 256 * 256  # a byte for every pair of positions
+
+
+def test_persistent_parameters_are_away_while_the_optimizer_steps() -> None:
+    small, whole = (
+        estimate(ZeroConfig(stage=3, stage3_param_persistence_threshold=size), world_size=8) for size in (0, 10**9)
+    )
+    persistent = 2 * SHAPE.num_parameters
+    assert term_bytes(whole, "persistent parameters", "forward") == persistent
+    assert term_bytes(whole, "persistent parameters", "step") == 0
+    assert whole.gpu.phases["step"] == small.gpu.phases["step"] - term_bytes(
+        small, "temporaries of the engine", "step"
+    ) + max(term_bytes(small, "temporaries of the engine", "step"), persistent)
+
+
+def test_a_recomputed_weight_lives_until_its_module_s_backward() -> None:
+    fetches = Fetches.of([0, 0], {0: (0,)}, (10,))
+    coordinator = Coordinator(fetches, Limits(prefetch=0, live=0, reuse=0), persistent=frozenset(), external=(),
+                              trainable=(True,))  # fmt: skip
+    coordinator.pre_module(0)
+    assert coordinator.kept_module(0) == ((Act.KEEP, (0,)),)
+    assert (Act.GATHER, (0,)) in coordinator.pre_module(0)  # a second time
+    assert coordinator.post_module(0) == ((Act.RELEASE, (0,)), (Act.FORGET, (0,)))
