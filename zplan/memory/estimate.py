@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from zplan.hardware import Cluster
 from zplan.memory import runtime
-from zplan.memory.course import STEP_PHASES, Kinds, StepPhase, course
+from zplan.memory.course import STEP_PHASES, Course, Kinds, StepPhase, course
 from zplan.memory.documented import documented_bucket_bytes
 from zplan.memory.host import estimate_host, host_bytes, ranks_of_node
 from zplan.memory.instances import instances
@@ -16,9 +16,9 @@ from zplan.memory.loss import FP32, TOKEN_TILE, VOCAB_TILE
 from zplan.memory.meter import KIND_NAMES, Kind
 from zplan.memory.replay import replay_of
 from zplan.memory.resident import Resident, resident
-from zplan.memory.stage3 import Shards, shard
-from zplan.memory.stage12 import Partitions, partition
-from zplan.memory.terms import ByteRange, GpuEstimate, MemoryEstimate, Phase, Term, Verdict
+from zplan.memory.stage3 import shard
+from zplan.memory.stage12 import partition
+from zplan.memory.terms import PHASES, VERDICTS, ByteRange, GpuEstimate, MemoryEstimate, Phase, Term
 from zplan.memory.timeline import record
 from zplan.memory.trainable import Layout, layout
 from zplan.model_shape import ModelShape
@@ -26,7 +26,7 @@ from zplan.recipe import Recipe
 from zplan.zero_config import Choice
 
 BucketRule = Literal["engine", "documented"]
-MARGIN_LOW, MARGIN_HIGH = 0.98, 1.04
+MARGIN_LOW_PERCENT, MARGIN_HIGH_PERCENT = 98, 104
 """The formula's own error, assumed; reports/ shows where it is larger."""
 
 
@@ -48,32 +48,35 @@ def estimate_memory(
     """
     on_cpu = cluster.gpu.kind == "cpu"
     laid = layout(shape, recipe)
-    cut, shards = _cut(laid, choice, rank)
-    still = resident(laid, recipe, choice, cut, shards)
-    peaks = _replay(shape, recipe, choice, laid, rank, on_cpu)
-    if on_cpu:
-        still = replace(still, terms=(*still.terms, *offloaded_to_itself(laid, recipe, choice, cluster, still)))
-    # below stage 3 the weights are loaded in host memory and reach the GPU at initialize
-    terms = _terms(still.terms if on_cpu or choice.zero.stage == 3 else _without_load(still.terms), peaks)
-    phases: dict[Phase, int] = {
-        phase: sum(term.bytes for term in terms if phase in term.phases)
-        for phase in ("load", "init", "forward", "backward", "step", "save")
-    }
+    still = standing(laid, recipe, choice, cluster, rank)
+    walked = course_of(shape, recipe, laid, choice, on_cpu=on_cpu)
+    replay = replay_of(walked.script, instances(laid), recipe.weight_bytes, rank)
+    terms = _terms(still.terms, replay.peaks(walked, choice))
+    phases = phase_bytes(terms)
     peak = max(phases.values())
     host, nvme = estimate_host(
         laid, recipe, choice, cluster, partition_numel=still.partition_numel, rank_bytes=peak if on_cpu else 0
     )
-    gpu = _gpu(terms, phases, peak, recipe, choice, cluster, bucket_rule, _largest_block(shape, laid, recipe, choice))
     missing = not_modelled(shape, recipe, choice)
     return MemoryEstimate(
-        gpu=replace(gpu, verdict="tight") if missing and gpu.verdict == "fits" else gpu,
+        gpu=_gpu(terms, phases, shape, recipe, choice, cluster, bucket_rule, is_whole=not missing),
         host=host,
         nvme=nvme,
         notes=(*missing, *unchecked(shape, recipe), *_notes(choice, on_cpu)),
     )
 
 
-def offloaded_to_itself(
+def standing(laid: Layout, recipe: Recipe, choice: Choice, cluster: Cluster, rank: int | None) -> Resident:
+    """What a rank holds all the time. Below stage 3 the weights are loaded in host memory and reach a GPU at init."""
+    items, zero, world = instances(laid), choice.zero, choice.batch.world_size
+    cut = partition(items, world, rank) if zero.stage in (1, 2) else None
+    still = resident(laid, recipe, choice, cut, shard(items, zero, world) if zero.stage == 3 else None)
+    if cluster.gpu.kind == "cpu":
+        return replace(still, terms=(*still.terms, *_offloaded_to_itself(laid, recipe, choice, cluster, still)))
+    return still if zero.stage == 3 else replace(still, terms=_without_load(still.terms))
+
+
+def _offloaded_to_itself(
     laid: Layout, recipe: Recipe, choice: Choice, cluster: Cluster, still: Resident
 ) -> tuple[Term, ...]:
     """What a CPU rank "offloads" stays in its own memory: the host's offload terms, of one rank."""
@@ -86,24 +89,19 @@ def offloaded_to_itself(
     )
 
 
-def _cut(laid: Layout, choice: Choice, rank: int | None) -> tuple[Partitions | None, Shards | None]:
-    items, world = instances(laid), choice.batch.world_size
-    if choice.zero.stage == 3:
-        return None, shard(items, choice.zero, world)
-    return (partition(items, world, rank) if choice.zero.stage else None), None
-
-
-def _replay(
-    shape: ModelShape,
-    recipe: Recipe,
-    choice: Choice,
-    laid: Layout,
-    rank: int | None,
-    on_cpu: bool,
-) -> dict[StepPhase, Kinds]:
+def course_of(shape: ModelShape, recipe: Recipe, laid: Layout, choice: Choice, *, on_cpu: bool) -> Course:
+    """Activations and loss of one micro-step of the choice."""
     recording = record(shape, recipe, laid, micro_batch=choice.batch.train_micro_batch_size_per_gpu, on_cpu=on_cpu)
-    walked = course(recording, checkpointing=choice.gradient_checkpointing, fetches=choice.zero.stage == 3)
-    return replay_of(walked.script, recording.items, recording.sizes.itemsize, rank).peaks(walked, choice)
+    return course(recording, checkpointing=choice.gradient_checkpointing, fetches=choice.zero.stage == 3)
+
+
+def phase_bytes(terms: tuple[Term, ...]) -> dict[Phase, int]:
+    """What is live at the peak of each phase."""
+    phases: dict[Phase, int] = dict.fromkeys(PHASES, 0)
+    for term in terms:
+        for phase in term.phases:
+            phases[phase] += term.bytes
+    return phases
 
 
 def _without_load(terms: tuple[Term, ...]) -> tuple[Term, ...]:
@@ -141,44 +139,30 @@ _KIND_SOURCES = {
 def _gpu(
     terms: tuple[Term, ...],
     phases: dict[Phase, int],
-    peak: int,
+    shape: ModelShape,
     recipe: Recipe,
     choice: Choice,
     cluster: Cluster,
     bucket_rule: BucketRule,
-    largest_block: int,
+    *,
+    is_whole: bool,
 ) -> GpuEstimate:
-    on_cpu = cluster.gpu.kind == "cpu"
     documented = documented_bucket_bytes(choice.zero, itemsize=recipe.weight_bytes)
-    workspace = runtime.NOTHING if on_cpu else runtime.CUBLAS_WORKSPACE
-    judged = peak
+    judged = max(phases.values())
     if bucket_rule == "documented" and documented is not None:
         engine = sum(term.bytes for term in terms if term.name == KIND_NAMES[Kind.BUCKETS])
-        judged = max(peak, max(phases.values()) - engine + documented)
-    allocated = ByteRange(
-        low=int(judged * MARGIN_LOW) + workspace.low,
-        expected=judged + workspace.expected,
-        high=int(judged * MARGIN_HIGH) + workspace.high,
-    )
-    reserved = runtime.reserved_range(allocated, on_cpu=on_cpu, largest_block=largest_block)
-    extra = runtime.overheads(
-        on_cpu=on_cpu,
-        num_ranks=cluster.world_size,
-        num_communicators=2 if choice.zero.zero_hpz_partition_size > 1 else 1,
-    )
-    used = ByteRange(
-        low=reserved.low + extra.context.low + extra.nccl.low,
-        expected=reserved.expected + extra.context.expected + extra.nccl.expected,
-        high=reserved.high + extra.context.high + extra.nccl.high,
-    )
-    verdict, short = _verdict(used, cluster.gpu.free_bytes)
+        judged = max(judged, judged - engine + documented)
+    laid = layout(shape, recipe)
+    largest = max(largest_of_engine(laid, recipe, choice), largest_of_model(shape, recipe, choice))
+    ranges = gpu_ranges(judged, largest, outside_allocator(choice, cluster), on_cpu=cluster.gpu.kind == "cpu")
+    level, short = gpu_level(ranges.used, cluster.gpu.free_bytes, is_whole=is_whole)
     return GpuEstimate(
-        allocated=allocated,
-        reserved=reserved,
-        used=used,
+        allocated=ranges.allocated,
+        reserved=ranges.reserved,
+        used=ranges.used,
         capacity_bytes=cluster.gpu.total_bytes,
         free_bytes=cluster.gpu.free_bytes,
-        verdict=verdict,
+        verdict=VERDICTS[level],
         short_bytes=short,
         phases=phases,
         terms=terms,
@@ -186,26 +170,78 @@ def _gpu(
     )
 
 
-def _largest_block(shape: ModelShape, laid: Layout, recipe: Recipe, choice: Choice) -> int:
-    """The largest single tensor of a step: a reduce bucket, an fp32 gradient or a gathered weight, logits, scores."""
-    zero, micro_batch = choice.zero, choice.batch.train_micro_batch_size_per_gpu
-    tokens, b = micro_batch * recipe.max_length, recipe.weight_bytes
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranges:
+    """The same bytes as tensors use them, as the allocator holds them, as nvidia-smi shows them."""
+
+    allocated: ByteRange
+    reserved: ByteRange
+    used: ByteRange
+
+
+def gpu_ranges(peak: int, largest_block: int, outside: ByteRange, *, on_cpu: bool) -> Ranges:
+    """From the peak of a rank to what its GPU shows. Integers only: whole columns of them are taken as well.
+
+    Args:
+        largest_block: the largest tensor that comes and goes.
+        outside: what no allocator holds.
+    """
+    workspace = runtime.NOTHING if on_cpu else runtime.CUBLAS_WORKSPACE
+    allocated = ByteRange(
+        low=peak * MARGIN_LOW_PERCENT // 100 + workspace.low,
+        expected=peak + workspace.expected,
+        high=peak * MARGIN_HIGH_PERCENT // 100 + workspace.high,
+    )
+    reserved = runtime.reserved_range(allocated, on_cpu=on_cpu, largest_block=largest_block)
+    used = ByteRange(
+        low=reserved.low + outside.low,
+        expected=reserved.expected + outside.expected,
+        high=reserved.high + outside.high,
+    )
+    return Ranges(allocated=allocated, reserved=reserved, used=used)
+
+
+def outside_allocator(choice: Choice, cluster: Cluster) -> ByteRange:
+    """CUDA context and NCCL."""
+    extra = runtime.overheads(
+        on_cpu=cluster.gpu.kind == "cpu",
+        num_ranks=cluster.world_size,
+        num_communicators=2 if choice.zero.zero_hpz_partition_size > 1 else 1,
+    )
+    return ByteRange(
+        low=extra.context.low + extra.nccl.low,
+        expected=extra.context.expected + extra.nccl.expected,
+        high=extra.context.high + extra.nccl.high,
+    )
+
+
+def largest_of_engine(laid: Layout, recipe: Recipe, choice: Choice) -> int:
+    """The largest tensor of the engine that comes and goes: a reduce bucket, an fp32 gradient, a gathered weight."""
+    zero, b = choice.zero, recipe.weight_bytes
     return max(
         b * zero.reduce_bucket_size if zero.stage and zero.contiguous_gradients else 0,
         FP32 * laid.largest_trainable,
         b * laid.largest if zero.stage == 3 else 0,
+    )
+
+
+def largest_of_model(shape: ModelShape, recipe: Recipe, choice: Choice) -> int:
+    """The largest tensor of forward and backward: logits, scores, the middle of an MLP."""
+    tokens, b = choice.batch.train_micro_batch_size_per_gpu * recipe.max_length, recipe.weight_bytes
+    return max(
         FP32 * tokens * shape.vocab_size if recipe.loss == "full" else b * min(tokens, TOKEN_TILE) * VOCAB_TILE,
         FP32 * tokens * recipe.max_length * shape.num_attention_heads if recipe.attention == "eager" else 0,
         b * tokens * (shape.intermediate_size or 0),
     )
 
 
-def _verdict(used: ByteRange, free_bytes: int) -> tuple[Verdict, int]:
-    """fits: `high` fits; tight: only `expected` does, or something is not modelled (limits.py)."""
-    if used.high <= free_bytes:
-        return "fits", 0
-    short = used.high - free_bytes
-    return ("tight" if used.expected <= free_bytes else "does_not_fit"), short
+def gpu_level(used: ByteRange, free_bytes: int, *, is_whole: bool) -> tuple[int, int]:
+    """(index into VERDICTS, bytes short by `high`); integers only, so that columns are taken as well.
+
+    fits: `high` fits; tight: only `expected` does, or something is not modelled (limits.py).
+    """
+    is_short, is_shorter = 1 * (used.high > free_bytes), 1 * (used.expected > free_bytes)
+    return is_short + is_shorter + (1 - is_short) * (1 - is_whole), is_short * (used.high - free_bytes)
 
 
 def _notes(choice: Choice, on_cpu: bool) -> tuple[str, ...]:

@@ -17,14 +17,17 @@ Answer = TypeVar("Answer")
 
 
 class _Reader:
-    """Stands for the question: notes the first read of every attribute, the later ones cost what they always cost."""
+    """Stands for the question: notes the first read of every attribute, the later ones cost what they always cost.
+
+    A formula may ask another memo: what is read of the question there is read here as well.
+    """
 
     def __init__(self, value: Any, path: str, reads: list[tuple[str, Any]]) -> None:
         self.__dict__.update(_value=value, _path=path, _reads=reads)
 
     def __getattr__(self, name: str) -> Any:
         value, path = getattr(self._value, name), self._path + name
-        if is_dataclass(value):
+        if is_dataclass(value) or isinstance(value, _Reader):
             value = _Reader(value, f"{path}.", self._reads)
         else:
             self._reads.append((path, value))

@@ -22,8 +22,9 @@ ALLOCATOR_ROUNDING = 512
 """torch 2.13.0, c10/cuda/CUDACachingAllocator (kMinBlockSize): every block is a multiple of 512 bytes."""
 SEGMENT = 2 * MIB
 """kSmallBuffer / kRoundLarge: segments are multiples of 2 MiB."""
-RESERVED_OVER_ALLOCATED = (1.0, 1.06, 1.20)
-"""Segments that no live block fills: assumed, lower end nothing; `zplan simulate` replays the allocator instead."""
+RESERVED_PERCENT = (100, 106, 120)
+"""Of what is allocated, with segments that no live block fills: assumed, lower end nothing; `zplan simulate` replays
+the allocator instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +62,13 @@ def reserved_range(allocated: ByteRange, *, on_cpu: bool, largest_block: int = 0
     """
     if on_cpu:
         return allocated
-    low, middle, high = RESERVED_OVER_ALLOCATED
+    low, middle, high = RESERVED_PERCENT
     return ByteRange(
-        low=_segments(allocated.low * low),
-        expected=_segments(allocated.expected * middle),
-        high=_segments(allocated.high * high + largest_block),
+        low=_segments(allocated.low * low // 100),
+        expected=_segments(allocated.expected * middle // 100),
+        high=_segments(allocated.high * high // 100 + largest_block),
     )
 
 
-def _segments(num_bytes: float) -> int:
-    return -(-int(num_bytes) // SEGMENT) * SEGMENT
+def _segments(num_bytes: int) -> int:
+    return -(-num_bytes // SEGMENT) * SEGMENT

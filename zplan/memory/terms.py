@@ -9,6 +9,8 @@ from typing import Literal
 Phase = Literal["load", "init", "forward", "backward", "step", "save"]
 PHASES: tuple[Phase, ...] = ("load", "init", "forward", "backward", "step", "save")
 Verdict = Literal["fits", "tight", "does_not_fit"]
+VERDICTS: tuple[Verdict, ...] = ("fits", "tight", "does_not_fit")
+"""From good to bad."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,218 @@
+"""Estimator: the memory of many choices of one model, recipe and cluster, as columns.
+
+Each part of an estimate depends on a few fields of the choice: activations on the micro-batch, gathered parameters on
+the coordinator's limits, gradients on the bucket. The functions of `estimate_memory` are asked once for each
+combination of what they read (`zplan.memory.memo`), and numpy adds the parts. Not one formula is written here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any, Generic, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from zplan.hardware import Cluster
+from zplan.memory.course import STEP_PHASES, Course, Reduction, StepPhase
+from zplan.memory.estimate import (
+    Ranges,
+    course_of,
+    gpu_level,
+    gpu_ranges,
+    largest_of_engine,
+    largest_of_model,
+    outside_allocator,
+    phase_bytes,
+    standing,
+)
+from zplan.memory.gather import Gathered
+from zplan.memory.host import estimate_host
+from zplan.memory.instances import instances
+from zplan.memory.limits import not_modelled
+from zplan.memory.memo import Memo
+from zplan.memory.replay import Held, Replay, replay_of
+from zplan.memory.resident import Resident
+from zplan.memory.terms import PHASES, VERDICTS, ByteRange, Phase
+from zplan.memory.trainable import layout
+from zplan.model_shape import ModelShape
+from zplan.recipe import Recipe
+from zplan.zero_config import Choice
+
+Ints: TypeAlias = npt.NDArray[np.int64]
+Asked = TypeVar("Asked")
+Row = TypeVar("Row")
+MOST_KEPT = 1 << 20
+CHUNK = 128
+"""Sums of tables made at a time: they stay in the processor's cache."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimates:
+    """One entry for every choice, in their order. Levels are indices into VERDICTS: 0 fits, 1 tight, 2 does not fit."""
+
+    phases: dict[Phase, Ints]
+    """Peak allocated bytes of each phase (expected)."""
+    gpu: Ranges
+    """Columns, as in GpuEstimate."""
+    gpu_level: Ints
+    gpu_short_bytes: Ints
+    host_resident_bytes: Ints
+    host_pinned_bytes: Ints
+    host_level: Ints
+    host_short_bytes: Ints
+    nvme_bytes: Ints
+    nvme_level: Ints
+
+    @property
+    def tier(self) -> Ints:
+        """The worst of GPU, host and NVMe."""
+        return np.maximum(np.maximum(self.gpu_level, self.host_level), self.nvme_level)
+
+
+class _Table(Generic[Asked, Row]):
+    """One part of the estimate: a row for every combination of what it reads."""
+
+    def __init__(self, formula: Callable[[Asked], Row]) -> None:
+        self.rows: list[Row] = []
+        self._formula = formula
+        self._number = Memo(self._add, most_kept=MOST_KEPT)
+
+    def _add(self, asked: Asked) -> int:
+        self.rows.append(self._formula(asked))
+        return len(self.rows) - 1
+
+    def numbers(self, questions: Sequence[Asked]) -> npt.NDArray[np.intp]:
+        """The row of each question."""
+        return np.fromiter(map(self._number, questions), dtype=np.intp, count=len(questions))
+
+    def columns(self, questions: Sequence[Asked]) -> Ints:
+        """Rows of numbers, turned: one array for each of the numbers."""
+        numbers = self.numbers(questions)
+        return np.array(self.rows, dtype=np.int64)[numbers].T
+
+
+@dataclass(frozen=True, slots=True)
+class _OnHost:
+    """What the bytes of a host depend on."""
+
+    choice: Choice
+    rank_bytes: int
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Base:
+    """Activations, loss and gathered parameters at the moments of a replay."""
+
+    replay: Replay
+    moments: Ints
+
+
+class Estimator:
+    """One model, recipe and cluster. It remembers the parts: ask one estimator again rather than a new one.
+
+    Args:
+        rank: whose GPU; None is the rank that holds most.
+    """
+
+    def __init__(self, shape: ModelShape, recipe: Recipe, cluster: Cluster, *, rank: int | None = None) -> None:
+        self.shape, self.recipe, self.cluster, self.rank = shape, recipe, cluster, rank
+        self.laid, self.on_cpu = layout(shape, recipe), cluster.gpu.kind == "cpu"
+        self._arrays: dict[int, tuple[Course | Gathered, Ints]] = {}
+        self._standing = Memo(self._of_rank, most_kept=MOST_KEPT)
+        self._still = _Table(self._of_phases)
+        self._bases = _Table(self._base)
+        self._held: dict[Reduction, _Table[Choice, Ints]] = {}
+        self._engine = _Table(self._of_engine)
+        self._model = _Table(self._of_model)
+        self._hosts = _Table(self._of_host)
+
+    def estimate(self, choices: Sequence[Choice]) -> Estimates:
+        """The bytes and verdicts of `estimate_memory` under the engine's bucket rule, of at least one choice."""
+        phases = dict(zip(PHASES, self._still.columns(choices), strict=True))
+        for phase, peaks in self._peaks(choices).items():
+            phases[phase] = phases[phase] + peaks
+        peak = np.maximum.reduce(list(phases.values()))
+        block, low, expected, high, is_whole = self._engine.columns(choices)
+        largest = np.maximum(block, self._model.columns(choices)[0])
+        outside = ByteRange(low=low, expected=expected, high=high)
+        ranges = gpu_ranges(peak, largest, outside, on_cpu=self.on_cpu)
+        level: Any
+        short: Any
+        level, short = gpu_level(ranges.used, self.cluster.gpu.free_bytes, is_whole=is_whole)
+        on_host = map(_OnHost, choices, peak.tolist() if self.on_cpu else repeat(0))
+        resident, pinned, host_level, host_short, nvme, nvme_level = self._hosts.columns(list(on_host))
+        return Estimates(
+            phases=phases, gpu=ranges, gpu_level=level, gpu_short_bytes=short, host_resident_bytes=resident,
+            host_pinned_bytes=pinned, host_level=host_level, host_short_bytes=host_short, nvme_bytes=nvme,
+            nvme_level=nvme_level,
+        )  # fmt: skip
+
+    def _of_rank(self, choice: Choice) -> Resident:
+        return standing(self.laid, self.recipe, choice, self.cluster, self.rank)
+
+    def _of_phases(self, choice: Choice) -> tuple[int, ...]:
+        return tuple(phase_bytes(self._standing(choice).terms).values())
+
+    def _of_model(self, choice: Choice) -> tuple[int, ...]:
+        return (largest_of_model(self.shape, self.recipe, choice),)
+
+    def _of_engine(self, choice: Choice) -> tuple[int, ...]:
+        outside = outside_allocator(choice, self.cluster)
+        is_whole = not not_modelled(self.shape, self.recipe, choice)
+        largest = largest_of_engine(self.laid, self.recipe, choice)
+        return largest, outside.low, outside.expected, outside.high, int(is_whole)
+
+    def _of_host(self, asked: _OnHost) -> tuple[int, ...]:
+        host, nvme = estimate_host(
+            self.laid, self.recipe, asked.choice, self.cluster,
+            partition_numel=self._standing(asked.choice).partition_numel, rank_bytes=asked.rank_bytes,
+        )  # fmt: skip
+        level, nvme_level = VERDICTS.index(host.verdict), VERDICTS.index(nvme.verdict)
+        return host.resident_bytes, host.pinned_bytes, level, host.short_bytes, nvme.bytes, nvme_level
+
+    # -- the step ------------------------------------------------------------------------------------------------
+    def _base(self, choice: Choice) -> _Base:
+        course = course_of(self.shape, self.recipe, self.laid, choice, on_cpu=self.on_cpu)
+        replay = replay_of(course.script, instances(self.laid), self.recipe.weight_bytes, self.rank)
+        moments = self._array(course)
+        if choice.zero.stage == 3:
+            moments = np.maximum.reduceat(moments + self._array(replay.gathered(choice)), replay.cuts[:-1])
+        return _Base(replay, moments)
+
+    def _array(self, source: Course | Gathered) -> Ints:
+        known = self._arrays.get(id(source))
+        if known is None:
+            known = self._arrays[id(source)] = (source, np.array(source.moments, dtype=np.int64))
+        return known[1]
+
+    def _peaks(self, choices: Sequence[Choice]) -> dict[StepPhase, Ints]:
+        """The largest moment of each phase of the step."""
+        found = {phase: np.zeros(len(choices), dtype=np.int64) for phase in STEP_PHASES}
+        numbers = self._bases.numbers(choices)
+        reductions = np.array([id(base.replay.script.reduction) for base in self._bases.rows])[numbers]
+        for reduction in np.unique(reductions):
+            where = np.flatnonzero(reductions == reduction)
+            for phase, peaks in self._peaks_of(numbers[where], [choices[index] for index in where.tolist()]).items():
+                found[phase][where] = peaks
+        return found
+
+    def _peaks_of(self, bases: npt.NDArray[np.intp], choices: Sequence[Choice]) -> dict[StepPhase, Ints]:
+        """Peaks of choices with the same gradients in the same order; every pair of tables is added once."""
+        replay = self._bases.rows[bases[0]].replay
+        held = self._held.setdefault(replay.script.reduction, _Table(lambda choice: _as_array(replay.held(choice))))
+        pairs, pair_of = np.unique(np.stack([bases, held.numbers(choices)]), axis=1, return_inverse=True)
+        peaks: dict[StepPhase, list[Ints]] = {phase: [] for phase in STEP_PHASES}
+        for first in range(0, pairs.shape[1], CHUNK):
+            base, engine = pairs[:, first : first + CHUNK]
+            totals = np.stack([self._bases.rows[number].moments for number in base])
+            totals += np.stack([held.rows[number] for number in engine])
+            for phase, moments in replay.phases.items():
+                peaks[phase].append(totals[:, moments].max(axis=1))
+        return {phase: np.concatenate(parts)[pair_of] for phase, parts in peaks.items()}
+
+
+def _as_array(held: Held) -> Ints:
+    return np.array(held.moments, dtype=np.int64)
