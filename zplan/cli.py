@@ -118,12 +118,21 @@ def simulate(*, flags: Flags, steps: int, trace: str | None) -> None:
 @click.option("--trials", default=20, help="Trials to have in the study when done.", show_default=True)
 @click.option("--backend", default="real", help="real, simulated or formula.", show_default=True)
 @click.option("--study", default=STUDY, help="Journal file or database URL; running again resumes.", show_default=True)
+@click.option("--objective", default="speed", help="speed, or pareto: speed, GPU and host memory.", show_default=True)
 @click.option("--timeout", type=float, help="Seconds for the whole search.")
 @click.option("--timed-steps", default=3, help="Timed optimizer steps of each trial.", show_default=True)
 @click.option("--seed", default=0, help="Seed of the search.", show_default=True)
 @shared_flags
 def tune(
-    *, flags: Flags, trials: int, backend: str, study: str, timeout: float | None, timed_steps: int, seed: int
+    *,
+    flags: Flags,
+    trials: int,
+    backend: str,
+    study: str,
+    objective: str,
+    timeout: float | None,
+    timed_steps: int,
+    seed: int,
 ) -> None:
     """Search for the fastest configuration that fits, with short real trials; writes profiles/best.json."""
     from zplan.commands.tune import tune as run
@@ -131,8 +140,20 @@ def tune(
     answer = run(
         _job(flags), trials=trials, backend=backend, study=study, plan_path=flags.out or BEST_PLAN,
         timeout_seconds=timeout, timed_steps=timed_steps, seed=seed, console=_errors, quiet=flags.quiet,
+        objective=objective,
     )  # fmt: skip
     _finish(Flags(json=flags.json), answer.data, text=answer.text, code=answer.code)
+
+
+@app.command()
+@click.argument("trial", type=int)
+@click.option("--study", default=STUDY, help="Journal file or database URL.", show_default=True)
+@click.option("--out", default=BEST_PLAN, help="Plan to write.", show_default=True)
+def pick(trial: int, *, study: str, out: str) -> None:
+    """Write TRIAL of a study as the plan to train with, in place of the fastest."""
+    from zplan.commands.tune import pick as run
+
+    _show(run(trial, study=study, plan_path=out))
 
 
 @app.command()

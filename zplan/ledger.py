@@ -28,6 +28,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from zplan import files, journal
 from zplan.errors import ConfigError, MachineError
+from zplan.front import gpu_bytes
 from zplan.hardware import Cluster
 from zplan.recipe import Recipe
 from zplan.space import Draft, Space
@@ -41,6 +42,12 @@ _LOST_OWNER_SECONDS = 6 * 3600.0
 _MOST_ATTEMPTS = 2
 T = TypeVar("T")
 Origin = Literal["baseline", "ranking", "search", "confirm"]
+Objective = Literal["speed", "pareto"]
+_DIRECTIONS: Mapping[Objective, list[Literal["minimize", "maximize"]]] = {
+    "speed": ["maximize"],
+    "pareto": ["maximize", "minimize", "minimize"],
+}
+"""tokens/s; tokens/s, GPU bytes of the fullest rank, host bytes of a node."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +77,8 @@ class Question:
     cluster: Cluster
     evidence: Evidence
     """Measured, simulated or predicted by formula."""
+    objective: Objective = "speed"
+    """The fastest that fits, or the trials that no other beats in speed, GPU bytes and host bytes."""
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two studies to be one; free memory and rates may vary."""
@@ -82,6 +91,7 @@ class Question:
             "nodes": self.cluster.nodes,
             "host_total_bytes": host.total_bytes,
             "evidence": self.evidence,
+            **({"objective": self.objective} if self.objective != "speed" else {}),
         }
 
     def fingerprint(self) -> str:
@@ -191,8 +201,7 @@ class Ledger:
             trial.set_user_attr("record", files.to_data(record))
         trial.set_constraint("memory", 1.0 if out_of_memory(record.result) else -1.0)
         trial.set_constraint("runs", -1.0 if has_speed(record.result) else 1.0)
-        # An infeasible trial's value is never read (constraints rank first); Optuna wants a number with COMPLETE.
-        self._study.tell(number, record.result.tokens_per_second or 0.0, skip_if_finished=True)
+        self._study.tell(number, _values(record.result, len(self._study.directions)), skip_if_finished=True)
 
     def abandon(self, trial: Running) -> None:
         """Give a trial up, so that the next run tries it again."""
@@ -212,6 +221,13 @@ class Ledger:
         if aside:
             journal.forget_aside(Path(self._path))
         return len(lost)
+
+
+def _values(result: TrialResult, num_objectives: int) -> list[float]:
+    """What Optuna is told. Of a trial that did not run it is never read: constraints rank first."""
+    gpu, host = gpu_bytes(result), result.host_resident_bytes
+    values = [result.tokens_per_second or 0.0, float(gpu or "inf"), float(host or "inf")]
+    return values[:num_objectives]
 
 
 def out_of_memory(result: TrialResult) -> bool:
@@ -241,7 +257,9 @@ def open_ledger(path: str, question: Question) -> Ledger:
 
 
 def _create(storage: BaseStorage, path: str, question: Question) -> optuna.Study:
-    study = optuna.create_study(study_name=STUDY_NAME, storage=storage, direction="maximize", load_if_exists=True)
+    study = optuna.create_study(
+        study_name=STUDY_NAME, storage=storage, directions=_DIRECTIONS[question.objective], load_if_exists=True
+    )
     salvaged = None if "://" in path else journal.take_salvaged(Path(path))
     if "fingerprint" not in study.user_attrs:
         described = {
@@ -253,15 +271,15 @@ def _create(storage: BaseStorage, path: str, question: Question) -> optuna.Study
             study.set_user_attr(name, (salvaged or {}).get(name, value))
     if salvaged is not None:
         for data in salvaged.get("records", []):
-            study.add_trial(_salvaged_trial(files.from_data(Record, data, name=path)))
+            study.add_trial(_salvaged_trial(files.from_data(Record, data, name=path), len(study.directions)))
         journal.forget_salvaged(Path(path))
     return study
 
 
-def _salvaged_trial(record: Record) -> optuna.trial.FrozenTrial:
+def _salvaged_trial(record: Record, num_objectives: int) -> optuna.trial.FrozenTrial:
     return optuna.create_trial(
         state=TrialState.COMPLETE,
-        value=record.result.tokens_per_second or 0.0,
+        values=_values(record.result, num_objectives),
         user_attrs={"record": files.to_data(record)},
         constraints={"runs": -1.0 if has_speed(record.result) else 1.0},
     )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import log
 from typing import Any
 
 import numpy as np
 
-from zplan.ledger import Origin, Record, Running, has_speed, out_of_memory
+from zplan.front import Front, Point, gpu_bytes, make_front
+from zplan.ledger import Objective, Origin, Record, Running, has_speed, out_of_memory
 from zplan.model_shape import ModelShape
 from zplan.pool import first_order_choices, suggestions
 from zplan.recipe import Recipe
@@ -19,7 +20,7 @@ from zplan.settings import hf_auto_zero
 from zplan.space import Space, nearest_micro_batch, world_sizes
 from zplan.speed.estimate import estimate_speed
 from zplan.surrogate import Observation, Surrogate, features, make_kernel, share_of
-from zplan.trial import TrialResult
+from zplan.trial import Outcome, TrialResult
 from zplan.zero_config import Choice, OffloadOptimizer, OffloadParam, batch_sizes
 
 _SEEDS = 4
@@ -45,7 +46,15 @@ class Proposal:
 class Proposer:
     """Turns the trials so far into the next one."""
 
-    def __init__(self, screen: Screen, shape: ModelShape, ranking: Sequence[Choice], *, seed: int) -> None:
+    def __init__(
+        self,
+        screen: Screen,
+        shape: ModelShape,
+        ranking: Sequence[Choice],
+        *,
+        seed: int,
+        objective: Objective = "speed",
+    ) -> None:
         self._screen, self._space = screen, screen.space
         self._ranking = [screen.look(choice) for choice in ranking]
         self._baseline = first_fitting(screen, baselines(shape, screen.template.recipe, screen.space))
@@ -54,6 +63,7 @@ class Proposer:
         self._kernel = make_kernel(screen.space.knobs)
         self._random = random.Random(seed)
         self._seed = seed
+        self._objective = objective
 
     def next(self, records: Sequence[Record], running: Sequence[Running]) -> Proposal | None:
         """The next trial; None if everything that can fit has been tried."""
@@ -79,7 +89,7 @@ class Proposer:
         model = Surrogate([self._observe(record) for record in records], self._kernel)
         candidates = self._candidates(records, model, taken)
         pool = {item.key: item for item in candidates if item.promising and item.key not in taken}
-        gains = {key: self._gain(model, item) for key, item in pool.items()}
+        gains = self._gains(model, records, pool)
         for key in sorted(pool, key=lambda key: (-gains[key], key)):
             proposal = self._proposal(pool[key], "search", expected_gain=gains[key] if model.best is not None else None)
             if key not in self._screen.refused:
@@ -96,9 +106,35 @@ class Proposer:
             expected_gain=expected_gain,
         )  # fmt: skip
 
-    def _gain(self, model: Surrogate, item: Screened) -> float:
-        point = features(self._space.knobs, self._space.draft(item.choice))
-        return model.gain(point, _log_speed(item.predicted), self._log_share(item.predicted))
+    def _gains(self, model: Surrogate, records: Sequence[Record], pool: Mapping[str, Screened]) -> dict[str, float]:
+        """Key -> what a trial of it is expected to add: to the best speed, or to the front."""
+        front = self._front(model, records) if self._objective == "pareto" else None
+        found = {}
+        for key, item in pool.items():
+            place = features(self._space.knobs, self._space.draft(item.choice))
+            share = self._log_share(item.predicted)
+            if front is None:
+                found[key] = model.gain(place, _log_speed(item.predicted), share)
+            else:
+                speed = model.speed(place, _log_speed(item.predicted))
+                found[key] = model.likely_fits(share) * front.expected_gain(*speed, *self._log_bytes(item.predicted))
+        return found
+
+    def _front(self, model: Surrogate, records: Sequence[Record]) -> Front | None:
+        """What the trials reach: speeds as the model believes them, bytes as the formula says, like the candidates'."""
+        ran = [record for record in records if has_speed(record.result)]
+        if not ran:
+            return None
+        points = [
+            Point(float(speed), *self._log_bytes(self._screen.look(record.choice).predicted))
+            for record, speed in zip(ran, model.believed, strict=True)
+            if record.result.outcome is Outcome.OK
+        ]
+        return make_front(points, self._screen.template.cluster) if points else None
+
+    @staticmethod
+    def _log_bytes(predicted: TrialResult) -> tuple[float, float]:
+        return log(max(gpu_bytes(predicted) or 1, 1)), log(max(predicted.host_resident_bytes or 1, 1))
 
     def _observe(self, record: Record) -> Observation:
         predicted = self._screen.look(record.choice).predicted
@@ -123,6 +159,8 @@ class Proposer:
     def _candidates(self, records: Sequence[Record], model: Surrogate, taken: set[str]) -> Iterable[Screened]:
         """The ranking, and of a large pool those that promise most if they fit: speed costs little, memory much."""
         yield from self._ranking
+        if self._objective == "pareto":  # what is slow may be small: all kinds are compared, not only the fastest
+            yield from map(self._screen.look, self._first_order)
         found = suggestions(self._space, records, self._random, seed=self._seed + len(records))
         pool = {self._space.key(choice): choice for choice in (*self._first_order, *found)}
         untried = [choice for key, choice in pool.items() if key not in taken]

@@ -14,7 +14,7 @@ from zplan.backends.formula import FormulaBackend
 from zplan.calibrate import Accuracy, accuracy, learn, load_corrections, save_corrections
 from zplan.errors import MachineError
 from zplan.hardware import Cluster
-from zplan.ledger import Ledger, Question, Record, Running, has_speed, open_ledger
+from zplan.ledger import Ledger, Objective, Question, Record, Running, has_speed, open_ledger
 from zplan.model_shape import ModelShape
 from zplan.narrowing import narrow
 from zplan.plan import Plan
@@ -24,7 +24,7 @@ from zplan.recipe import Recipe
 from zplan.screen import Screen
 from zplan.space import Problem, Space
 from zplan.trial import Outcome, TrialResult, TrialSpec
-from zplan.winner import library_versions, make_plan, rank_records
+from zplan.winner import front_records, library_versions, make_plan, rank_records
 from zplan.zero_config import Choice
 
 _LEAST_GAIN = 0.01
@@ -56,6 +56,8 @@ class Progress:
     num_finished: int
     n_trials: int
     best: Record | None
+    front: tuple[Record, ...]
+    """Trials that nothing beats in all of speed, GPU bytes and host bytes."""
     remaining_seconds: float | None
     """By the mean duration of this run's trials."""
 
@@ -71,6 +73,9 @@ class StudyOutcome:
     stop_reason: str
     num_resumed: int
     """Trials that the study had before this run."""
+    objective: Objective = "speed"
+    front: tuple[Record, ...] = ()
+    """Trials that no other beats in speed, GPU bytes and host bytes, fastest first."""
     accuracy: tuple[Accuracy, ...] = ()
     """Prediction error on this machine, before and after what its trials have taught; empty unless measured."""
 
@@ -119,6 +124,7 @@ def run_study(
     simulator: Backend | None = None,
     formula: Backend | None = None,
     calibration_dir: Path | None = None,
+    objective: Objective = "speed",
 ) -> StudyOutcome:
     """Search for the fastest choice that fits, and write it to `plan_path`. Running it again resumes the study.
 
@@ -131,13 +137,15 @@ def run_study(
         simulator: confirms a suggestion before it costs a trial; None skips that.
         formula: predicts; FormulaBackend unless given.
         calibration_dir: where what was learned about this machine is kept; the user's cache by default.
+        objective: the fastest that fits, or all that no other beats in speed, GPU and host memory; the plan is the
+            fastest's either way.
 
     Raises:
         ConfigError: the study belongs to another recipe or cluster, a knob that does not exist.
         MachineError: the machine is broken, or the study cannot be written.
     """
     fixed = fixed if fixed is not None else Fixed()
-    question = Question(recipe=recipe, cluster=cluster, evidence=backend.evidence)
+    question = Question(recipe=recipe, cluster=cluster, evidence=backend.evidence, objective=objective)
     ledger = open_ledger(study_path, question)
     narrowing = narrow(fixed)
     space = Space(Problem(shape=shape, recipe=recipe, cluster=cluster), narrowing.ranges, narrowing.base)
@@ -163,6 +171,7 @@ def run_study(
         records=records, best=ranked[0] if ranked else None, plan=plan,
         accuracy=calibrate_machine(question, records, study_path, calibration_dir),
         stop_reason="; ".join(text for text in (stop_reason, confirmed) if text), num_resumed=num_resumed,
+        objective=objective, front=tuple(front_records(records)),
     )  # fmt: skip
 
 
@@ -186,7 +195,9 @@ class Search:
     def __post_init__(self) -> None:
         template = self._spec(self.space.choice({"world_size": 1, "stage": 0}))
         self._screen = Screen(self.space, self.formula, template, self.simulator)
-        self._proposer = Proposer(self._screen, self.shape, self.ranking, seed=self.seed)
+        self._proposer = Proposer(
+            self._screen, self.shape, self.ranking, seed=self.seed, objective=self.question.objective
+        )
         self._started = time.monotonic()
         self._durations: list[float] = []
 
@@ -204,10 +215,9 @@ class Search:
             hopeless = hopeless + 1 if low else 0
             ran = sum(has_speed(record.result) for record in self.ledger.records())
             if hopeless >= _PATIENCE and ran >= _LEAST_TRIALS:
-                return (
-                    f"the best untried configuration promises only {proposal.expected_gain:.1%} more, "
-                    f"{_PATIENCE} times in a row"
-                )
+                more = "more speed" if self.question.objective == "speed" else "beyond the front"
+                promised = f"{proposal.expected_gain:.1%} {more}"
+                return f"the best untried configuration promises only {promised}, {_PATIENCE} times in a row"
             self._start_and_run(proposal)
 
     def _budget_ends(self) -> str:
@@ -254,8 +264,9 @@ class Search:
         self.observer.trial_finished(record, self._progress())
 
     def _to_beat(self, proposal: Proposal) -> tuple[float, ...]:
-        """Timed steps of the fastest trial; none for a confirmation, which must run to its end."""
-        ranked = rank_records(self.ledger.records()) if proposal.origin != "confirm" else []
+        """Timed steps of the fastest trial; none for what must run to its end: a confirmation, what may be small."""
+        must_end = proposal.origin == "confirm" or self.question.objective == "pareto"
+        ranked = [] if must_end else rank_records(self.ledger.records())
         return ranked[0].result.timed_step_seconds if ranked else ()
 
     def _record(self, trial: Running, proposal: Proposal, result: TrialResult) -> Record:
@@ -271,6 +282,7 @@ class Search:
         ranked = rank_records(records)
         return Progress(
             num_finished=finished, n_trials=self.effort.n_trials, best=ranked[0] if ranked else None,
+            front=tuple(front_records(records)),
             remaining_seconds=left * self._mean_duration() if self._durations else None,
         )  # fmt: skip
 

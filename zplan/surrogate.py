@@ -134,6 +134,8 @@ class Surrogate:
         self._kernel, self._fit_limit = kernel, _fit_limit(observations)
         self.best: float | None = None
         """Largest log tokens/s that a trial is believed to have had: its noise is taken out."""
+        self.believed: Vector = np.array([])
+        """That of every trial that ran, in the order of the observations."""
         if not ran:
             return
         residuals = np.array([residual for _, residual in ran])
@@ -147,7 +149,7 @@ class Surrogate:
         self._mean = float(self._ones @ residuals / self._ones.sum())
         self._weights = self._inverse @ (residuals - self._mean)
         means, _ = self.speeds(self._points, np.array([item.log_predicted for item, _ in ran]))
-        self.best = float(means.max())
+        self.believed, self.best = means, float(means.max())
 
     def speeds(self, points: Vector, log_predicted: Vector) -> tuple[Vector, Vector]:
         """Means and standard deviations of log tokens/s of many configurations, one a row."""
@@ -174,8 +176,12 @@ class Surrogate:
         What more likely runs out of memory than not promises nothing: such a trial costs as much as any and measures
         no speed.
         """
+        return self.likely_fits(log_share) * float(self.gains(point[None, :], np.array([log_predicted]))[0])
+
+    def likely_fits(self, log_share: float) -> float:
+        """Probability that memory suffices; 0 where it is below one half."""
         fits = self.fits(log_share)
-        return fits * (fits >= 0.5) * float(self.gains(point[None, :], np.array([log_predicted]))[0])
+        return fits * (fits >= 0.5)
 
     def gains(self, points: Vector, log_predicted: Vector) -> Vector:
         """Expected improvement of many configurations, memory aside."""

@@ -59,6 +59,15 @@ def format_bytes(num_bytes: int | None) -> str:
     return f"{sign}{magnitude} B"
 
 
+def format_bytes_short(num_bytes: int | None) -> str:
+    """Bytes in five characters: `19.5G`, `986M` (binary units)."""
+    if num_bytes is None:
+        return "-"
+    unit, factor = next((pair for pair in (("T", TIB), ("G", GIB), ("M", MIB)) if num_bytes >= pair[1]), ("K", KIB))
+    number = num_bytes / factor
+    return f"{number:.1f}{unit}" if number < 100 else f"{number:.0f}{unit}"
+
+
 def format_count(count: int) -> str:
     """Parameter counts for people: `7.25 B`, `134.5 M`."""
     for unit, factor in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):

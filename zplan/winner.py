@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from zplan.errors import ConfigError
+from zplan.front import gpu_bytes, point, unbeaten
 from zplan.ledger import Question, Record
 from zplan.plan import Plan, Rung
 from zplan.trial import Outcome
@@ -31,16 +33,29 @@ def _mean_speed(runs: Sequence[Record]) -> float:
 def peak_bytes(record: Record) -> int | None:
     """GPU bytes of a trial by the best evidence there is: used, else allocated; measured before predicted."""
     for result in (record.result, record.simulated, record.predicted):
-        if result is not None:
-            found = result.gpu_used_bytes if result.gpu_used_bytes is not None else result.gpu_allocated_bytes
-            if found is not None:
-                return found
+        found = gpu_bytes(result) if result is not None else None
+        if found is not None:
+            return found
     return None
 
 
-def make_plan(question: Question, records: Sequence[Record], *, model_path: str, study_path: str) -> Plan | None:
-    """The plan of the fastest trial that ran every time it was tried; None if none did."""
+def front_records(records: Sequence[Record]) -> list[Record]:
+    """The trials that no other beats in speed, GPU bytes and host bytes, fastest first."""
+    known = [(record, found) for record in rank_records(records) if (found := point(record.result)) is not None]
+    return [known[index][0] for index in unbeaten([found for _, found in known])]
+
+
+def make_plan(
+    question: Question, records: Sequence[Record], *, model_path: str, study_path: str, trial: int | None = None
+) -> Plan | None:
+    """The plan of the fastest trial that ran every time it was tried, or of `trial`; None if none did.
+
+    Raises:
+        ConfigError: `trial` is not one that ran.
+    """
     ranked = rank_records(records)
+    if trial is not None:
+        ranked = _from_trial(ranked, records, trial)
     if not ranked:
         return None
     winner = ranked[0]
@@ -59,6 +74,19 @@ def make_plan(question: Question, records: Sequence[Record], *, model_path: str,
         trial=winner.number,
         versions=library_versions(),
     )
+
+
+def _from_trial(ranked: list[Record], records: Sequence[Record], trial: int) -> list[Record]:
+    """The ranking from this trial's configuration down."""
+    key = next((record.key for record in records if record.number == trial), None)
+    found = next((index for index, record in enumerate(ranked) if record.key == key), None)
+    if found is None:
+        raise ConfigError(
+            f"trial {trial} is none that ran to its end every time",
+            because=f"those that did, fastest first, are {', '.join(str(record.number) for record in ranked)}",
+            fix=f"zplan pick {ranked[0].number}" if ranked else "zplan tune",
+        )
+    return ranked[found:]
 
 
 def make_ladder(question: Question, ranked: Sequence[Record]) -> tuple[Rung, ...]:

@@ -6,22 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
+from rich.status import Status
 from rich.text import Text
 
 from zplan import files
 from zplan.backends.base import Backend
 from zplan.backends.formula import FormulaBackend
+from zplan.catalog import hub_snapshot
 from zplan.commands import Answer
 from zplan.errors import ConfigError, ExitCode
 from zplan.job import Job
-from zplan.ledger import Record, Running
-from zplan.model_shape import ModelShape
+from zplan.ledger import Objective, Record, Running, load_study
 from zplan.propose import Proposal
 from zplan.report.labels import choice_label
-from zplan.report.terminal import outcome_text, render_records
+from zplan.report.terminal import progress_heading, progress_line, render_front, render_records
 from zplan.study import Progress, StudyOutcome, run_study
-from zplan.units import format_bytes, format_seconds
+from zplan.trial import Outcome
+from zplan.winner import make_plan
 
 WORK_DIR = Path(".zplan/trials")
 """Logs and results of the trials, below the current folder; safe to delete."""
@@ -39,6 +41,7 @@ def tune(
     seed: int,
     console: Console,
     quiet: bool,
+    objective: str = "speed",
 ) -> Answer:
     """Run or resume the study.
 
@@ -49,19 +52,20 @@ def tune(
     if trials < 1:
         raise ConfigError(f"--trials is {trials}, below 1", fix="--trials 20")
     runner = make_backend(backend, job)
-    model_path = model_folder(job) if backend == "real" else job.recipe.model
-    observer = Screen(console, quiet=quiet)
+    model_path = model_folder(job.recipe.model) if backend == "real" else job.recipe.model
+    observer = Screen(console, world_size=job.cluster.world_size, quiet=quiet)
     try:
         outcome = run_study(
             recipe=job.recipe, shape=job.shape, cluster=job.cluster, model_path=model_path, backend=runner,
             n_trials=trials, study_path=study, plan_path=plan_path, fixed=job.fixed, observer=observer,
-            timeout_seconds=timeout_seconds, seed=seed, timed_steps=timed_steps,
+            timeout_seconds=timeout_seconds, seed=seed, timed_steps=timed_steps, objective=as_objective(objective),
         )  # fmt: skip
     finally:
+        observer.close()
         close = getattr(runner, "close", None)
         if close is not None:
             close()
-    return _answer(outcome, plan_path, study)
+    return _answer(outcome, plan_path, study, world_size=job.cluster.world_size)
 
 
 def make_backend(name: str, job: Job) -> Backend:
@@ -81,85 +85,114 @@ def make_backend(name: str, job: Job) -> Backend:
     raise ConfigError(f"--backend is {name!r}", because="it is real, simulated or formula", fix="--backend real")
 
 
-def model_folder(job: Job) -> str:
+def as_objective(name: str) -> Objective:
+    """The value of --objective."""
+    known: dict[str, Objective] = {"speed": "speed", "pareto": "pareto"}
+    if name not in known:
+        raise ConfigError(f"--objective is {name!r}", because="it is speed or pareto", fix="--objective pareto")
+    return known[name]
+
+
+def model_folder(model: str) -> str:
     """The folder that trials and training open: config.json and tokenizer, and weights for training.
 
     Raises:
         ConfigError: the model is only a catalogue name.
     """
-    path = Path(job.recipe.model)
+    path = Path(model)
     folder = path.parent if path.is_file() else path
     if folder.is_dir():
         return str(folder.resolve())
-    cached = cached_snapshot(job.shape, job.recipe.model)
+    cached = hub_snapshot(model)
     if cached is not None:
         return str(cached)
     raise ConfigError(
-        f"{job.recipe.model} is not a folder, and its files are not in the local Hub cache",
+        f"{model} is not a folder, and its files are not in the local Hub cache",
         because="a trial needs the tokenizer, and training needs the weights",
         fix="hf download ORG/NAME, or --model FOLDER",
     )
 
 
-def cached_snapshot(shape: ModelShape, name: str) -> Path | None:
-    """The newest snapshot of a Hub id in the local cache."""
-    from zplan.catalog import hub_snapshot
-
-    return hub_snapshot(name)
-
-
 class Screen:
-    """One line a trial on stderr: what, outcome, GPU, host, tokens/s, best so far, time left."""
+    """One line a trial on stderr: what, outcome, GPU, host, tokens/s, best so far, time left; the running one below."""
 
-    def __init__(self, console: Console, *, quiet: bool) -> None:
-        self._console = console
-        self._quiet = quiet
+    def __init__(self, console: Console, *, world_size: int, quiet: bool) -> None:
+        self._console, self._world_size, self._quiet = console, world_size, quiet
+        self._status: Status | None = None
+        self._headed = False
 
     def trial_started(self, trial: Running, proposal: Proposal) -> None:
-        if not self._quiet:
-            self._console.print(f"trial {trial.number}: {choice_label(trial.choice)} ({trial.origin})", style="dim")
+        if self._quiet or not self._console.is_terminal:
+            return
+        text = Text(f"trial {trial.number} ({trial.origin}): {choice_label(trial.choice)}", style="dim")
+        self._status = self._console.status(text)
+        self._status.start()
 
     def trial_finished(self, record: Record, progress: Progress) -> None:
+        self.close()
         if self._quiet:
             return
-        result = record.result
-        line = Text(f"trial {record.number}: ")
-        line.append_text(outcome_text(result.outcome))
-        line.append(f"  GPU {format_bytes(result.gpu_used_bytes or result.gpu_allocated_bytes)}")
-        line.append(f"  host {format_bytes(result.host_resident_bytes)}")
-        if result.tokens_per_second:
-            line.append(f"  {result.tokens_per_second:,.1f} tokens/s", style="bold")
-        if progress.best is not None and progress.best.result.tokens_per_second:
-            line.append(f"  best {progress.best.result.tokens_per_second:,.1f} (trial {progress.best.number})")
-        line.append(f"  [{progress.num_finished}/{progress.n_trials}", style="dim")
-        if progress.remaining_seconds:
-            line.append(f", about {format_seconds(progress.remaining_seconds)} left", style="dim")
-        line.append("]", style="dim")
-        self._console.print(line)
-        if result.message:
-            self._console.print(f"  {result.message}", style="yellow", markup=False)
+        if not self._headed:
+            self._console.print(progress_heading())
+            self._headed = True
+        line = progress_line(
+            record, best=progress.best, remaining_seconds=progress.remaining_seconds, world_size=self._world_size
+        )
+        self._console.print(line, soft_wrap=True)
+        if record.result.message and record.result.outcome is not Outcome.OK:
+            self._console.print(f"    {record.result.message}", style="yellow", markup=False)
 
     def message(self, text: str) -> None:
         if not self._quiet:
             self._console.print(text, style="dim", markup=False)
 
+    def close(self) -> None:
+        """No trial runs any more."""
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
 
-def _answer(outcome: StudyOutcome, plan_path: str, study: str) -> Answer:
+
+def _answer(outcome: StudyOutcome, plan_path: str, study: str, *, world_size: int) -> Answer:
+    is_pareto = outcome.objective == "pareto"
     data: dict[str, Any] = {
         "schema": "zplan.tune/1",
         "study": study,
+        "objective": outcome.objective,
         "stop_reason": outcome.stop_reason,
         "num_resumed": outcome.num_resumed,
         "best": outcome.best.number if outcome.best else None,
+        "front": [record.number for record in outcome.front],
         "plan": plan_path if outcome.plan else None,
+        "accuracy": [files.to_data(item) for item in outcome.accuracy],
         "trials": [files.to_data(record) for record in outcome.records],
     }
-    lines = [render_records(_by_speed(outcome.records), best=outcome.best), Text(f"stopped: {outcome.stop_reason}")]
+    front = outcome.front if is_pareto else ()
+    lines: list[RenderableType] = [
+        render_records(_by_speed(outcome.records), best=outcome.best, front=front, world_size=world_size)
+    ]
+    if front:
+        lines += [Text(), render_front(front, world_size=world_size, plan_path=plan_path), Text()]
+    lines.append(Text(f"stopped: {outcome.stop_reason}"))
     if outcome.plan is None:
         lines.append(Text("no configuration ran; see the outcomes above", style="red"))
         return Answer(data=lambda: data, text=Group(*lines), code=ExitCode.DOES_NOT_FIT)
-    lines.append(Text(f"wrote {plan_path}; train with: python -m sft.train --plan {plan_path}"))
+    lines.append(Text(f"wrote {plan_path}; train with:\n  python -m sft.train --plan {plan_path}"))
     return Answer(data=lambda: data, text=Group(*lines))
+
+
+def pick(trial: int, *, study: str, plan_path: str) -> str:
+    """Write a trial of a study as the plan, with the smaller ones under it as its ladder; what was written.
+
+    Raises:
+        ConfigError: no such study, or the trial did not run.
+    """
+    question, records = load_study(study)
+    folder = model_folder(question.recipe.model) if question.evidence == "measured" else question.recipe.model
+    plan = make_plan(question, records, model_path=folder, study_path=study, trial=trial)
+    assert plan is not None, "a trial that did not run is refused"
+    files.save(plan, plan_path)
+    return f"wrote {plan_path}: {choice_label(plan.choice)}"
 
 
 def _by_speed(records: Sequence[Record]) -> list[Record]:
