@@ -72,6 +72,13 @@ def test_a_model_that_needs_downloaded_code_is_named(worker: WorkerClient) -> No
     with pytest.raises(SimulationError, match="trust_remote_code") as caught:
         worker.ask(question(2, config=config))
     assert caught.value.module == "modeling.BrandNew"
+    assert caught.value.cause == "unsupported"  # the formula still answers
+
+
+def test_what_training_would_refuse_too_is_refused_with_the_way_out(worker: WorkerClient) -> None:
+    with pytest.raises(SimulationError, match="BloomForCausalLM has no sdpa attention") as caught:
+        worker.ask(question(2, config={**TINY_LLAMA, "model_type": "bloom"}))
+    assert (caught.value.cause, caught.value.fix) == ("refused", "--attention eager")
 
 
 def test_what_cannot_be_simulated_names_the_operation(worker: WorkerClient) -> None:

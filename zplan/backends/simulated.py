@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from zplan.backends.formula import FormulaBackend
 from zplan.errors import ConfigError
 from zplan.hardware import Cluster
+from zplan.memory.host import PROCESS_CPU, PROCESS_CUDA, ranks_of_node
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.simulate.client import SimulationTimeoutError, WorkerClient, shared_worker
@@ -16,6 +18,7 @@ from zplan.simulate.report import SimulationError, SimulationReport
 from zplan.simulate.request import SimulationRequest
 from zplan.speed.estimate import estimate_speed
 from zplan.trial import Outcome, TrialResult, TrialSpec
+from zplan.units import format_bytes
 from zplan.zero_config import Choice
 
 
@@ -77,7 +80,7 @@ class SimulatedBackend:
         self.worker = worker
 
     def run(self, spec: TrialSpec) -> TrialResult:
-        """Bytes by simulation; what could not be simulated is an outcome that says why.
+        """Bytes by simulation; by formula, labelled so, where a simulated tensor cannot do what the model needs.
 
         Raises:
             MachineError: the child process does not start.
@@ -90,7 +93,10 @@ class SimulatedBackend:
         except SimulationTimeoutError as error:
             return TrialResult(outcome=Outcome.TIMED_OUT, evidence="simulated", message=error.what)
         except SimulationError as error:
-            outcome = Outcome.ENV_BROKEN if error.broken else Outcome.BAD_CONFIG
+            if error.cause == "unsupported":
+                answer = FormulaBackend(self.shape).run(spec)
+                return replace(answer, message="; ".join(filter(None, (answer.message, f"by formula: {error.what}"))))
+            outcome = Outcome.ENV_BROKEN if error.cause == "broken" else Outcome.BAD_CONFIG
             return TrialResult(outcome=outcome, evidence="simulated", message=error.what)
         speed = estimate_speed(self.shape, spec.recipe, spec.choice, spec.cluster)
         return replace(
@@ -100,17 +106,30 @@ class SimulatedBackend:
 
 def as_result(report: SimulationReport, spec: TrialSpec) -> TrialResult:
     """A report as the answer that the tuner compares."""
-    ranks = min(spec.cluster.gpus_per_node, spec.choice.batch.world_size)
-    pinned = max(report.pinned_phases.values(), default=0)
+    ranks = ranks_of_node(spec.choice, spec.cluster)
+    resident = host_bytes_of_node(report, ranks, on_cpu=spec.cluster.gpu.kind == "cpu")
+    short = resident - spec.cluster.host.available_bytes
+    outcome, message = Outcome.OK, ""
+    if report.oom_message:
+        outcome, message = Outcome.GPU_OOM, report.oom_message
+    elif short > 0:
+        outcome, message = Outcome.HOST_OOM, f"host memory is short by {format_bytes(short)}"
     return TrialResult(
-        outcome=Outcome.GPU_OOM if report.oom_message else Outcome.OK,
+        outcome=outcome,
         evidence="simulated",
-        message=report.oom_message,
+        message=message,
         gpu_allocated_bytes=report.gpu_allocated_bytes,
         gpu_reserved_bytes=report.gpu_reserved_bytes,
-        host_resident_bytes=report.host_tensor_bytes * ranks,
-        host_pinned_bytes=pinned * ranks,
+        host_resident_bytes=resident,
+        host_pinned_bytes=max(report.pinned_phases.values(), default=0) * ranks,
         phases=dict(report.allocated_phases),
         wall_seconds=report.wall_seconds,
         versions=dict(report.versions),
     )
+
+
+def host_bytes_of_node(report: SimulationReport, ranks: int, *, on_cpu: bool) -> int:
+    """Simulated tensors of every rank of a node, and the processes themselves, which are not simulated."""
+    if on_cpu:
+        return ranks * (report.gpu_allocated_bytes + PROCESS_CPU)
+    return ranks * (report.host_tensor_bytes + PROCESS_CUDA)

@@ -9,34 +9,70 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from zplan.answer import estimate_data
+from zplan.backends.simulated import as_result
 from zplan.backends.simulated import simulate as run_simulation
 from zplan.commands import Answer
 from zplan.errors import ConfigError, ExitCode
 from zplan.job import Job
+from zplan.memory.terms import Verdict
 from zplan.planner import Candidate, evaluate
 from zplan.report.simulation import render_simulation
-from zplan.report.terminal import question_lines
-from zplan.simulate.report import SimulationReport
+from zplan.report.terminal import question_lines, render_detail
+from zplan.simulate.report import SimulationError, SimulationReport
+from zplan.trial import Outcome, TrialResult, TrialSpec
 
 
 def simulate(job: Job, *, steps: int, trace: str | None, quiet: bool) -> Answer:
-    """Exact bytes of one configuration; the formula's answer stands beside them.
+    """Exact bytes of one configuration; the formula's answer stands beside them, or instead where none can be had.
 
     Raises:
         ConfigError: no stage given.
-        SimulationError: a module or an operation cannot run on fake tensors; it is named.
+        SimulationError: a library refuses the question, or this machine's versions are in the way.
     """
     if steps < 1:
         raise ConfigError(f"--steps is {steps}, below 1", fix="--steps 2")
     choice = job.choice_or_refuse()
     candidate = evaluate(job.shape, job.recipe, choice, job.cluster)
-    report = run_simulation(job.shape, job.recipe, choice, job.cluster, steps=steps, trace=trace)
-    fits = not report.oom_message and report.gpu_reserved_bytes <= job.cluster.gpu.free_bytes
-    body = render_simulation(report, candidate, fits=fits)
+    try:
+        report = run_simulation(job.shape, job.recipe, choice, job.cluster, steps=steps, trace=trace)
+    except SimulationError as error:
+        if error.cause != "unsupported":
+            raise
+        return _by_formula(job, candidate, error, quiet=quiet)
+    spec = TrialSpec(recipe=job.recipe, choice=choice, cluster=job.cluster, model_path="")
+    result = as_result(report, spec)
+    verdict = _verdict(result, job)
+    body = render_simulation(report, candidate, verdict=verdict, message=result.message)
     return Answer(
-        data=lambda: _data(job, candidate, report, fits=fits),
+        data=lambda: _data(job, candidate, report, result, verdict),
         text=body if quiet else _headed(job, body),
-        code=ExitCode.OK if fits else ExitCode.DOES_NOT_FIT,
+        code=ExitCode.DOES_NOT_FIT if verdict == "does_not_fit" else ExitCode.OK,
+    )
+
+
+def _verdict(result: TrialResult, job: Job) -> Verdict:
+    """Tight: the allocator gets through only by giving its cache back, again and again."""
+    if result.outcome is not Outcome.OK:
+        return "does_not_fit"
+    return "fits" if (result.gpu_reserved_bytes or 0) <= job.cluster.gpu.free_bytes else "tight"
+
+
+def _by_formula(job: Job, candidate: Candidate, error: SimulationError, *, quiet: bool) -> Answer:
+    """The formula's answer, labelled so, with the module and the operation that the simulation stopped at."""
+
+    def data() -> dict[str, Any]:
+        answer = estimate_data(
+            candidate, shape=job.shape, recipe=job.recipe, cluster=job.cluster, origins=job.origins, evidence="formula"
+        )
+        stopped = {"what": error.what, "module": error.module or None, "operation": error.operation or None}
+        return {**answer, "simulation": None, "simulation_error": stopped}
+
+    said = Text(f"not simulated: {error.what}\nwhat follows is the formula's answer", style="yellow")
+    body = Group(said, Text(), render_detail(candidate, (), verbose=False))
+    return Answer(
+        data=data,
+        text=body if quiet else _headed(job, body),
+        code=ExitCode.OK if candidate.memory.fits else ExitCode.DOES_NOT_FIT,
     )
 
 
@@ -44,16 +80,24 @@ def _headed(job: Job, body: RenderableType) -> RenderableType:
     return Group(question_lines(job.shape, job.recipe, job.cluster), Text(), body)
 
 
-def _data(job: Job, candidate: Candidate, report: SimulationReport, *, fits: bool) -> dict[str, Any]:
+def _data(
+    job: Job, candidate: Candidate, report: SimulationReport, result: TrialResult, verdict: Verdict
+) -> dict[str, Any]:
     """The estimate's fields with simulated bytes where the engine ran, and the whole report under `simulation`."""
     data = estimate_data(
         candidate, shape=job.shape, recipe=job.recipe, cluster=job.cluster, origins=job.origins, evidence="simulated"
     )
     for name, value in (("allocated_bytes", report.gpu_allocated_bytes), ("reserved_bytes", report.gpu_reserved_bytes)):
         data["gpu"][name] = {"low": value, "expected": value, "high": value}
-    free = job.cluster.gpu.free_bytes
+    gpu, host = job.cluster.gpu, job.cluster.host
     data["gpu"]["phases"] = {**data["gpu"]["phases"], **report.allocated_phases}
-    data["gpu"]["verdict"] = "fits" if fits else "does_not_fit"
-    data["gpu"]["short_bytes"] = max(0, report.gpu_reserved_bytes - free)
+    data["gpu"]["verdict"] = verdict if result.outcome is not Outcome.HOST_OOM else "fits"
+    data["gpu"]["short_bytes"] = max(0, report.gpu_reserved_bytes - gpu.free_bytes)
+    resident = result.host_resident_bytes or 0
+    short = max(0, resident - host.available_bytes)
+    data["host"] |= {
+        "resident_bytes": resident, "pinned_bytes": result.host_pinned_bytes, "short_bytes": short,
+        "verdict": "does_not_fit" if short else "fits",
+    }  # fmt: skip
     data["simulation"] = asdict(report)
     return data

@@ -7,24 +7,27 @@ from rich.table import Table
 from rich.text import Text
 
 from zplan.candidates import Candidate
+from zplan.memory.terms import Verdict
+from zplan.report.terminal import verdict_text
 from zplan.simulate.report import SimulationReport
 from zplan.units import format_bytes, format_count
 
 _TOP = 10
 
 
-def render_simulation(report: SimulationReport, candidate: Candidate, *, fits: bool) -> RenderableType:
+def render_simulation(
+    report: SimulationReport, candidate: Candidate, *, verdict: Verdict, message: str = ""
+) -> RenderableType:
     """Phases beside the formula's, what was alive at the peak, who allocated it, collectives."""
-    verdict = Text("fits" if fits else "does not fit", style="green" if fits else "red")
     head = Text(f"{candidate.label}: ")
-    head.append_text(verdict)
+    head.append_text(verdict_text(verdict))
     parts: list[RenderableType] = [
         head, Text(), _phases(report, candidate), Text(), _categories(report), Text(), _allocations(report), Text(),
     ]  # fmt: skip
     if report.collectives:
         parts += [_collectives(report), Text()]
-    if report.oom_message:
-        parts.append(Text(report.oom_message, style="red"))
+    if message:
+        parts.append(Text(message, style="red"))
     parts += [Text(f"replaced: {line}", style="dim") for line in report.replaced]
     parts += [Text(f"note: {line}", style="dim") for line in report.notes]
     parts.append(

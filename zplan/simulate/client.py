@@ -50,7 +50,7 @@ class WorkerClient:
         process.stdin.flush()
         data = self._read_line(deadline_seconds)
         if data is None:
-            raise SimulationError(f"the simulation's worker was lost: {self._log_tail()}", broken=True)
+            raise SimulationError(f"the simulation's worker was lost: {self._log_tail()}", cause="broken")
         if "error" in data:
             raise SimulationError(**data["error"])
         return files.from_data(SimulationReport, data["report"], name="the worker's answer")

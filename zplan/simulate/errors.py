@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from deepspeed.runtime.config import DeepSpeedConfigError
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -41,11 +42,18 @@ def explained(tracker: Tracker) -> Iterator[None]:
         ) from error
     except Exception as error:
         where = innermost_module(error.__traceback__)
+        at = f", at {tracker.operation}" if tracker.operation else ""
         raise SimulationError(
-            f"{where}: {type(error).__name__}: {first_line(error)} (in {tracker.phase}, at {tracker.operation})",
+            f"{where}: {type(error).__name__}: {first_line(error)} (in {tracker.phase}{at})",
             module=where,
             operation=str(tracker.operation),
+            cause="refused" if refuses(error, tracker.phase) else "unsupported",
         ) from error
+
+
+def refuses(error: Exception, phase: str) -> bool:
+    """A library that checks its arguments: it does so at the start, and by these; a fake tensor fails otherwise."""
+    return phase in ("load", "init") and isinstance(error, (ValueError, AssertionError, DeepSpeedConfigError))
 
 
 def innermost_module(trace: TracebackType | None) -> str:

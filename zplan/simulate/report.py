@@ -9,6 +9,7 @@ from typing import Literal
 from zplan.errors import ExitCode, ZplanError
 
 MemoryKind = Literal["gpu", "host", "pinned"]
+Cause = Literal["unsupported", "refused", "broken"]
 Category = Literal["parameters", "gradients", "master", "optimizer", "activations", "buckets", "gathered", "temporary"]
 
 
@@ -93,14 +94,25 @@ class SimulationError(ZplanError):
     """The dry run could not answer: the model, an operation or a version is in the way.
 
     It travels as text from the child process; `module` and `operation` say where, when that is known.
+
+    Args:
+        cause: `unsupported`, the run needs what a simulated tensor does not have, and the formula still answers;
+            `refused`, a library refuses the question, and would refuse the training; `broken`, a version of this
+            machine is in the way.
     """
 
-    def __init__(self, what: str, *, module: str = "", operation: str = "", broken: bool = False) -> None:
-        super().__init__(
-            what, because="the simulation runs the installed libraries on fake tensors", fix="zplan estimate"
-        )
+    def __init__(
+        self, what: str, *, module: str = "", operation: str = "", cause: Cause = "unsupported", fix: str | None = None
+    ) -> None:
+        super().__init__(what, because=_BECAUSE[cause], fix=fix or (None if cause == "refused" else "zplan estimate"))
         self.module = module
         self.operation = operation
-        self.broken = broken
-        """True: a version of this machine is in the way; False: this model or configuration."""
-        self.exit_code = ExitCode.BROKEN_MACHINE if broken else ExitCode.MALFORMED
+        self.cause = cause
+        self.exit_code = ExitCode.BROKEN_MACHINE if cause == "broken" else ExitCode.MALFORMED
+
+
+_BECAUSE: dict[Cause, str] = {
+    "unsupported": "the simulation runs the installed libraries on tensors without values",
+    "refused": "the installed library refuses it, in training too",
+    "broken": "the simulation changes parts of the installed libraries, which have to be where they were",
+}

@@ -78,7 +78,7 @@ def check_seams() -> None:
     problems = [*filter(None, map(_version_problem, VERIFIED)), *filter(None, map(_seam_problem, SEAMS))]
     if problems:
         raise SimulationError(
-            f"the simulation does not fit the installed libraries: {'; '.join(problems)}", broken=True
+            f"the simulation does not fit the installed libraries: {'; '.join(problems)}", cause="broken"
         )
 
 

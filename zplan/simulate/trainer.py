@@ -84,6 +84,7 @@ def build_model(run: Run) -> Any:
     if recipe.method == "qlora":
         raise SimulationError("qlora needs bitsandbytes kernels, which do not run on fake tensors", operation="bnb")
     config = model_config(run.model_config)
+    check_attention(config, recipe)
     with collected(), contextlib.nullcontext() if run.initialise else no_init_weights():
         model: Any = AutoModelForCausalLM.from_config(
             config, dtype=DTYPES[recipe.dtype], attn_implementation=recipe.attention
@@ -132,6 +133,16 @@ def model_config(values: dict[str, Any]) -> Any:
     config = AutoConfig.for_model(**values)
     config.use_cache = False
     return config
+
+
+def check_attention(config: Any, recipe: Recipe) -> None:
+    """The fused attention that not every family has in transformers; `from_pretrained` refuses it as well."""
+    family = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if recipe.attention == "sdpa" and family is not None and not family._supports_sdpa:
+        raise SimulationError(
+            f"{family.__name__} has no sdpa attention in transformers {transformers.__version__}",
+            module=family.__name__, cause="refused", fix="--attention eager",
+        )  # fmt: skip
 
 
 def lora_config(recipe: Recipe) -> LoraConfig:

@@ -118,7 +118,7 @@ def _answer_in_child(line: str, answers: IO[str]) -> None:
     code = os.waitstatus_to_exitcode(status)
     if code != 0:
         how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-        answers.write(json.dumps({"error": {"what": f"the simulation ended with {how}", "broken": True}}) + "\n")
+        answers.write(json.dumps({"error": {"what": f"the simulation ended with {how}", "cause": "broken"}}) + "\n")
         answers.flush()
 
 
@@ -137,11 +137,12 @@ def answer(data: dict[str, Any]) -> dict[str, Any]:
         traceback.print_exc()
         return {
             "error": {
-                "what": error.what, "module": error.module, "operation": error.operation, "broken": error.broken
+                "what": error.what, "module": error.module, "operation": error.operation, "cause": error.cause,
+                "fix": error.fix,
             }
         }  # fmt: skip
     except ZplanError as error:
-        return {"error": {"what": str(error)}}
+        return {"error": {"what": error.what, "cause": "refused", "fix": error.fix}}
 
 
 def _refuse_network() -> None:
