@@ -42,6 +42,7 @@ def estimate_data(
     cluster: Cluster,
     origins: Mapping[str, str] | None = None,
     fixes: Sequence[Fix] = (),
+    warnings: Sequence[str] = (),
     evidence: str = "formula",
 ) -> dict[str, Any]:
     """One configuration, `zplan.estimate/1`.
@@ -88,6 +89,7 @@ def estimate_data(
         },
         "fixes": [fix_data(fix) for fix in fixes],
         "notes": list(memory.notes),
+        "warnings": list(warnings),
         "evidence": evidence,
         "versions": package_versions(),
     }
@@ -101,6 +103,7 @@ def candidates_data(
     cluster: Cluster,
     origins: Mapping[str, str] | None = None,
     changes: Sequence[Fix] = (),
+    warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The ranked table, `zplan.candidates/1`.
 
@@ -116,6 +119,7 @@ def candidates_data(
         ],
         "best": best_index(candidates),
         "fixes": [fix_data(change) for change in changes],
+        "warnings": list(warnings),
         "versions": package_versions(),
     }
 
@@ -153,7 +157,8 @@ def _zero(choice: Choice, origins: Mapping[str, str], shape: ModelShape) -> dict
             flat[key] = value
 
     def origin(key: str, value: Any) -> str:
-        return origins.get(key) or ("auto" if auto.get(key) == value else "default")
+        given = origins.get(key) or origins.get(key.partition(".")[0])
+        return given or ("auto" if auto.get(key) == value else "default")
 
     return {key: {"value": value, "origin": origin(key, value)} for key, value in flat.items()}
 

@@ -93,7 +93,7 @@ def lift_settings(fixed: Fixed) -> Fixed:
     Raises:
         ConfigError: a setting that cannot be read.
     """
-    zero = apply_settings(ZeroConfig(), [text for text in fixed.settings if not _is_choice_setting(text)])
+    zero = apply_settings(ZeroConfig(), [text for text in fixed.settings if not is_choice_setting(text)])
     rest: list[str] = []
     for text in fixed.settings:
         key, value = split_setting(text)
@@ -114,7 +114,8 @@ def lift_settings(fixed: Fixed) -> Fixed:
     return replace(fixed, settings=tuple(rest))
 
 
-def _is_choice_setting(text: str) -> bool:
+def is_choice_setting(text: str) -> bool:
+    """A `KEY=VALUE` that is not of the zero_optimization section."""
     return split_setting(text)[0] in _CHOICE_SETTINGS
 
 

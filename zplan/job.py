@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from math import ceil
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from zplan import recipe as recipe_module
+from zplan.candidates import is_choice_setting, lift_settings
 from zplan.catalog import find_model, load_gpu
 from zplan.errors import ConfigError
 from zplan.hardware import Cluster
 from zplan.memory.estimate import BucketRule
 from zplan.model_shape import ModelShape
 from zplan.options import Flags
+from zplan.overrides import over_file, over_plan
 from zplan.planner import Fixed, make_choice
-from zplan.probe import describe_cluster
+from zplan.probe import DESCRIBED_NVME, describe_cluster
 from zplan.recipe import Recipe
-from zplan.units import parse_size
-from zplan.zero_config import Choice, ZeroConfig
+from zplan.sanity import odd_sizes, refuse_nvme_without_drive, refuse_oversized_buckets
+from zplan.settings import split_setting
+from zplan.units import GIB, parse_size
+from zplan.zero_config import Choice, OffloadDevice, ZeroConfig
 
 _RECIPE_FLAGS = (
     "dataset", "method", "lora_r", "lora_alpha", "max_length", "train_batch_size", "optimizer", "dtype", "attention",
@@ -32,8 +36,6 @@ _CHOICES = {
     "loss": recipe_module.Loss,
     "optimizer": recipe_module.Optimizer,
 }
-AUTO_KEYS = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
-"""Keys that transformers fills in from the hidden size (integrations/deepspeed.py, trainer_config_finalize)."""
 _DEFAULT_SEQUENCES = 16
 """Global batch when none is given, rounded up to a multiple of the ranks."""
 
@@ -75,10 +77,6 @@ def make_job(
     Raises:
         ConfigError: an unknown name, a value out of range, no model.
     """
-    if flags.bucket_rule not in ("engine", "documented"):
-        raise ConfigError(
-            f"--bucket-rule is {flags.bucket_rule!r}", because="it is engine or documented", fix="--bucket-rule engine"
-        )
     if flags.plan is not None:
         return _planned_job(flags, probe_shape, probe_cluster)
     if flags.model is None:
@@ -86,13 +84,20 @@ def make_job(
     shape = resolve_shape(flags.model, flags.set_model, probe_shape)
     cluster = resolve_cluster(flags, probe_cluster)
     recipe = resolve_recipe(flags, cluster)
-    rule: BucketRule = "documented" if flags.bucket_rule == "documented" else "engine"
-    job = Job(shape=shape, recipe=recipe, cluster=cluster, fixed=resolve_fixed(flags), bucket_rule=rule)
+    job = Job(shape=shape, recipe=recipe, cluster=cluster, fixed=resolve_fixed(flags), bucket_rule=_bucket_rule(flags))
+    refuse_oversized_buckets((text for text in flags.set_ if not is_choice_setting(text)), shape)
     if flags.ds_config is not None:
-        return _described_job(flags, job)
+        return _checked(_described_job(flags, job))
+    job = replace(job, origins=_given_keys(job.fixed))
     if flags.stage is None:
-        return job
-    return replace(job, choice=make_choice(shape, recipe, cluster, fixed=job.fixed), origins=_given_keys(job.fixed))
+        return _checked(job)
+    return _checked(replace(job, choice=make_choice(shape, recipe, cluster, fixed=job.fixed)))
+
+
+def _checked(job: Job) -> Job:
+    """The job with warnings about what is probably a mistake. Raises ConfigError for what cannot be meant."""
+    refuse_nvme_without_drive(job.cluster, job.fixed, job.choice)
+    return replace(job, warnings=(*job.warnings, *odd_sizes(job.shape, job.recipe, job.choice)))
 
 
 def _planned_job(
@@ -107,19 +112,36 @@ def _planned_job(
     shape = resolve_shape(flags.model or plan.model_path, flags.set_model, probe_shape)
     cluster = resolve_cluster(flags, probe_cluster)
     recipe = resolve_recipe(flags, cluster, base=plan.recipe)
-    return Job(
-        shape=shape, recipe=recipe, cluster=cluster, fixed=resolve_fixed(flags), choice=plan.choice,
-        origins=dict.fromkeys(_zero_keys(), "tuned"),
+    fixed = lift_settings(resolve_fixed(flags))
+    job = Job(
+        shape=shape, recipe=recipe, cluster=cluster, fixed=fixed, choice=over_plan(plan.choice, fixed, recipe),
+        origins=dict.fromkeys(_zero_keys(), "tuned") | _given_keys(fixed), bucket_rule=_bucket_rule(flags),
+        warnings=tuple(_moved(plan.cluster, cluster)),
     )  # fmt: skip
+    return _checked(job)
+
+
+def _moved(planned: Cluster, found: Cluster) -> Iterator[str]:
+    """What differs between the machine that a plan was made for and the one it is asked about."""
+    for what, old, new in (
+        ("GPU", planned.gpu.name, found.gpu.name),
+        ("ranks", planned.world_size, found.world_size),
+        ("nodes", planned.nodes, found.nodes),
+    ):
+        if old != new:
+            yield f"the plan was made for another machine: {what} {old} there, {new} here"
 
 
 def _described_job(flags: Flags, job: Job) -> Job:
-    from zplan.ds_config import load_ds_config
+    from zplan.ds_config import read_ds_config
+    from zplan.files import load_json
 
     assert flags.ds_config is not None
-    reading = load_ds_config(
-        flags.ds_config, recipe=job.recipe, shape=job.shape, cluster=job.cluster, micro_batch=flags.micro_batch,
-        gradient_checkpointing=flags.gradient_checkpointing,
+    fixed = lift_settings(job.fixed)
+    data = over_file(load_json(flags.ds_config), fixed, given_recipe(flags))
+    reading = read_ds_config(
+        data, recipe=job.recipe, shape=job.shape, cluster=job.cluster, micro_batch=fixed.micro_batch,
+        gradient_checkpointing=fixed.gradient_checkpointing, name=flags.ds_config,
     )  # fmt: skip
     return replace(
         job, recipe=reading.recipe, choice=reading.choice, origins=reading.origins, warnings=reading.warnings
@@ -131,15 +153,20 @@ def _zero_keys() -> tuple[str, ...]:
 
 
 def _given_keys(fixed: Fixed) -> dict[str, str]:
-    """Where each DeepSpeed key of a configuration made from flags comes from."""
-    origins = dict.fromkeys(_zero_keys(), "default")
-    origins |= dict.fromkeys(AUTO_KEYS, "auto")
+    """The DeepSpeed keys that flags decide, offload devices as `offload_param.device`."""
+    origins = {}
     for name in ("stage", "offload_optimizer", "offload_param"):
         if getattr(fixed, name) is not None:
-            origins[name] = "user"
-    for text in fixed.settings:
-        origins[text.partition("=")[0].strip().partition(".")[0]] = "user"
-    return origins
+            origins[name if name == "stage" else f"{name}.device"] = "user"
+    return origins | {split_setting(text)[0]: "user" for text in fixed.settings}
+
+
+def _bucket_rule(flags: Flags) -> BucketRule:
+    if flags.bucket_rule not in get_args(BucketRule):
+        raise ConfigError(
+            f"--bucket-rule is {flags.bucket_rule!r}", because="it is engine or documented", fix="--bucket-rule engine"
+        )
+    return cast(BucketRule, flags.bucket_rule)
 
 
 def resolve_shape(model: str, settings: list[str], probe_shape: Callable[[Path, str], ModelShape]) -> ModelShape:
@@ -167,27 +194,31 @@ def _split_setting(text: str, flag: str) -> tuple[str, Any]:
 
 def resolve_cluster(flags: Flags, probe_cluster: Callable[[], Cluster]) -> Cluster:
     """A described cluster if --gpu is given, else this machine with the given parts replaced."""
+    per_node, nodes = _at_least_one(flags.gpus_per_node, "--gpus-per-node"), _at_least_one(flags.nodes, "--nodes")
+    ram = _memory(flags.host_ram, "--host-ram")
+    nvme = parse_size(flags.nvme, name="--nvme") if flags.nvme else None
     if flags.gpu is not None and flags.gpu != "cpu":
         return describe_cluster(
-            load_gpu(flags.gpu),
-            gpus_per_node=_at_least_one(flags.gpus_per_node, "--gpus-per-node") or 1,
-            nodes=_at_least_one(flags.nodes, "--nodes") or 1,
-            host_ram_bytes=parse_size(flags.host_ram, name="--host-ram") if flags.host_ram else None,
-            nvme_bytes=parse_size(flags.nvme, name="--nvme") if flags.nvme else None,
+            load_gpu(flags.gpu), gpus_per_node=per_node or 1, nodes=nodes or 1, host_ram_bytes=ram, nvme_bytes=nvme
         )
     cluster = probe_cluster()
-    changes: dict[str, Any] = {}
-    if flags.gpus_per_node:
-        changes["gpus_per_node"] = _at_least_one(flags.gpus_per_node, "--gpus-per-node")
-    if flags.nodes:
-        changes["nodes"] = _at_least_one(flags.nodes, "--nodes")
-    if flags.host_ram:
-        ram = parse_size(flags.host_ram, name="--host-ram")
-        changes["host"] = replace(cluster.host, total_bytes=ram, available_bytes=ram)
-    if flags.nvme:
-        host = changes.get("host", cluster.host)
-        changes["host"] = replace(host, nvme_free_bytes=parse_size(flags.nvme, name="--nvme"))
-    return replace(cluster, described=True, **changes) if changes else cluster
+    host = cluster.host
+    if ram is not None:
+        host = replace(host, total_bytes=ram, available_bytes=ram, cgroup_limit_bytes=None)
+    if nvme is not None:
+        host = replace(host, nvme_free_bytes=nvme, nvme_path=host.nvme_path or DESCRIBED_NVME)
+    changed = replace(cluster, host=host, gpus_per_node=per_node or cluster.gpus_per_node, nodes=nodes or cluster.nodes)
+    return cluster if changed == cluster else replace(changed, described=True)
+
+
+def _memory(text: str | None, flag: str) -> int | None:
+    """Bytes of a memory size that has to be there: at least a GiB."""
+    size = parse_size(text, name=flag) if text is not None else None
+    if size is not None and size < GIB:
+        raise ConfigError(
+            f"{flag} is {text}, below 1 GiB", because="the number is bytes, with or without a unit", fix=f"{flag} 64GiB"
+        )
+    return size
 
 
 def _at_least_one(value: int | None, flag: str) -> int | None:
@@ -196,12 +227,17 @@ def _at_least_one(value: int | None, flag: str) -> int | None:
     return value
 
 
+def given_recipe(flags: Flags) -> dict[str, Any]:
+    """The recipe flags that were typed, by the name of their field."""
+    given = {name: getattr(flags, name) for name in _RECIPE_FLAGS if getattr(flags, name) is not None}
+    return given | {
+        name: tuple(getattr(flags, name)) for name in ("lora_target", "modules_to_save") if getattr(flags, name)
+    }
+
+
 def resolve_recipe(flags: Flags, cluster: Cluster, base: Recipe | None = None) -> Recipe:
     """The recipe of the flags, over `base` (a plan's recipe) if there is one."""
-    given = {name: getattr(flags, name) for name in _RECIPE_FLAGS if getattr(flags, name) is not None}
-    for name in ("lora_target", "modules_to_save"):
-        if getattr(flags, name):
-            given[name] = tuple(getattr(flags, name))
+    given = given_recipe(flags)
     for name, allowed in _CHOICES.items():
         if name in given and given[name] not in get_args(allowed):
             raise ConfigError(
@@ -236,7 +272,11 @@ def default_dtype(cluster: Cluster) -> str:
 
 
 def resolve_fixed(flags: Flags) -> Fixed:
-    """The choices the user made."""
+    """The choices the user made. Raises ConfigError for a micro-batch or a device that there is not."""
+    _at_least_one(flags.micro_batch, "--micro-batch")
+    for flag, device in (("--offload-optimizer", flags.offload_optimizer), ("--offload-param", flags.offload_param)):
+        if device is not None and device not in get_args(OffloadDevice):
+            raise ConfigError(f"{flag} is {device!r}", because="it is none, cpu or nvme", fix=f"{flag} cpu")
     return Fixed(
         stage=flags.stage,
         micro_batch=flags.micro_batch,

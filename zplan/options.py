@@ -13,6 +13,8 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import click
 
+from zplan.errors import ConfigError
+
 _MODEL, _RECIPE, _CHOICE, _CLUSTER, _OUTPUT = (
     "Model",
     "Recipe (never tuned)",
@@ -20,6 +22,26 @@ _MODEL, _RECIPE, _CHOICE, _CLUSTER, _OUTPUT = (
     "Cluster",
     "Output",
 )
+
+
+class WholeNumber(click.ParamType[int]):
+    """An int as people write them: 4096, 4_096, 1e6."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            number = float(str(value).replace("_", ""))
+            if number.is_integer() and abs(number) < 1 << 53:
+                return int(number)
+        except (ValueError, OverflowError):
+            pass
+        flag = param.opts[0] if param else "value"
+        raise ConfigError(f"{flag} is {value!r}, not a whole number", fix=f"{flag} {_EXAMPLES.get(flag, '8')}")
+
+
+WHOLE = WholeNumber()
+_EXAMPLES = {"--stage": "2", "--max-length": "1024", "--micro-batch": "1"}
 
 
 class FlagOption(click.Option):
@@ -153,7 +175,7 @@ def _option(name: str, kind: Any, flag: _Flag) -> FlagOption:
     several = get_origin(kind) is list
     default = getattr(Flags, name, None)
     scalar = next(part for part in (get_args(kind) or (kind,)) if part is not type(None))
-    more: dict[str, Any] = {"is_flag": True} if scalar is bool else {"type": scalar}
+    more: dict[str, Any] = {"is_flag": True} if scalar is bool else {"type": WHOLE if scalar is int else scalar}
     return FlagOption(
         [name, *spelled], help=flag.help, section=flag.section, default=() if several else default,
         multiple=several, callback=_as_list if several else None, **more,

@@ -22,6 +22,8 @@ _DESCRIBED_RAM_PER_GPU = 128 * GIB
 """Host RAM of a described node when none is given: what data-centre nodes are sold with, per GPU."""
 _INTER_NODE_BYTES_PER_SECOND = 50e9
 """Between described nodes: one 400 Gbit/s port per GPU, the common choice for A100 and H100 nodes."""
+DESCRIBED_NVME = "/local_nvme"
+"""Mount point that a described drive is given; the docs of DeepSpeed use the same."""
 _NO_LIMIT = 1 << 60
 """cgroup v1 writes a number near 2**63 for "no limit"."""
 _CGROUP_FILES = (
@@ -197,7 +199,7 @@ def describe_cluster(
         total_bytes=ram,
         available_bytes=ram,
         num_cpus=16 * gpus_per_node,
-        nvme_path="/local_nvme" if nvme_bytes else None,
+        nvme_path=DESCRIBED_NVME if nvme_bytes else None,
         nvme_free_bytes=nvme_bytes,
     )
     return Cluster(

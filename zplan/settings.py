@@ -56,11 +56,15 @@ def apply_settings(zero: ZeroConfig, settings: Iterable[str]) -> ZeroConfig:
         ConfigError: not KEY=VALUE, an unknown key, a value of another type; all of them at once.
     """
     problems: list[str] = []
+    alone: ConfigError | None = None
     for setting in settings:
         try:
             zero = _apply(zero, setting)
         except ConfigError as error:
+            alone = error
             problems.append(f"{error.what} (try {error.fix})" if error.fix else error.what)
+    if len(problems) == 1 and alone is not None:
+        raise alone
     if problems:
         raise ConfigError("--set cannot be applied", problems=tuple(problems), fix="--set sub_group_size=1e8")
     return zero
@@ -81,15 +85,21 @@ def nearest(name: str, names: Iterable[str], *, cutoff: float = 0.5) -> str | No
     return found[0] if found else None
 
 
-def _apply(zero: ZeroConfig, setting: str) -> ZeroConfig:
+def setting_value(setting: str) -> tuple[str, Any]:
+    """`KEY=VALUE` -> (key, value in the type of its field). Raises ConfigError as `apply_settings`."""
     key, text = split_setting(setting)
     if key not in _TYPES:
         near = nearest(key, SETTING_NAMES)
         raise ConfigError(
             f"--set {key}: DeepSpeed's zero_optimization section has no such key",
-            fix=f"--set {near}={text}" if near else None,
+            because=None if near else f"its keys are {', '.join(SETTING_NAMES)}",
+            fix=f"--set {near or 'reduce_bucket_size'}={text}",
         )
-    value = _read(key, text)
+    return key, _read(key, text)
+
+
+def _apply(zero: ZeroConfig, setting: str) -> ZeroConfig:
+    key, value = setting_value(setting)
     section, _, name = key.partition(".")
     if name:
         return replace(zero, **{section: replace(getattr(zero, section), **{name: value})})
@@ -100,7 +110,10 @@ def _read(key: str, text: str) -> Any:
     """A value in the type of its field."""
     kind = _TYPES[key]
     if kind is int:
-        return parse_size(text, name=key)
+        try:
+            return parse_size(text, name=key)
+        except ConfigError as error:
+            raise ConfigError(error.what, because=error.because, fix=f"--set {key}=1e8") from error
     if key == "stage":
         return int(text) if text in ("0", "1", "2", "3") else _refuse(key, text, "0, 1, 2 or 3", "2")
     if kind is float:

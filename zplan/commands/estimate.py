@@ -34,20 +34,31 @@ def _detail(job: Job, *, verbose: bool, quiet: bool) -> Answer:
     candidate = evaluate(job.shape, job.recipe, choice, job.cluster, bucket_rule=job.bucket_rule)
     fixes = quantify_fixes(job.shape, job.recipe, choice, job.cluster)
     body: list[RenderableType] = [render_detail(candidate, fixes, verbose=verbose)]
-    body += [Text(f"warning: {line}", style="yellow") for line in job.warnings]
+    body += _warnings(job)
     return Answer(
         data=lambda: estimate_data(
-            candidate, shape=job.shape, recipe=job.recipe, cluster=job.cluster, origins=job.origins, fixes=fixes
+            candidate,
+            shape=job.shape,
+            recipe=job.recipe,
+            cluster=job.cluster,
+            origins=job.origins,
+            fixes=fixes,
+            warnings=job.warnings,
         ),
         text=_headed(job, Group(*body), quiet=quiet),
         code=_code(candidate),
     )
 
 
+def _warnings(job: Job) -> list[RenderableType]:
+    return [Text(f"warning: {line}", style="yellow") for line in job.warnings]
+
+
 def _ranked(job: Job, *, quiet: bool) -> Answer:
     candidates = rank_candidates(job.shape, job.recipe, job.cluster, fixed=job.fixed, bucket_rule=job.bucket_rule)
     best = best_index(candidates)
-    body: list[RenderableType] = [render_candidates(candidates, best=best, world_size=job.cluster.world_size), Text()]
+    body: list[RenderableType] = [render_candidates(candidates, best=best, world_size=job.cluster.world_size)]
+    body += [*_warnings(job), Text()]
     changes: tuple[Fix, ...] = ()
     if best is not None:
         body.append(Text(_hint(candidates[best]), style="dim"))
@@ -56,7 +67,13 @@ def _ranked(job: Job, *, quiet: bool) -> Answer:
         body += _nothing_fits(candidates[0], changes)
     return Answer(
         data=lambda: candidates_data(
-            candidates, shape=job.shape, recipe=job.recipe, cluster=job.cluster, changes=changes
+            candidates,
+            shape=job.shape,
+            recipe=job.recipe,
+            cluster=job.cluster,
+            origins=job.origins,
+            changes=changes,
+            warnings=job.warnings,
         ),
         text=_headed(job, Group(*body), quiet=quiet),
         code=ExitCode.OK if best is not None or candidates[0].memory.fits else ExitCode.DOES_NOT_FIT,

@@ -1,0 +1,154 @@
+"""Flags -> the question: what is typed wins over a file, and what cannot be meant is refused with the mend."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.shapes import described_cluster
+from zplan import files
+from zplan.answer import estimate_data
+from zplan.errors import ConfigError
+from zplan.job import Job, make_job
+from zplan.options import WHOLE, Flags
+from zplan.plan import Plan
+from zplan.planner import evaluate
+from zplan.zero_config import BatchSizes
+
+GOLDEN = Path(__file__).parent / "golden"
+CARD = {"model": "mistral-7b", "gpu": "h100-80gb", "gpus_per_node": 8}
+
+
+def ask(**flags: Any) -> Job:
+    return make_job(Flags(**{**CARD, **flags}), probe_shape=_never, probe_cluster=described_cluster)
+
+
+def _never(*_: Any) -> Any:
+    raise AssertionError("a catalogue model is not probed")
+
+
+def refused(**flags: Any) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        ask(**flags)
+    assert caught.value.fix, "one thing to type"
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("flags", "what", "fix"),
+    [
+        ({"micro_batch": 0, "stage": 2}, "--micro-batch is 0", "--micro-batch 8"),
+        ({"micro_batch": -3, "stage": 2}, "--micro-batch is -3", "--micro-batch 8"),
+        ({"gpus_per_node": 0}, "--gpus-per-node is 0", "--gpus-per-node 8"),
+        ({"gpu": None, "gpus_per_node": 0}, "--gpus-per-node is 0", "--gpus-per-node 8"),
+        ({"nodes": -1}, "--nodes is -1", "--nodes 8"),
+        ({"host_ram": "0"}, "--host-ram is 0", "--host-ram 64GiB"),
+        ({"host_ram": "64"}, "--host-ram is 64, below 1 GiB", "--host-ram 64GiB"),
+        ({"offload_optimizer": "gpu"}, "--offload-optimizer is 'gpu'", "--offload-optimizer cpu"),
+        ({"offload_param": "gpu", "stage": 0}, "--offload-param is 'gpu'", "--offload-param cpu"),
+        ({"offload_param": "nvme", "stage": 3}, "no NVMe drive", "--nvme 2TiB"),
+        ({"offload_optimizer": "nvme", "nvme": "0"}, "no NVMe drive", "--nvme 2TiB"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan", "--learning-rate 2e-5"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0", "--learning-rate 2e-5"),
+        ({"lora_dropout": 7.0}, "lora_dropout is 7.0", "--lora-dropout 0.05"),
+        ({"stage": 2, "set_": ["reduce_bucket_size=-1"]}, "'-1', not a size", "--set reduce_bucket_size=1e8"),
+        ({"stage": 2, "set_": ["reduce_bucket_size=5.5"]}, "not a whole number", "--set reduce_bucket_size=1e8"),
+        (
+            {"stage": 2, "set_": ["reduce_bucket_size=1e12"]},
+            "mistral-7b has 7241732096 parameters",
+            "--set reduce_bucket_size=7241732096",
+        ),
+        ({"stage": 2, "set_": ["wonder=1"]}, "no such key", "--set reduce_bucket_size=1"),
+    ],
+)  # fmt: skip
+def test_a_value_that_cannot_be_meant_is_refused_with_the_mend(flags: dict[str, Any], what: str, fix: str) -> None:
+    error = refused(**flags)
+    assert what in str(error)
+    assert error.fix == fix
+
+
+@pytest.mark.parametrize(("text", "number"), [("4096", 4096), ("4_096", 4096), ("1e6", 10**6), ("5E3", 5000), (7, 7)])
+def test_whole_numbers_are_read_as_people_write_them(text: Any, number: int) -> None:
+    assert WHOLE.convert(text, None, None) == number
+
+
+@pytest.mark.parametrize("text", ["4k", "1.5", "nan", "inf", "", "two", "1e99"])
+def test_what_is_no_whole_number_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="not a whole number"):
+        WHOLE.convert(text, None, None)
+
+
+def test_flags_win_over_a_deepspeed_json_and_are_checked_with_it() -> None:
+    file = str(GOLDEN / "transformers_zero3_offload.json")
+    job = ask(
+        ds_config=file, stage=2, set_=["reduce_bucket_size=2e8"], micro_batch=2, train_batch_size=64, dtype="fp16"
+    )
+    choice = job.choice_or_refuse()
+    assert (choice.zero.stage, choice.zero.reduce_bucket_size) == (2, 200_000_000)
+    assert choice.batch == BatchSizes(
+        train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=64 // (2 * 8), world_size=8
+    )
+    assert job.recipe.dtype == "fp16"
+    assert job.origins["reduce_bucket_size"] == "user"
+    assert any("offload_param.device has no effect at stage 2" in line for line in job.warnings)
+    assert ask(ds_config=file, offload_param="none").choice_or_refuse().zero.offload_param.device == "none"
+    assert ask(ds_config=file).choice_or_refuse().zero.stage == 3
+
+
+def test_a_batch_flag_that_contradicts_the_file_is_a_mismatch(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"train_batch_size": 16, "gradient_accumulation_steps": 2}))
+    assert "train_batch_size is 16, but" in str(refused(ds_config=str(file), micro_batch=4))
+
+
+def plan_file(folder: Path) -> str:
+    job = ask(stage=2, micro_batch=1)
+    plan = Plan(
+        model_path="mistral-7b", recipe=job.recipe, choice=job.choice_or_refuse(), deepspeed={}, cluster=job.cluster
+    )
+    files.save(plan, folder / "plan.json")
+    return str(folder / "plan.json")
+
+
+def test_flags_win_over_a_plan(tmp_path: Path) -> None:
+    path = plan_file(tmp_path)
+    same = ask(model=None, plan=path)
+    assert same.choice_or_refuse().zero.stage == 2
+    assert same.warnings == ()
+    changed = ask(model=None, plan=path, stage=3, micro_batch=2, set_=["sub_group_size=1e7"]).choice_or_refuse()
+    assert (changed.zero.stage, changed.zero.sub_group_size) == (3, 10**7)
+    assert changed.batch.train_micro_batch_size_per_gpu == 2
+    assert changed.batch.train_batch_size == 16
+
+
+def test_a_plan_of_another_machine_says_what_differs(tmp_path: Path) -> None:
+    moved = ask(model=None, plan=plan_file(tmp_path), gpu="a100-40gb", gpus_per_node=4)
+    assert moved.warnings == (
+        "the plan was made for another machine: GPU h100-80gb there, a100-40gb here",
+        "the plan was made for another machine: ranks 8 there, 4 here",
+    )
+
+
+def origins(job: Job) -> dict[str, str]:
+    found = evaluate(job.shape, job.recipe, job.choice_or_refuse(), job.cluster)
+    data = estimate_data(found, shape=job.shape, recipe=job.recipe, cluster=job.cluster, origins=job.origins)
+    return {key: value["origin"] for key, value in data["zero"].items()}
+
+
+def test_every_zero_value_tells_where_it_comes_from() -> None:
+    found = origins(ask(stage=2, offload_optimizer="cpu", set_=["offload_optimizer.pin_memory=false"]))
+    assert found["stage"] == found["offload_optimizer.device"] == found["offload_optimizer.pin_memory"] == "user"
+    assert found["reduce_bucket_size"] == "auto"
+    assert found["stage3_prefetch_bucket_size"] == found["offload_optimizer.buffer_count"] == "default"
+    assert origins(ask(stage=3))["stage3_prefetch_bucket_size"] == "auto"
+
+
+def test_sizes_that_are_probably_a_mistake_are_warnings(tmp_path: Path) -> None:
+    assert any("beyond the model's 32768 positions" in line for line in ask(stage=2, max_length=40_000).warnings)
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 1e9}}))
+    job = ask(model="smollm2-135m", ds_config=str(file))
+    assert any("reduce_bucket_size 1000000000 is larger than the model" in line for line in job.warnings)

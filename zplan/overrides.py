@@ -1,0 +1,77 @@
+"""Choice flags over a DeepSpeed JSON or a plan: what is typed beside a file wins over the file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+from zplan.candidates import Fixed, check_stage
+from zplan.recipe import Recipe
+from zplan.settings import apply_settings, setting_value
+from zplan.zero_config import Choice, batch_sizes
+
+
+def over_file(data: Any, fixed: Fixed, recipe: Mapping[str, Any]) -> Any:
+    """The content of a DeepSpeed JSON with the flags written into it, so that all of it is checked as one file.
+
+    Args:
+        recipe: the recipe flags that were given, by name.
+
+    Raises:
+        ConfigError: a setting that cannot be read.
+    """
+    if not isinstance(data, Mapping):
+        return data
+    data = deepcopy(dict(data))
+    given = dict(setting_value(setting) for setting in fixed.settings)
+    for name in ("stage", "offload_optimizer.device", "offload_param.device"):
+        value = getattr(fixed, name.partition(".")[0])
+        if value is not None:
+            given[name] = value
+    if given and isinstance(data.setdefault("zero_optimization", {}), Mapping):
+        _write(data["zero_optimization"], given)
+    for key, value in (
+        ("train_micro_batch_size_per_gpu", fixed.micro_batch),
+        ("train_batch_size", recipe.get("train_batch_size")),
+    ):
+        if value is not None:
+            data[key] = value
+    if "dtype" in recipe:
+        for name in ("bf16", "fp16"):
+            data[name] = {"enabled": recipe["dtype"] == name}
+    if "optimizer" in recipe:
+        data.pop("optimizer", None)
+    return data
+
+
+def _write(section: dict[str, Any], given: Mapping[str, Any]) -> None:
+    for path, value in given.items():
+        name, _, inner = path.partition(".")
+        if not inner:
+            section.pop(name.removeprefix("stage3_"), None)  # the un-prefixed spelling says the same
+            section[name] = value
+        elif isinstance(section.setdefault(name, {}), dict):
+            section[name][inner] = value
+
+
+def over_plan(choice: Choice, fixed: Fixed, recipe: Recipe) -> Choice:
+    """A plan's choice with the flags put in.
+
+    Raises:
+        ConfigError: a setting that cannot be read, sizes that do not divide.
+    """
+    zero = choice.zero
+    if fixed.stage is not None:
+        zero = replace(zero, stage=check_stage(fixed.stage))
+    for name in ("offload_optimizer", "offload_param"):
+        if (device := getattr(fixed, name)) is not None:
+            zero = apply_settings(zero, [f"{name}.device={device}"])
+    micro_batch = fixed.micro_batch or choice.batch.train_micro_batch_size_per_gpu
+    checkpointing = fixed.gradient_checkpointing
+    return Choice(
+        zero=apply_settings(zero, fixed.settings),
+        batch=batch_sizes(recipe, micro_batch=micro_batch, world_size=choice.batch.world_size),
+        gradient_checkpointing=choice.gradient_checkpointing if checkpointing is None else checkpointing,
+    )

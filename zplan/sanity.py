@@ -1,0 +1,54 @@
+"""Questions that can be computed and cannot be meant: refused, or answered with a warning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from zplan.candidates import Fixed
+from zplan.errors import ConfigError
+from zplan.hardware import Cluster
+from zplan.model_shape import ModelShape
+from zplan.recipe import Recipe
+from zplan.settings import setting_value
+from zplan.units import format_count
+from zplan.zero_config import Choice
+
+BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
+
+
+def refuse_nvme_without_drive(cluster: Cluster, fixed: Fixed, choice: Choice | None) -> None:
+    """Raises ConfigError when something is to go to an NVMe drive that the cluster does not have."""
+    asked = [getattr(fixed, name) for name in ("offload_optimizer", "offload_param")]
+    if choice is not None and choice.zero.stage == 3:
+        asked += [choice.zero.offload_optimizer.device, choice.zero.offload_param.device]
+    if "nvme" in asked and not cluster.host.nvme_free_bytes:
+        raise ConfigError(
+            "offload to nvme, but the cluster has no NVMe drive",
+            because="a machine is described with --nvme; this machine's current folder is looked at otherwise",
+            fix="--nvme 2TiB",
+        )
+
+
+def refuse_oversized_buckets(settings: Iterable[str], shape: ModelShape) -> None:
+    """Raises ConfigError for a bucket that was typed and that the whole model cannot fill."""
+    for key, value in map(setting_value, settings):
+        if key in BUCKETS and value > shape.num_parameters:
+            raise ConfigError(
+                f"{key} is {value}, and {shape.name} has {shape.num_parameters} parameters",
+                because="a bucket is allocated whole, in elements; what the model cannot fill is only lost",
+                fix=f"--set {key}={shape.num_parameters}",
+            )
+
+
+def odd_sizes(shape: ModelShape, recipe: Recipe, choice: Choice | None) -> Iterator[str]:
+    """What runs, or may run, and is probably a mistake; one line each."""
+    if recipe.max_length > shape.max_position_embeddings > 0:
+        yield f"max_length {recipe.max_length} is beyond the model's {shape.max_position_embeddings} positions"
+    if choice is None or choice.zero.stage == 0:
+        return
+    bucket = choice.zero.reduce_bucket_size
+    if bucket > shape.num_parameters:
+        yield (
+            f"reduce_bucket_size {bucket} is larger than the model ({format_count(shape.num_parameters)} parameters):"
+            " it is allocated whole and never filled"
+        )
