@@ -47,6 +47,7 @@ def tune(study_path: str, n_trials: int, seconds: float = 0.0, **more: object) -
     """A search in the toy world, without a ranking."""
     zplan.study.rank_candidates = lambda *args, **kwargs: ()
     arguments: dict[str, object] = {
+        "shape": SHAPE,
         "backend": SlowOracle(SHAPE, error=0.3, noise=0.02, seconds=seconds),
         "formula": Oracle(SHAPE, evidence="formula"),
         "cluster": toy_cluster(),
@@ -54,7 +55,7 @@ def tune(study_path: str, n_trials: int, seconds: float = 0.0, **more: object) -
         "observer": Printer(),
         "calibration_dir": Path(tempfile.mkdtemp()),
     }
-    return run_study(shape=SHAPE, model_path="toy", n_trials=n_trials, study_path=study_path, **(arguments | more))  # type: ignore[arg-type]
+    return run_study(model_path="toy", n_trials=n_trials, study_path=study_path, **(arguments | more))  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

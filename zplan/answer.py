@@ -44,12 +44,14 @@ def estimate_data(
     fixes: Sequence[Fix] = (),
     warnings: Sequence[str] = (),
     evidence: str = "formula",
+    calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """One configuration, `zplan.estimate/1`.
 
     Args:
         origins: zero key -> user | auto | default | tuned; where it is silent, a value that equals what transformers
             fills in is `auto`, any other `default`.
+        calibration: what trials on this machine have corrected the candidate by; None is not at all.
     """
     memory, speed = candidate.memory, candidate.speed
     return {
@@ -90,7 +92,8 @@ def estimate_data(
         "fixes": [fix_data(fix) for fix in fixes],
         "notes": list(memory.notes),
         "warnings": list(warnings),
-        "evidence": evidence,
+        "evidence": evidence if calibration is None else "calibrated",
+        "calibration": calibration,
         "versions": package_versions(),
     }
 
@@ -104,6 +107,7 @@ def candidates_data(
     origins: Mapping[str, str] | None = None,
     changes: Sequence[Fix] = (),
     warnings: Sequence[str] = (),
+    calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The ranked table, `zplan.candidates/1`.
 
@@ -114,7 +118,9 @@ def candidates_data(
         "schema": "zplan.candidates/1",
         **_question(shape, recipe, cluster),
         "candidates": [
-            estimate_data(candidate, shape=shape, recipe=recipe, cluster=cluster, origins=origins)
+            estimate_data(
+                candidate, shape=shape, recipe=recipe, cluster=cluster, origins=origins, calibration=calibration
+            )
             for candidate in candidates
         ],
         "best": best_index(candidates),

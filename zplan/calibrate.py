@@ -6,6 +6,7 @@ on trials that it has not seen: each trial by the median of the others.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -16,21 +17,21 @@ from statistics import median
 from typing import Literal
 
 from zplan import files
-from zplan.backends.base import Backend
 from zplan.hardware import Cluster
-from zplan.trial import Outcome, TrialResult, TrialSpec
+from zplan.trial import Outcome, TrialResult
 
 _LEAST_SAMPLES = 3
 """Below this a median is a guess."""
 _MOST_SAMPLES = 400
+_LIBRARIES = ("zplan", "torch", "deepspeed", "transformers", "trl", "peft", "accelerate", "optuna")
 Quantity = Literal["gpu_bytes", "host_bytes", "tokens_per_second"]
 QUANTITIES: tuple[Quantity, ...] = ("gpu_bytes", "host_bytes", "tokens_per_second")
-_FIELDS: dict[Quantity, tuple[str, ...]] = {
-    "gpu_bytes": ("gpu_allocated_bytes", "gpu_reserved_bytes", "gpu_used_bytes"),
-    "host_bytes": ("host_resident_bytes",),
-    "tokens_per_second": ("tokens_per_second",),
+_FIELDS: dict[Quantity, str] = {
+    "gpu_bytes": "gpu_allocated_bytes",
+    "host_bytes": "host_resident_bytes",
+    "tokens_per_second": "tokens_per_second",
 }
-"""TrialResult fields that one ratio corrects; the first is the one that is compared."""
+"""The field of TrialResult that is compared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,9 +70,23 @@ class Accuracy:
 
 
 def machine_name(cluster: Cluster) -> str:
-    """One machine, whatever is free on it now."""
+    """One machine, whatever is free on it now and however many of its GPUs are used."""
     gpu, host = cluster.gpu, cluster.host
-    return f"{cluster.nodes}x{cluster.gpus_per_node} {gpu.name} {gpu.total_bytes} host {host.total_bytes}"
+    size = f" {gpu.total_bytes}" if gpu.kind == "cuda" else ""  # a CPU rank is as large as its share of the host
+    return f"{gpu.name}{size} host {host.total_bytes}"
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of what decides a trial's numbers."""
+    from importlib.metadata import PackageNotFoundError, version  # 30 ms, and only a calibrated machine needs it
+
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def corrections_path(cluster: Cluster, folder: Path | None = None) -> Path:
@@ -95,6 +110,14 @@ def load_corrections(cluster: Cluster, versions: Mapping[str, str], folder: Path
     return known if dict(known.versions) == dict(versions) and known.machine == nothing.machine else nothing
 
 
+def known_corrections(cluster: Cluster, folder: Path | None = None) -> Corrections | None:
+    """What trials have taught about this machine; None before they have taught enough."""
+    if not corrections_path(cluster, folder).exists():
+        return None
+    known = load_corrections(cluster, library_versions(), folder)
+    return known if any(known.ratio(quantity) is not None for quantity in QUANTITIES) else None
+
+
 def learn(corrections: Corrections, pairs: Mapping[str, tuple[TrialResult, TrialResult]]) -> Corrections:
     """The corrections with more trials: name -> (predicted by the plain formula, measured)."""
     samples = {sample.trial: sample for sample in corrections.samples}
@@ -105,11 +128,19 @@ def learn(corrections: Corrections, pairs: Mapping[str, tuple[TrialResult, Trial
     return replace(corrections, samples=tuple(samples.values())[-_MOST_SAMPLES:])
 
 
-def save_corrections(corrections: Corrections, cluster: Cluster, folder: Path | None = None) -> Path:
-    """Keep them for later estimates on this machine."""
+def remember(
+    cluster: Cluster, pairs: Mapping[str, tuple[TrialResult, TrialResult]], folder: Path | None = None
+) -> Corrections:
+    """Keep what these trials say for later estimates on this machine; tuners that do so at once wait for each other."""
     path = corrections_path(cluster, folder)
-    files.save(corrections, path)
-    return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        known = load_corrections(cluster, library_versions(), folder)
+        learned = learn(known, pairs)
+        if learned != known:
+            files.save(learned, path)
+    return learned
 
 
 def log_ratios(predicted: TrialResult, measured: TrialResult) -> dict[str, float]:
@@ -118,43 +149,11 @@ def log_ratios(predicted: TrialResult, measured: TrialResult) -> dict[str, float
         return {}
     found: dict[str, float] = {}
     for quantity in QUANTITIES:
-        name = _FIELDS[quantity][0]
+        name = _FIELDS[quantity]
         said, was = getattr(predicted, name), getattr(measured, name)
         if said and was:
             found[quantity] = log(was / said)
     return found
-
-
-def apply(result: TrialResult, corrections: Corrections) -> TrialResult:
-    """A prediction, corrected and labelled `calibrated`; unchanged while the machine is unknown.
-
-    The verdict stays the formula's: fewer bytes by correction never turn "does not fit" into "fits" without a trial.
-    """
-    changes: dict[str, object] = {}
-    for quantity in QUANTITIES:
-        ratio = corrections.ratio(quantity)
-        for name in _FIELDS[quantity]:
-            value = getattr(result, name)
-            if ratio is not None and value is not None:
-                changes[name] = round(value * ratio) if name.endswith("_bytes") else value * ratio
-    speed = corrections.ratio("tokens_per_second")
-    if speed is not None and result.step_seconds is not None:
-        changes["step_seconds"] = result.step_seconds / speed
-    return replace(result, evidence="calibrated", **changes) if changes else result  # type: ignore[arg-type]
-
-
-class CalibratedBackend:
-    """A backend whose answers are corrected for this machine."""
-
-    evidence: Literal["calibrated"] = "calibrated"
-
-    def __init__(self, backend: Backend, corrections: Corrections) -> None:
-        self._backend = backend
-        self._corrections = corrections
-
-    def run(self, spec: TrialSpec) -> TrialResult:
-        """The inner backend's answer, corrected."""
-        return apply(self._backend.run(spec), self._corrections)
 
 
 def accuracy(corrections: Corrections) -> tuple[Accuracy, ...]:

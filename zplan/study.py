@@ -11,7 +11,7 @@ from typing import Protocol
 from zplan import files
 from zplan.backends.base import Backend
 from zplan.backends.formula import FormulaBackend
-from zplan.calibrate import Accuracy, accuracy, learn, load_corrections, save_corrections
+from zplan.calibrate import Accuracy, accuracy, corrections_path, remember
 from zplan.errors import MachineError
 from zplan.hardware import Cluster
 from zplan.ledger import Ledger, Objective, Question, Record, Running, has_speed, open_ledger
@@ -24,7 +24,7 @@ from zplan.recipe import Recipe
 from zplan.screen import Screen
 from zplan.space import Problem, Space
 from zplan.trial import Outcome, TrialResult, TrialSpec
-from zplan.winner import front_records, library_versions, make_plan, rank_records
+from zplan.winner import compared, front_records, make_plan, rank_records
 from zplan.zero_config import Choice
 
 _LEAST_GAIN = 0.01
@@ -314,15 +314,14 @@ def calibrate_machine(
     """Keep what this study's trials say about the formulas on this machine, for later estimates."""
     if question.evidence != "measured":
         return ()
-    pairs = {
-        f"{study_path}#{record.number}": (record.predicted, record.result)
-        for record in records
-        if record.predicted is not None and record.predicted.evidence == "formula"
-    }
-    corrections = learn(load_corrections(question.cluster, library_versions(), folder), pairs)
-    if corrections.samples:
-        save_corrections(corrections, question.cluster, folder)
-    return accuracy(corrections)
+    try:
+        return accuracy(remember(question.cluster, compared(records, study_path), folder))
+    except OSError as error:
+        raise MachineError(
+            f"what the trials taught about this machine cannot be kept: {error.strerror}",
+            because=f"{corrections_path(question.cluster, folder)} cannot be written; the study and the plan are",
+            fix="free disk space, or export XDG_CACHE_HOME=ANOTHER-FOLDER",
+        ) from error
 
 
 def _confirmation(runs: Sequence[Record]) -> str:

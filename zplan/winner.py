@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 
+from zplan.calibrate import library_versions
 from zplan.errors import ConfigError
 from zplan.front import gpu_bytes, point, unbeaten
 from zplan.ledger import Question, Record
 from zplan.plan import Plan, Rung
-from zplan.trial import Outcome
+from zplan.trial import Outcome, TrialResult
 from zplan.units import format_bytes
 from zplan.zero_config import Choice, deepspeed_config
 
 _RUNGS = 3
-_LIBRARIES = ("zplan", "torch", "deepspeed", "transformers", "trl", "peft", "accelerate", "optuna")
 
 
 def rank_records(records: Sequence[Record]) -> list[Record]:
@@ -28,6 +27,15 @@ def rank_records(records: Sequence[Record]) -> list[Record]:
 
 def _mean_speed(runs: Sequence[Record]) -> float:
     return sum(run.result.tokens_per_second or 0.0 for run in runs) / len(runs)
+
+
+def compared(records: Sequence[Record], study_path: str) -> dict[str, tuple[TrialResult, TrialResult]]:
+    """Trial -> what the formula said and what was measured."""
+    return {
+        f"{study_path}#{record.number}": (record.predicted, record.result)
+        for record in records
+        if record.predicted is not None and record.predicted.evidence == "formula"
+    }
 
 
 def peak_bytes(record: Record) -> int | None:
@@ -116,14 +124,3 @@ def make_ladder(question: Question, ranked: Sequence[Record]) -> tuple[Rung, ...
 def _deepspeed(question: Question, choice: Choice) -> dict[str, object]:
     # CPU ranks keep torch's AdamW: DeepSpeedCPUAdam is a compiled op that brings nothing where there is no GPU.
     return deepspeed_config(question.recipe, choice, cpu_adam=question.cluster.gpu.kind == "cuda")
-
-
-def library_versions() -> dict[str, str]:
-    """Installed versions of what decides a trial's numbers."""
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

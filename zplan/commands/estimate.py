@@ -6,7 +6,9 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from zplan.answer import best_index, candidates_data, estimate_data
+from zplan.calibrate import Corrections, known_corrections
 from zplan.commands import Answer
+from zplan.corrected import correct, correction_data, correction_line
 from zplan.errors import ExitCode
 from zplan.job import Job
 from zplan.planner import Candidate, Fix, evaluate, quantify_fixes, rank_candidates, smallest_change_that_fits
@@ -31,10 +33,12 @@ def _headed(job: Job, body: RenderableType, *, quiet: bool) -> RenderableType:
 
 def _detail(job: Job, *, verbose: bool, quiet: bool) -> Answer:
     choice = job.choice_or_refuse()
+    known = known_corrections(job.cluster)
     candidate = evaluate(job.shape, job.recipe, choice, job.cluster, bucket_rule=job.bucket_rule)
+    candidate = correct(candidate, known, job.cluster)
     fixes = quantify_fixes(job.shape, job.recipe, choice, job.cluster)
     body: list[RenderableType] = [render_detail(candidate, fixes, verbose=verbose)]
-    body += _warnings(job)
+    body += [*_corrections(known), *_warnings(job)]
     return Answer(
         data=lambda: estimate_data(
             candidate,
@@ -44,10 +48,15 @@ def _detail(job: Job, *, verbose: bool, quiet: bool) -> Answer:
             origins=job.origins,
             fixes=fixes,
             warnings=job.warnings,
+            calibration=correction_data(known),
         ),
         text=_headed(job, Group(*body), quiet=quiet),
         code=_code(candidate),
     )
+
+
+def _corrections(known: Corrections | None) -> list[RenderableType]:
+    return [] if known is None else [Text(correction_line(known), style="dim")]
 
 
 def _warnings(job: Job) -> list[RenderableType]:
@@ -55,10 +64,12 @@ def _warnings(job: Job) -> list[RenderableType]:
 
 
 def _ranked(job: Job, *, quiet: bool) -> Answer:
-    candidates = rank_candidates(job.shape, job.recipe, job.cluster, fixed=job.fixed, bucket_rule=job.bucket_rule)
+    known = known_corrections(job.cluster)
+    ranked = rank_candidates(job.shape, job.recipe, job.cluster, fixed=job.fixed, bucket_rule=job.bucket_rule)
+    candidates = sorted((correct(item, known, job.cluster) for item in ranked), key=lambda item: item.tier)
     best = best_index(candidates)
     body: list[RenderableType] = [render_candidates(candidates, best=best, world_size=job.cluster.world_size)]
-    body += [*_warnings(job), Text()]
+    body += [*_corrections(known), *_warnings(job), Text()]
     changes: tuple[Fix, ...] = ()
     if best is not None:
         body.append(Text(_hint(candidates[best]), style="dim"))
@@ -74,6 +85,7 @@ def _ranked(job: Job, *, quiet: bool) -> Answer:
             origins=job.origins,
             changes=changes,
             warnings=job.warnings,
+            calibration=correction_data(known),
         ),
         text=_headed(job, Group(*body), quiet=quiet),
         code=ExitCode.OK if best is not None or candidates[0].memory.fits else ExitCode.DOES_NOT_FIT,

@@ -13,13 +13,14 @@ from rich.text import Text
 from zplan import files
 from zplan.backends.base import Backend
 from zplan.backends.formula import FormulaBackend
+from zplan.calibrate import Accuracy
 from zplan.catalog import hub_snapshot
 from zplan.commands import Answer
 from zplan.errors import ConfigError, ExitCode
 from zplan.job import Job
 from zplan.ledger import Objective, Record, Running, load_study
 from zplan.propose import Proposal
-from zplan.report.labels import choice_label
+from zplan.report.labels import QUANTITY_NAMES, choice_label
 from zplan.report.terminal import progress_heading, progress_line, render_front, render_records
 from zplan.study import Progress, StudyOutcome, run_study
 from zplan.trial import Outcome
@@ -174,11 +175,18 @@ def _answer(outcome: StudyOutcome, plan_path: str, study: str, *, world_size: in
     if front:
         lines += [Text(), render_front(front, world_size=world_size, plan_path=plan_path), Text()]
     lines.append(Text(f"stopped: {outcome.stop_reason}"))
+    lines += [Text(_accuracy_line(item)) for item in outcome.accuracy if item.after is not None]
     if outcome.plan is None:
         lines.append(Text("no configuration ran; see the outcomes above", style="red"))
         return Answer(data=lambda: data, text=Group(*lines), code=ExitCode.DOES_NOT_FIT)
     lines.append(Text(f"wrote {plan_path}; train with:\n  python -m sft.train --plan {plan_path}"))
     return Answer(data=lambda: data, text=Group(*lines))
+
+
+def _accuracy_line(item: Accuracy) -> str:
+    """`GPU bytes: the formula was 12.0% off here (8 trials), calibrated 1.3%`."""
+    name = QUANTITY_NAMES[item.quantity]
+    return f"{name}: the formula was {item.before:.1%} off here ({item.num_trials} trials), calibrated {item.after:.1%}"
 
 
 def pick(trial: int, *, study: str, plan_path: str) -> str:

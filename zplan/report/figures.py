@@ -46,20 +46,21 @@ def history_figure(rows: pd.DataFrame) -> str:
 
 
 def pareto_figure(rows: pd.DataFrame) -> str:
-    """Speed against GPU bytes; the line joins the trials that nothing beats in both."""
-    figure, axes = _axes()
-    done = rows[rows["outcome"] == "ok"].dropna(subset=["gpu_bytes", "tokens_per_second"])
-    front = pareto_rows(rows)
-    axes.scatter(done["gpu_bytes"] / GIB, done["tokens_per_second"], color=_OK)
-    axes.plot(front["gpu_bytes"] / GIB, front["tokens_per_second"], color=_LINE)
-    for _, row in front.iterrows():
-        axes.annotate(
-            f"{row['trial']}",
-            (row["gpu_bytes"] / GIB, row["tokens_per_second"]),
-            textcoords="offset points",
-            xytext=(4, 4),
-        )
-    axes.set(xlabel="peak allocated per rank, GiB", ylabel="tokens/s", ylim=(0, None))
+    """Speed against GPU and against host bytes; numbered are the trials that nothing beats in all three."""
+    figure, both = plt.subplots(1, 2, figsize=(9.6, 3.6), sharey=True)
+    done, front = rows[rows["outcome"] == "ok"], pareto_rows(rows)
+    for axes, column, label in (
+        (both[0], "gpu_bytes", "peak allocated per rank, GiB"),
+        (both[1], "host_bytes", "host memory of a node, GiB"),
+    ):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.scatter(done[column] / GIB, done["tokens_per_second"], color=_OK)
+        axes.scatter(front[column] / GIB, front["tokens_per_second"], color=_LINE, zorder=3)
+        for _, row in front.iterrows():
+            place = (row[column] / GIB, row["tokens_per_second"])
+            axes.annotate(f"{row['trial']}", place, textcoords="offset points", xytext=(4, 4))
+        axes.set(xlabel=label, ylim=(0, None))
+    both[0].set_ylabel("tokens/s")
     return _svg(figure)
 
 

@@ -9,11 +9,13 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from zplan import files
+from zplan.calibrate import Accuracy, Corrections, accuracy, learn, library_versions, machine_name
 from zplan.ledger import Question, Record, load_study
 from zplan.report.figures import accuracy_figure, history_figure, pareto_figure
+from zplan.report.labels import QUANTITY_NAMES
 from zplan.report.rows import study_rows
 from zplan.units import format_bytes, format_seconds
-from zplan.winner import library_versions, rank_records
+from zplan.winner import compared, rank_records
 
 
 def write_report(study_path: str, out: Path) -> Path:
@@ -47,8 +49,26 @@ def render_report(question: Question, records: tuple[Record, ...]) -> str:
         history=history_figure(rows),
         pareto=pareto_figure(rows),
         accuracy=accuracy_figure(rows),
+        errors=_error_cells(question, records),
         versions=library_versions(),
     )
+
+
+def _error_cells(question: Question, records: tuple[Record, ...]) -> list[dict[str, Any]]:
+    """How far the formula was from these trials, and how far it is once corrected by the others of them."""
+    if question.evidence != "measured":
+        return []
+    nothing = Corrections(machine=machine_name(question.cluster), versions={})
+    return [_error(item) for item in accuracy(learn(nothing, compared(records, "")))]
+
+
+def _error(item: Accuracy) -> dict[str, Any]:
+    return {
+        "quantity": QUANTITY_NAMES[item.quantity],
+        "trials": item.num_trials,
+        "before": f"{item.before:.1%}",
+        "after": f"{item.after:.1%}" if item.after is not None else "-",
+    }
 
 
 def _question_text(question: Question) -> str:
@@ -78,4 +98,5 @@ def _cells(row: pd.Series[Any]) -> dict[str, Any]:
         "predicted": size("predicted_gpu_bytes"),
         "error": f"{row['gpu_error']:+.1%}" if known("gpu_error") is not None else "-",
         "host": size("host_bytes"),
+        "front": bool(row["front"]),
     }

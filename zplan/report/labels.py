@@ -19,6 +19,7 @@ def choice_label(choice: Choice) -> str:
     return f"{label}, {micro} x {accumulation} on {batch.world_size}{checkpointing}"
 
 
+QUANTITY_NAMES = {"gpu_bytes": "GPU bytes", "host_bytes": "host bytes", "tokens_per_second": "tokens/s"}
 STRATEGY_LEGEND = "opt, par: where optimizer states and parameters are; ckpt: recomputed activations; 4/8: GPUs used"
 
 

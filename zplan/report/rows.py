@@ -8,17 +8,19 @@ import pandas as pd
 
 from zplan.ledger import Record
 from zplan.report.labels import choice_label
+from zplan.winner import front_records
 
 COLUMNS = (
     "trial", "configuration", "origin", "outcome", "stage", "micro_batch", "gradient_checkpointing",
     "tokens_per_second", "step_seconds", "gpu_bytes", "predicted_gpu_bytes", "gpu_error", "host_bytes", "seconds",
-    "message",
+    "message", "front",
 )  # fmt: skip
 
 
 def study_rows(records: Sequence[Record]) -> pd.DataFrame:
     """One row a trial, in the order in which they ran. Bytes and seconds as measured; NaN is unknown."""
-    rows = [_row(record) for record in records]
+    front = {record.number for record in front_records(records)}
+    rows = [{**_row(record), "front": record.number in front} for record in records]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -51,12 +53,8 @@ def best_so_far(rows: pd.DataFrame) -> pd.Series[float]:
 
 
 def pareto_rows(rows: pd.DataFrame) -> pd.DataFrame:
-    """The successful trials that no other beats in both speed and GPU bytes, fastest first."""
-    done = rows[(rows["outcome"] == "ok") & rows["tokens_per_second"].notna() & rows["gpu_bytes"].notna()]
-    done = done.sort_values(["tokens_per_second", "gpu_bytes"], ascending=[False, True])
-    least = done["gpu_bytes"].cummin()
-    first = ~least.duplicated()
-    return done[first & (done["gpu_bytes"] == least)]
+    """The trials that no other beats in all of speed, GPU and host bytes, fastest first."""
+    return rows[rows["front"].astype(bool)].sort_values("tokens_per_second", ascending=False)
 
 
 def accuracy_rows(rows: pd.DataFrame) -> pd.DataFrame:
