@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from tests.memory.test_estimate import SHAPE, cluster, estimate, term_bytes
 from zplan.memory import operations as ops
+from zplan.memory import scores
 from zplan.memory.coordinator import Act, Coordinator, Fetches, Limits
 from zplan.memory.estimate import estimate_memory
 from zplan.memory.operations import Sizes
@@ -64,7 +65,7 @@ def test_dropout_keeps_a_byte_for_every_element() -> None:
 
 
 def test_flash_attention_s_backward_takes_rows_of_128_and_heads_of_32() -> None:
-    assert ops._flash_scratch(SIZES, num_heads=3, head_dim=40) == 4 * 128 * 3 * (1 + 64)
+    assert scores._flash_scratch(SIZES, num_heads=3, head_dim=40) == 4 * 128 * 3 * (1 + 64)
 
 
 def windowed(length: int) -> int:
@@ -103,3 +104,28 @@ def test_a_recomputed_weight_lives_until_its_module_s_backward() -> None:
     assert coordinator.kept_module(0) == ((Act.KEEP, (0,)),)
     assert (Act.GATHER, (0,)) in coordinator.pre_module(0)  # a second time
     assert coordinator.post_module(0) == ((Act.RELEASE, (0,)), (Act.FORGET, (0,)))
+
+
+def test_what_a_leaf_module_holds_is_passed_over_on_the_way_to_another_module_s_next_use() -> None:
+    """Modules 0 (one parameter of 10), 1 (a leaf with one of 1000), 0 again; the root, 2, holds both."""
+    modules, inside = {0: (0,), 1: (1,)}, {0: (0,), 1: (1,), 2: (0, 1)}
+    plain = Fetches.of([0, 1, 2, 0], modules, (10, 1000))
+    leafy = Fetches.of([0, 1, 2, 0], modules, (10, 1000), frozenset({1}), inside)
+    assert (plain.distance(0, 1), leafy.distance(0, 1)) == (1000, 0)
+    assert plain.distance(1, 2) > leafy.distance(1, 2) == 0  # the root counts with everything within it
+
+
+def test_a_reentrant_layer_s_mask_and_positions_stay_until_the_update() -> None:
+    full, adapted = (
+        term_bytes(estimate(ZeroConfig(stage=3), method=method, attention="eager"), "activations", "step")
+        for method in ("full", "lora")
+    )
+    tokens, width, head = 128, 256, SHAPE.head_dim
+    assert full == 0
+    # the embedding's output and its gradient; a bf16 mask, positions, cos and sin
+    assert adapted == 2 * 2 * tokens * width + 2 * tokens * tokens + 8 * tokens + 2 * 2 * tokens * head
+
+
+def test_every_micro_batch_s_tokens_are_there_for_the_whole_step() -> None:
+    found = estimate(ZeroConfig(stage=2), micro_batch=2, accumulation=3)
+    assert term_bytes(found, "batches", "step") == 3 * 8 * 2 * 3 * 128

@@ -59,21 +59,40 @@ class Fetches:
     """Module number -> parameters it owns."""
     numel: tuple[int, ...]
     """Elements of each parameter."""
+    of_leaves: Fetches | None = None
+    """The same trace as the release of a leaf module sees it: every module with all parameters within it."""
+    leaf_numbers: frozenset[int] = frozenset()
+    """Parameters of leaf modules."""
 
     @classmethod
-    def of(cls, order: Sequence[int], modules: Mapping[int, tuple[int, ...]], numel: tuple[int, ...]) -> Fetches:
-        """From the modules in the order in which a step fetches them."""
+    def of(
+        cls,
+        order: Sequence[int],
+        modules: Mapping[int, tuple[int, ...]],
+        numel: tuple[int, ...],
+        leaves: frozenset[int] = frozenset(),
+        inside: Mapping[int, tuple[int, ...]] | None = None,
+    ) -> Fetches:
+        """From the modules in the order in which a step fetches them.
+
+        Args:
+            leaves: modules that are hooked as one; on the way to another module's next use their parameters are not
+                seen (__params_to_release asks whether the module that is released is a leaf, not the one it passes).
+            inside: module -> all parameters within it; needed where there are leaves.
+        """
         queue = tuple((number, step) for step, module in enumerate(order) for number in modules.get(module, ()))
         uses: dict[int, list[int]] = {}
         for number, step in queue:
             uses.setdefault(number, []).append(step)
-        sizes = (sum(numel[number] for number in modules.get(module, ())) for module in order)
+        seen = ((() if module in leaves else modules.get(module, ())) for module in order)
         return cls(
             queue=queue,
             uses={number: tuple(steps) for number, steps in uses.items()},
-            passed=tuple(accumulate(sizes, initial=0)),
+            passed=tuple(accumulate((sum(numel[number] for number in numbers) for numbers in seen), initial=0)),
             modules=modules,
             numel=numel,
+            of_leaves=cls.of(order, inside, numel) if leaves and inside else None,
+            leaf_numbers=frozenset(number for leaf in leaves for number in modules.get(leaf, ())),
         )
 
     def distance(self, number: int, step: int) -> int:
@@ -81,6 +100,8 @@ class Fetches:
 
         Source: __params_to_release.
         """
+        if self.of_leaves is not None and number in self.leaf_numbers:
+            return self.of_leaves.distance(number, step)
         uses = self.uses.get(number, ())
         index = bisect_left(uses, step)
         return self.passed[uses[index]] - self.passed[step] if index < len(uses) else sys.maxsize

@@ -22,6 +22,7 @@ from zplan.memory.timeline import (
     Recording,
     external_numbers,
     fetch_order,
+    leaf_modules,
     module_bases,
     module_parameters,
     output_numbers,
@@ -125,12 +126,13 @@ class _Walk:
         self.moments: list[int] = []
         self.kinds: list[Kinds] = []
         self.phases = [0]
+        self.returned = 0
 
     def run(self) -> None:
         """One micro-step and the update."""
         meter, r = self.meter, self.recording
         self.call(Op.BEGIN)
-        meter.add(Kind.ACTIVATIONS, r.batch_bytes)
+        meter.add(Kind.ACTIVATIONS, r.arguments_bytes)
         self.pre(self.root)
         self._forward()
         self._loss_forward()
@@ -147,12 +149,14 @@ class _Walk:
 
     def _input_bytes(self) -> int:
         """Adapters under checkpointing make the embedding's output a leaf: it and its gradient stay with the loss,
-        which lives until the engine has stepped.
+        which lives until the engine has stepped; so do mask and positions, arguments of the checkpointed layers.
 
         Source: transformers 5.23.0, modeling_utils.py (enable_input_require_grads); accelerate 1.15.0,
         utils/deepspeed.py (DeepSpeedEngineWrapper.backward: backward and step in one call).
         """
-        return 2 * self.recording.hidden_bytes if self.recording.reentrant and self.checkpointing else 0
+        r = self.recording
+        arguments = r.arguments_bytes if self.fetches else 0
+        return 2 * r.hidden_bytes + arguments if r.reentrant and self.checkpointing else 0
 
     def call(self, op: Op, number: int = 0) -> None:
         """Note the bytes up to here; the engine acts here."""
@@ -184,6 +188,18 @@ class _Walk:
             steps = block.tape.forward_without_saving if self._is_checkpointed(block) else block.tape.forward
             for layer in range(block.laid.repeat):
                 self._play(steps, index, layer)
+                if self._is_checkpointed(block):
+                    self._return_scores()
+        self.meter.add(Kind.ACTIVATIONS, -self.returned)
+        self.returned = 0
+
+    def _return_scores(self) -> None:
+        """The layer's result with its attention's weights stays with the model's loop until the next layer's is there.
+
+        Source: transformers 5.23.0, models/falcon/modeling_falcon.py (FalconModel.forward: outputs = block(...)).
+        """
+        self.meter.add(Kind.ACTIVATIONS, self.recording.returned_bytes - self.returned)
+        self.returned = self.recording.returned_bytes
 
     def _is_checkpointed(self, block: Recorded) -> bool:
         return self.checkpointing and block.laid.block.role in ("layer", "encoder_layer")
@@ -229,7 +245,7 @@ class _Walk:
             self.post(self.root + 1)
 
     def _backward(self) -> None:
-        r = self.recording
+        meter, r = self.meter, self.recording
         for index in reversed(range(len(r.blocks))):
             block = r.blocks[index]
             if block.tape is None:
@@ -239,15 +255,20 @@ class _Walk:
                 if checkpointed:
                     reentrant = r.reentrant and self.fetches
                     again, back = recomputation(block.tape, reentrant=reentrant)
+                    # autograd makes a zero gradient for the returned weights, and holds the recomputed ones
+                    returned = r.returned_bytes if reentrant else 0
+                    meter.add(Kind.ACTIVATIONS, returned)
                     self._play(again, index, layer, runs_again=True)
+                    meter.add(Kind.ACTIVATIONS, returned)
                     self._play(back, index, layer)
+                    meter.add(Kind.ACTIVATIONS, -2 * returned)
                     if reentrant:
                         self.call(Op.END_RECOMPUTED)
                     extra = r.hidden_bytes if reentrant else 0
-                    self.meter.add(Kind.ACTIVATIONS, -r.hidden_bytes - extra)
+                    meter.add(Kind.ACTIVATIONS, -r.hidden_bytes - extra)
                 else:
                     self._play(block.tape.backward, index, layer)
-        self.meter.add(Kind.ACTIVATIONS, self._input_bytes() // 2)
+        meter.add(Kind.ACTIVATIONS, self._input_bytes() // 2)
         self._embedding_backward()
         self.post(self.root)
 
@@ -330,7 +351,7 @@ def _script(walk: _Walk) -> Script:
             phases=tuple(walk.phases),
             reduction=_reduction(recording.items, calls, kept, walk.phases),
             kept=kept,
-            fetches=Fetches.of(order, modules, recording.items.numel),
+            fetches=Fetches.of(order, modules, recording.items.numel, *leaf_modules(recording)),
             external=external_numbers(recording) if walk.fetches else (),
             head=output_numbers(recording),
         )

@@ -12,7 +12,7 @@ from zplan.memory.coordinator import Action, Coordinator, Limits, Schedule
 from zplan.memory.course import Op, Script
 from zplan.memory.instances import Instances
 from zplan.memory.memo import Memo
-from zplan.memory.meter import Gauge
+from zplan.memory.meter import Meter
 from zplan.memory.stage3 import Shards, Stage3Engine, shard
 from zplan.zero_config import Choice
 
@@ -81,7 +81,7 @@ class Gathering:
 
 def follow_hooks(of: Gathering, choice: Choice, shards: Shards, schedule: Schedule) -> Gathered:
     """Run the engine through the hooks of a step."""
-    meter = Gauge()
+    meter = Meter()
     engine = Stage3Engine(
         meter, of.items, shards, choice.zero, num_ranks=choice.batch.world_size, itemsize=of.itemsize, schedule=schedule
     )

@@ -92,15 +92,19 @@ def _tiled(shape: ModelShape, micro_batch: int, length: int, b: int, head_trains
 def _full(shape: ModelShape, tokens: int, b: int, head_trains: bool) -> LossCost:
     """Full logits: b V and an fp32 copy, of which the log-softmax is kept; two fp32 gradients beside it.
 
-    backward = T V (4 + 4 + 4), then b T V and the gradients of the head's module
+        backward = T V (4 + 4 + 4), then b T V and the gradients of the head's module
+
+    Capped logits (Gemma 2) keep their tanh, b V, as well.
     """
     logits = tokens * shape.vocab_size
+    capped = bool(shape.config.get("final_logit_softcapping", shape.model_type == "gemma2"))
+    tanh = logits * b if capped else 0
     copy = FP32 if b != FP32 else 0
     hidden = tokens * shape.hidden_size * b
     weight = shape.vocab_size * shape.hidden_size * b if head_trains else 0
     return LossCost(
-        forward=logits * (b + copy + FP32),
-        kept=logits * FP32,
+        forward=logits * (b + copy + FP32) + tanh,
+        kept=logits * FP32 + tanh,
         backward=2 * FP32 * logits,
         hidden_gradient=hidden,
         reads_hidden=head_trains,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from zplan.memory.instances import instances
 from zplan.memory.stage3 import Shards, sub_groups
@@ -29,10 +29,25 @@ class Resident:
 def resident(laid: Layout, recipe: Recipe, choice: Choice, cut: Partitions | None, shards: Shards | None) -> Resident:
     """The permanent terms of the configured stage."""
     if shards is not None:
-        return _stage3(laid, recipe, choice, shards)
-    if cut is not None:
-        return _stage12(laid, recipe, choice, cut)
-    return _stage0(laid, recipe)
+        found = _stage3(laid, recipe, choice, shards)
+    elif cut is not None:
+        found = _stage12(laid, recipe, choice, cut)
+    else:
+        found = _stage0(laid, recipe)
+    return replace(found, terms=(*found.terms, _batches(recipe, choice)))
+
+
+def _batches(recipe: Recipe, choice: Choice) -> Term:
+    """input_ids, labels and attention_mask (int64) of every micro-batch: fetched together, alive for the whole step.
+
+        3 * 8 * micro-batch * length * accumulation
+
+    Source: transformers 5.23.0, trainer.py (get_batch_samples).
+    """
+    batch = choice.batch
+    tokens = batch.train_micro_batch_size_per_gpu * batch.gradient_accumulation_steps * recipe.max_length
+    formula = f"3 x 8 x {tokens} tokens of all micro-batches"
+    return _term("batches", 24 * tokens, ("forward", "backward", "step"), formula, "transformers 5.23.0, trainer.py")
 
 
 def _term(name: str, num_bytes: int, phases: tuple[Phase, ...], formula: str, source: str) -> Term:

@@ -102,6 +102,7 @@ class Tape:
     _net: int = 0
     _peak: int = 0
     _stopped: bool = False
+    _in_leaf: bool = False
     _live: int = 0
     _held: list[Value] = field(default_factory=list)
 
@@ -155,13 +156,27 @@ class Tape:
         if tensor.refs == 0:
             self._add(-tensor.bytes)
 
+    def enter_leaf(self, module: int) -> None:
+        """A module's forward begins, of whose parts ZeRO-3 sees nothing."""
+        self.enter(module)
+        self._in_leaf = True
+
+    def exit_leaf(self, module: int) -> None:
+        """Its forward ends."""
+        self._in_leaf = False
+        self.exit(module)
+
     def enter(self, module: int) -> None:
         """A module's forward begins."""
+        if self._in_leaf:
+            return
         self.operations.append(Marker(module, True))
         self._emit(Event.PRE_FORWARD, module)
 
     def exit(self, module: int) -> None:
         """A module's forward ends."""
+        if self._in_leaf:
+            return
         self.operations.append(Marker(module, False))
         self._emit(Event.POST_FORWARD, module)
 

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zplan.memory.blocks import build_layer, is_windowed
+from zplan.memory.attention import is_windowed
+from zplan.memory.blocks import build_layer
+from zplan.memory.experts import LEAF, LEAF_FAMILIES
 from zplan.memory.instances import Instances, instances
 from zplan.memory.loss import INT64, LossCost, loss_cost
 from zplan.memory.operations import Modules, Sizes, norm
@@ -39,7 +41,10 @@ class Recording:
     blocks: tuple[Recorded, ...]
     loss: LossCost
     hidden_bytes: int
-    batch_bytes: int
+    arguments_bytes: int
+    """Masks and positions that every layer is given."""
+    returned_bytes: int
+    """Attention weights that a layer returns besides its output (eager Falcon and Bloom)."""
     head_bytes: int
     """Output weight in the training dtype."""
     head_trains: bool
@@ -116,7 +121,8 @@ def _record(shape: ModelShape, recipe: Recipe, layout: Layout, sizes: Sizes) -> 
             on_cpu=sizes.on_cpu,
         ),
         hidden_bytes=hidden,
-        batch_bytes=_batch_bytes(shape, sizes),
+        arguments_bytes=_arguments_bytes(shape, sizes),
+        returned_bytes=_returned_bytes(shape, sizes),
         head_bytes=shape.vocab_size * shape.hidden_size * sizes.itemsize,
         head_trains=head_trains,
         reentrant=recipe.method != "full",
@@ -132,8 +138,8 @@ def is_output(weight: Weight) -> bool:
     )
 
 
-def _batch_bytes(shape: ModelShape, sizes: Sizes) -> int:
-    """input_ids, labels and attention_mask (int64), positions, cos and sin of the rotary embedding, masks.
+def _arguments_bytes(shape: ModelShape, sizes: Sizes) -> int:
+    """Positions (int64), cos and sin of the rotary embedding, masks.
 
     Source: transformers 5.23.0, masking_utils.py (eager_mask): one B x S x S of the training dtype for each kind of
     layer (full, sliding).
@@ -144,7 +150,16 @@ def _batch_bytes(shape: ModelShape, sizes: Sizes) -> int:
     masks = kinds * squares * sizes.itemsize
     if sizes.attention == "sdpa" and is_windowed(shape, sizes.length):
         masks = squares  # a byte each
-    return 3 * INT64 * sizes.tokens + INT64 * sizes.length + rotary + masks
+    return INT64 * sizes.length + rotary + masks
+
+
+def _returned_bytes(shape: ModelShape, sizes: Sizes) -> int:
+    """B H S S of the training dtype.
+
+    Source: transformers 5.23.0, models/falcon/modeling_falcon.py, models/bloom/modeling_bloom.py (decoder layers).
+    """
+    returns = sizes.attention == "eager" and shape.model_type in ("falcon", "bloom")
+    return sizes.tokens * sizes.length * shape.num_attention_heads * sizes.itemsize if returns else 0
 
 
 def _record_one(laid: LaidBlock, shape: ModelShape, sizes: Sizes, hidden: int) -> Recorded:
@@ -219,12 +234,42 @@ def module_parameters(recording: Recording) -> dict[int, tuple[int, ...]]:
         for layer in range(block.laid.repeat):
             first = recording.items.base[index] + layer * len(block.laid.weights)
             for local, weight in enumerate(block.laid.weights):
-                local_module = names.get(f"{weight.module}.base_layer", names.get(weight.module))
+                owner = _owner(weight, recording.shape) or weight.module
+                local_module = names.get(f"{owner}.base_layer", names.get(owner))
                 if local_module is None and block.tape is not None:
                     continue  # the head's own module never runs
                 owned.setdefault(base + layer * per_layer + (local_module or 0), []).append(first + local)
     owned[root_module(recording) + recording.runs_head] = list(output_numbers(recording))
     return {module: tuple(numbers) for module, numbers in owned.items()}
+
+
+def leaf_modules(recording: Recording) -> tuple[frozenset[int], dict[int, tuple[int, ...]]]:
+    """Modules that are gathered as one, and of every module all parameters within it; nothing without such modules."""
+    leaves: set[int] = set()
+    inside: dict[int, tuple[int, ...]] = {}
+    if recording.shape.model_type not in LEAF_FAMILIES:
+        return frozenset(), inside
+    for index, base in enumerate(module_bases(recording)):
+        block = recording.blocks[index]
+        names = block.modules.numbers
+        for layer in range(block.laid.repeat):
+            first = recording.items.base[index] + layer * len(block.laid.weights)
+            for name, number in names.items():
+                module = base + layer * max(len(names), 1) + number
+                inside[module] = tuple(
+                    first + local for local, w in enumerate(block.laid.weights) if f"{w.module}.".startswith(f"{name}.")
+                    or not name
+                )  # fmt: skip
+                if name == LEAF:
+                    leaves.add(module)
+    inside[root_module(recording)] = tuple(range(len(recording.items.numel)))
+    return frozenset(leaves), inside
+
+
+def _owner(weight: Weight, shape: ModelShape) -> str | None:
+    """The leaf module that gathers the weight, if it lies in one."""
+    inside = shape.model_type in LEAF_FAMILIES and weight.module.startswith(f"{LEAF}.")
+    return LEAF if inside else None
 
 
 def recomputation(tape: BlockTape, *, reentrant: bool) -> tuple[tuple[Step, ...], tuple[Step, ...]]:

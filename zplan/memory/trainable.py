@@ -135,7 +135,8 @@ def _lay(block: Block, recipe: Recipe, model_type: str) -> LaidBlock:
     for parameter in block.parameters:
         saved = any(parameter.module.rpartition(".")[2] == name for name in recipe.modules_to_save)
         weights.append(_weight(parameter, recipe, trains=recipe.method == "full" or saved, block=block))
-        if recipe.method != "full" and not saved and is_lora_target(parameter, block, recipe.lora_target):
+        converted = is_converted_target(parameter, model_type, recipe.lora_target)
+        if recipe.method != "full" and not saved and is_lora_target(parameter, block, recipe.lora_target, converted):
             weights.extend(_adapter(parameter, recipe))
         elif recipe.method != "full" and not saved and adapts_experts(parameter, model_type, recipe.lora_target):
             weights.extend(_expert_adapter(parameter, recipe))
@@ -181,14 +182,14 @@ def nf4_bytes(numel: int) -> int:
     return -(-numel // 2) + blocks + 4 * -(-blocks // NF4_NESTED_BLOCK)
 
 
-def is_lora_target(parameter: ParameterShape, block: Block, targets: tuple[str, ...]) -> bool:
+def is_lora_target(parameter: ParameterShape, block: Block, targets: tuple[str, ...], converted: bool = False) -> bool:
     """Whether PEFT puts an adapter on the module of this weight.
 
     `all-linear` takes every linear module but the output head; experts kept as one 3-D parameter are no modules.
 
     Source: peft 0.21.2, tuners/tuners_utils.py (_maybe_include_all_linear_layers).
     """
-    if parameter.kind != "linear" or len(parameter.shape) != 2 or not parameter.name.endswith("weight"):
+    if converted or parameter.kind != "linear" or len(parameter.shape) != 2 or not parameter.name.endswith("weight"):
         return False
     if targets == ("all-linear",):
         return block.role in ("layer", "encoder_layer")
@@ -205,6 +206,16 @@ ADAPTED_EXPERTS = frozenset(
 
 Source: peft 0.21.2, utils/transformers_weight_conversion.py (_convert_peft_config_moe); transformers 5.23.0,
 conversion_mapping.py (_MODEL_TO_CONVERSION_PATTERN: mixtral and qwen2_moe)."""
+
+
+def is_converted_target(parameter: ParameterShape, model_type: str, targets: tuple[str, ...]) -> bool:
+    """A dense or shared MLP of a family whose experts are adapted: PEFT turns the names of its modules into those of
+    the stacked weights, and adapts these alone.
+
+    Source: peft 0.21.2, utils/transformers_weight_conversion.py (_convert_peft_config_moe, _MOE_TARGET_MODULE_MAPPING).
+    """
+    of_experts = parameter.module.rpartition(".")[2] in ("gate_proj", "up_proj", "down_proj")
+    return targets == ("all-linear",) and model_type in ADAPTED_EXPERTS and of_experts
 
 
 def adapts_experts(parameter: ParameterShape, model_type: str, targets: tuple[str, ...]) -> bool:

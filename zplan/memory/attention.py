@@ -1,0 +1,172 @@
+"""The attention of a decoder layer: plain with its fused or separate projections, latent, and with ALiBi.
+
+Legend: H heads, n and r the straight and the rotated part of a head, v the width of a value, L the latent's.
+"""
+
+from __future__ import annotations
+
+from zplan.memory import operations as ops
+from zplan.memory import scores
+from zplan.memory.layer_modules import LayerModules
+from zplan.memory.operations import Modules, Sizes
+from zplan.memory.tape import Tape, Value
+from zplan.model_shape import ModelShape
+
+_SPLIT_QKV = ("gpt2", "gpt_neox")
+"""Fused q, k, v taken apart by torch.split or torch.chunk; others slice (transformers 5.23.0, modeling_gpt2.py,
+modeling_gpt_neox.py, modeling_phi3.py)."""
+
+
+def attend(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: Value) -> Value:
+    """The attention's module: projections, scores, output, dropout."""
+    shape = layer.shape
+    if layer.output is None:
+        return tape.apply(sizes.bytes(shape.hidden_size), [(x, None)])
+    container = modules.number(layer.output.rpartition(".")[0])
+    tape.enter(container)
+    widths = attention_widths(shape)
+    if shape.config.get("kv_lora_rank"):
+        q, k, v = _latent(tape, layer, sizes, modules, x)
+    else:
+        q, k, v = _plain(tape, layer, sizes, modules, x)
+    mixed = _mix(tape, shape, sizes, q, k, v, widths)
+    out = ops.linear(tape, modules, sizes, layer.output, mixed, transposed=layer.is_conv1d)
+    tape.drop(q, k, v, mixed)
+    tape.exit(container)
+    return ops.dropout(tape, sizes, out, shape.hidden_size, sizes.residual_dropout)
+
+
+def attention_widths(shape: ModelShape) -> tuple[int, int, int, int]:
+    """(heads, width of q, of k, of v), all heads of each; latent attention has keys wider than its values."""
+    heads, config = shape.num_attention_heads, shape.config
+    if config.get("kv_lora_rank"):
+        width = heads * (config["qk_nope_head_dim"] + config["qk_rope_head_dim"])
+        return heads, width, width, heads * config["v_head_dim"]
+    narrow = shape.num_key_value_heads * shape.head_dim
+    return heads, heads * shape.head_dim, narrow, narrow
+
+
+def _mix(
+    tape: Tape, shape: ModelShape, sizes: Sizes, q: Value, k: Value, v: Value, widths: tuple[int, int, int, int]
+) -> Value:
+    if sizes.attention != "eager":
+        masked = sizes.attention == "sdpa" and is_windowed(shape, sizes.length)
+        return scores.fused_attention(tape, sizes, q, k, v, *widths, masked=masked)
+    if shape.model_type == "falcon":
+        return scores.falcon_attention(tape, sizes, q, k, v, *widths)
+    if shape.model_type == "bloom":
+        return scores.bloom_attention(tape, sizes, q, k, v, *widths)
+    softcap = bool(shape.config.get("attn_logit_softcapping", shape.model_type == "gemma2"))
+    fp32_softmax = shape.model_type != "gpt2"
+    return scores.eager_attention(tape, sizes, q, k, v, *widths, softcap=softcap, fp32_softmax=fp32_softmax)
+
+
+def _plain(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: Value) -> tuple[Value, Value, Value]:
+    q, k, v = _project(tape, layer, sizes, modules, x)
+    _, q_width, k_width, _ = attention_widths(layer.shape)
+    for name in layer.head_norms:
+        if name.endswith("q_norm"):
+            q = _head_norm(tape, modules, sizes, name, q, q_width)
+        else:
+            k = _head_norm(tape, modules, sizes, name, k, k_width)
+    if uses_rotary(layer.shape):
+        rotated_q = ops.rotary(tape, sizes, q, q_width)
+        rotated_k = ops.rotary(tape, sizes, k, k_width)
+        tape.drop(q, k)
+        q, k = rotated_q, rotated_k
+    return q, k, v
+
+
+def _latent(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: Value) -> tuple[Value, Value, Value]:
+    """Multi-head latent attention: keys and values out of a narrow latent, part of q and k rotated.
+
+        q (H (n + r)),  latent (L + r),  kv (H (n + v)),  keys (H (n + r))     per token, all kept for backward
+
+    The keys are written into an empty tensor; the backward of each of the two writes copies the whole gradient.
+
+    Source: transformers 5.23.0, models/deepseek_v2/modeling_deepseek_v2.py (DeepseekV2Attention.forward, expand_kv).
+    """
+    shape, config = layer.shape, layer.shape.config
+    heads, wide, _, v_width = attention_widths(shape)
+    rotated, latent = config["qk_rope_head_dim"], config["kv_lora_rank"]
+    straight = heads * config["qk_nope_head_dim"]
+    norms = {name.rpartition(".")[2]: name for name in layer.latent_norms}
+    by_name = {name.rpartition(".")[2]: name for name in layer.projections}
+    q = ops.linear(tape, modules, sizes, by_name.get("q_proj") or by_name["q_a_proj"], x)
+    if "q_b_proj" in by_name:
+        normed = ops.norm(tape, modules, sizes, norms["q_a_layernorm"], q, config["q_lora_rank"])
+        tape.drop(q)
+        q = ops.linear(tape, modules, sizes, by_name["q_b_proj"], normed)
+        tape.drop(normed)
+    q_straight, q_rotated = tape.split(q, 2, sizes.bytes(wide))
+    tape.drop(q)
+    narrow = ops.linear(tape, modules, sizes, by_name["kv_a_proj_with_mqa"], x)
+    to_norm, k_rotated = tape.split(narrow, 2, sizes.bytes(latent + rotated))
+    tape.drop(narrow)
+    normed = ops.norm(tape, modules, sizes, norms["kv_a_layernorm"], to_norm, latent)
+    tape.drop(to_norm)
+    turned_q = _complex_rotary(tape, sizes, q_rotated, heads * rotated)
+    turned_k = _complex_rotary(tape, sizes, k_rotated, rotated)
+    tape.drop(q_rotated, k_rotated)
+    queries = tape.apply(sizes.bytes(wide), [(q_straight, None), (turned_q, None)])
+    both = ops.linear(tape, modules, sizes, by_name["kv_b_proj"], normed)
+    tape.drop(normed)
+    k_straight, v = tape.split(both, 2, sizes.bytes(straight + v_width))
+    tape.drop(both)
+    written = tape.apply(sizes.bytes(wide), [(k_straight, sizes.bytes(straight))], temporary=sizes.bytes(wide))
+    keys = tape.apply(
+        None, [(written, sizes.bytes(wide)), (turned_k, sizes.bytes(rotated))], temporary=sizes.bytes(heads * rotated)
+    )
+    tape.drop(written, k_straight, turned_k, q_straight, turned_q)
+    return queries, keys, v
+
+
+def _complex_rotary(tape: Tape, sizes: Sizes, x: Value, width: int) -> Value:
+    """Pairs as complex numbers of fp32, turned and cast back; nothing of x is kept."""
+    wide = tape.apply(sizes.fp32_bytes(width), [(x, sizes.bytes(width))])
+    turned = tape.apply(sizes.fp32_bytes(width), [(wide, sizes.fp32_bytes(width))])
+    out = tape.apply(sizes.bytes(width), [(turned, sizes.fp32_bytes(width))])
+    tape.drop(wide, turned)
+    return out
+
+
+def _head_norm(tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, width: int) -> Value:
+    """A norm over each head: the widths are those of all heads, the weight is one head's."""
+    out = ops.norm(tape, modules, sizes, name, x, width)
+    tape.drop(x)
+    return out
+
+
+def _project(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: Value) -> tuple[Value, Value, Value]:
+    shape = layer.shape
+    q_width, k_width = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    outs = [ops.linear(tape, modules, sizes, name, x, transposed=layer.is_conv1d) for name in layer.projections]
+    if len(outs) == 3:
+        return outs[0], outs[1], outs[2]
+    if len(outs) == 1:
+        whole = sizes.bytes(q_width + 2 * k_width)
+        if shape.model_type in _SPLIT_QKV:
+            pieces = tape.split(outs[0], 3, whole)
+        else:  # slices, each with a gradient of the whole
+            pieces = tuple(tape.apply(None, [(outs[0], whole)]) for _ in range(3))
+        tape.drop(outs[0])
+        return pieces[0], pieces[1], pieces[2]
+    q = tape.apply(sizes.bytes(q_width), [(out, sizes.bytes(q_width)) for out in outs[:1]])
+    k = tape.apply(sizes.bytes(k_width), [(out, sizes.bytes(k_width)) for out in outs[-1:]])
+    v = tape.apply(sizes.bytes(k_width), [(out, sizes.bytes(k_width)) for out in outs[-1:]])
+    tape.drop(*outs)
+    return q, k, v
+
+
+def is_windowed(shape: ModelShape, length: int) -> bool:
+    """Whether some layer's window is shorter than the batch, so that sdpa gets a mask instead of `is_causal`.
+
+    Limits: where windows alternate with full attention, every layer is taken as windowed.
+    Source: transformers 5.23.0, masking_utils.py (_ignore_causal_mask_sdpa).
+    """
+    return shape.sliding_window is not None and length >= shape.sliding_window
+
+
+def uses_rotary(shape: ModelShape) -> bool:
+    """Families with learned positions or ALiBi do not rotate q and k."""
+    return not shape.model_type.startswith(("gpt2", "opt", "bloom", "t5", "mt5", "umt5", "bart"))

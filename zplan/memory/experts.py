@@ -1,0 +1,155 @@
+"""A layer's routed experts: router, grouped products on T * k rows, weighting, shared expert.
+
+Legend: T tokens, k experts per token, E experts, h hidden size, b bytes of the training dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from zplan.memory import operations as ops
+from zplan.memory.layer_modules import LayerModules
+from zplan.memory.operations import FP32, Modules, Sizes
+from zplan.memory.tape import Tape, Value
+from zplan.memory.trainable import Weight
+
+LEAF_FAMILIES = frozenset({"mixtral", "qwen2_moe", "qwen3_moe"})
+"""Whose MoE block ZeRO-3 gathers at once and hooks as one module.
+
+Source: deepspeed 0.19.8, runtime/zero/leaf_module_config.py (DEFAULT_LEAF_MODULE_CLASSES)."""
+LEAF = "mlp"
+FP32_ROUTERS = frozenset({"deepseek_v2", "deepseek_v3", "glm4_moe"})
+"""Routers that see an fp32 copy of the hidden states (transformers 5.23.0, models/*/modeling_*.py)."""
+LOW_WEIGHTS = frozenset({"qwen2_moe", "qwen3_moe", "olmoe", "granitemoe"})
+"""Families that cast the routing weights to the training dtype; elsewhere the weighted rows are fp32."""
+
+FeedForward = Callable[[Tape, LayerModules, Sizes, Modules, Value, list[str]], Value]
+
+
+def run_experts(
+    tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: Value, feed_forward: FeedForward
+) -> Value:
+    """Router, experts, shared expert.
+
+    Limits: routing is taken as balanced over the experts; indices and counts of tokens are left out.
+    Source: transformers 5.23.0, integrations/moe.py (grouped_mm_experts_forward), models/deepseek_v2.
+    """
+    whole = sizes.bytes(layer.shape.hidden_size)
+    leaf = layer.shape.model_type in LEAF_FAMILIES
+    if leaf:
+        tape.enter_leaf(modules.number(LEAF))
+    scores = _route(tape, layer, sizes, modules, x)
+    summed = _grouped(tape, layer, sizes, modules, x, scores)
+    tape.drop(scores)
+    shared = [name for name in layer.mlp if "shared" in name]
+    if len(shared) >= 3:
+        extra = feed_forward(tape, layer, sizes, modules, x, shared[:3])
+        total = tape.apply(whole, [(summed, None), (extra, None)])
+        tape.drop(summed, extra)
+        summed = total
+    if leaf:
+        tape.exit_leaf(modules.number(LEAF))
+    return summed
+
+
+def _route(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: Value) -> Value:
+    """The router's probabilities, fp32; the best k are gathered out of them, which keeps indices only."""
+    gates = [name for name in layer.mlp if name.endswith("gate")]
+    stacked = next(weight for weight in layer.laid.weights if len(weight.shape) == 3)
+    width, hidden = stacked.shape[0], layer.shape.hidden_size
+    fine = sizes.fp32_bytes(width)
+    if not gates:
+        return tape.apply(fine, [(x, sizes.bytes(hidden))])
+    if layer.shape.model_type not in FP32_ROUTERS or sizes.itemsize == FP32:
+        logits = ops.linear(tape, modules, sizes, gates[0], x)
+        return _probabilities(tape, logits, sizes.bytes(width), fine)
+    number, owned = modules.number(gates[0]), modules.owner_of(gates[0])
+    trains = any(weight.trainable for _, weight in owned)
+    tape.enter(number)
+    wide = tape.apply(sizes.fp32_bytes(hidden), [(x, sizes.bytes(hidden))])
+    logits = tape.apply(
+        fine, [(wide, sizes.fp32_bytes(hidden))], saves=(wide,) if trains else (), weights=ops.gradients_of(owned)
+    )
+    tape.drop(wide)
+    out = _probabilities(tape, logits, fine, fine)
+    tape.exit(number)
+    return out
+
+
+def _probabilities(tape: Tape, logits: Value, num_bytes: int, fine: int) -> Value:
+    out = tape.apply(fine, [(logits, num_bytes)], saves_output=True)
+    tape.drop(logits)
+    return out
+
+
+def _grouped(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: Value, scores: Value) -> Value:
+    shape = layer.shape
+    picked = max(shape.num_experts_per_tok, 1)
+    inner = shape.moe_intermediate_size or shape.intermediate_size
+    rows_hidden, rows_inner = sizes.bytes(picked * shape.hidden_size), sizes.bytes(picked * inner)
+    owned = [(i, w) for i, w in enumerate(layer.laid.weights) if len(w.shape) == 3]
+    container = modules.number(owned[0][1].module)
+    tape.enter(container)
+    first, second = owned[: len(owned) // 2] or owned, owned[len(owned) // 2 :]
+    rows = tape.apply(rows_hidden, [(x, sizes.bytes(shape.hidden_size))])
+    gate_up = _adapted(tape, layer, sizes, first)
+    both = _product(tape, 2 * rows_inner, rows, rows_hidden, gate_up, first)
+    gate, up = tape.split(both, 2, 2 * rows_inner)
+    acted = tape.apply(rows_inner, [(gate, rows_inner)], saves=(gate,))
+    product = tape.apply(rows_inner, [(acted, rows_inner), (up, rows_inner)], saves=(acted, up))
+    tape.drop(both, gate, up, acted)
+    down = _adapted(tape, layer, sizes, second)
+    out = _product(tape, rows_hidden, product, rows_inner, down, second)
+    tape.drop(product)
+    summed = _weigh(tape, layer, sizes, out, scores, picked)
+    tape.drop(rows, *gate_up, *down)
+    tape.exit(container)
+    return summed
+
+
+def _product(
+    tape: Tape, num_bytes: int, rows: Value, row_bytes: int, merged: tuple[Value, ...], owned: list[tuple[int, Weight]]
+) -> Value:
+    """One grouped product: keeps the rows if the experts or their adapters train."""
+    gradients = ops.gradients_of(owned)
+    return tape.apply(
+        num_bytes,
+        [(rows, row_bytes), *((value, value.storage.bytes) for value in merged)],
+        saves=(rows, *merged) if merged or gradients else (),
+        weights=gradients,
+    )
+
+
+def _weigh(tape: Tape, layer: LayerModules, sizes: Sizes, rows: Value, scores: Value, picked: int) -> Value:
+    """Rows times their routing weights, in fp32 unless the family casts those; back in the order of tokens; summed."""
+    hidden = layer.shape.hidden_size
+    plain, whole = sizes.bytes(picked * hidden), sizes.bytes(hidden)
+    low = layer.shape.model_type in LOW_WEIGHTS
+    wide = plain if low else sizes.fp32_bytes(picked * hidden)
+    weighted = tape.apply(
+        wide, [(rows, plain), (scores, scores.storage.bytes)], saves=(rows,), temporary=wide if low else 2 * wide
+    )
+    tape.drop(rows)
+    ordered = tape.apply(wide, [(weighted, wide)])
+    tape.drop(weighted)
+    summed = tape.apply(whole if low else sizes.fp32_bytes(hidden), [(ordered, None)])
+    tape.drop(ordered)
+    if low or sizes.itemsize == FP32:
+        return summed
+    cast = tape.apply(whole, [(summed, sizes.fp32_bytes(hidden))])
+    tape.drop(summed)
+    return cast
+
+
+def _adapted(tape: Tape, layer: LayerModules, sizes: Sizes, owned: list[tuple[int, Weight]]) -> tuple[Value, ...]:
+    """The stacked weight with its adapter folded in: a copy of all experts, made when it is first read and kept until
+    the experts return and for backward, where it has a gradient.
+
+    Source: peft 0.21.2, tuners/lora/layer.py (ParamWrapper._activate_lora: parametrize.cached, _LoraFactorsProxy).
+    """
+    merged = []
+    for _, weight in owned:
+        adapters = [(i, w) for i, w in enumerate(layer.laid.weights) if w.name.startswith(f"{weight.name}.expert_lora")]
+        if adapters:
+            merged.append(tape.apply(weight.numel * sizes.itemsize, [], weights=ops.gradients_of(adapters)))
+    return tuple(merged)

@@ -1,0 +1,83 @@
+"""A decoder layer's modules by what they do, recognised by name and shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from zplan.memory.trainable import EXPERT_ADAPTERS, LaidBlock, Weight
+from zplan.model_shape import ModelShape
+
+_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "W_pack_out", "out")
+
+
+@dataclass(frozen=True)
+class LayerModules:
+    """A layer's modules by what they do, in the order they run."""
+
+    laid: LaidBlock
+    shape: ModelShape
+
+    @cached_property
+    def _linears(self) -> list[str]:
+        names = []
+        for weight in self.laid.weights:
+            is_adapter = weight.module.endswith(("lora_A.default", "lora_B.default")) or is_expert_adapter(weight)
+            is_matrix = len(weight.shape) == 2 and not is_adapter
+            if is_matrix and weight.group == 0 and weight.module not in names:
+                names.append(weight.module)
+        return names
+
+    @cached_property
+    def attention(self) -> list[str]:
+        return [name for name in self._linears if "attn" in name or "attention" in name.lower()]
+
+    @cached_property
+    def mlp(self) -> list[str]:
+        return [name for name in self._linears if name not in self.attention]
+
+    @cached_property
+    def output(self) -> str | None:
+        named = [name for name in self.attention if name.rpartition(".")[2] in _OUTPUTS]
+        return named[-1] if named else (self.attention[-1] if self.attention else None)
+
+    @cached_property
+    def projections(self) -> list[str]:
+        return [name for name in self.attention if name != self.output]
+
+    @cached_property
+    def norms(self) -> list[str]:
+        """Norms over the hidden size, outside the attention."""
+        names: list[str] = []
+        for weight in self.laid.weights:
+            if weight.group == 1 and len(weight.shape) == 1 and weight.shape[0] == self.shape.hidden_size:
+                inside = weight.module in self._linears or "attn." in weight.module or "attention." in weight.module
+                if not inside and weight.module not in names and weight.name.endswith("weight"):
+                    names.append(weight.module)
+        return names
+
+    @cached_property
+    def latent_norms(self) -> list[str]:
+        """q_a_layernorm and kv_a_layernorm of multi-head latent attention."""
+        names = [weight.module for weight in self.laid.weights if weight.module.endswith("_a_layernorm")]
+        return list(dict.fromkeys(names))
+
+    @cached_property
+    def head_norms(self) -> list[str]:
+        """q_norm and k_norm."""
+        names = [weight.module for weight in self.laid.weights if weight.module.endswith(("q_norm", "k_norm"))]
+        return list(dict.fromkeys(names))
+
+    @cached_property
+    def experts(self) -> int:
+        """Elements of the expert tensors of this layer; 0 in a dense layer."""
+        return sum(weight.numel for weight in self.laid.weights if len(weight.shape) == 3)
+
+    @cached_property
+    def is_conv1d(self) -> bool:
+        return self.shape.model_type == "gpt2"
+
+
+def is_expert_adapter(weight: Weight) -> bool:
+    """lora_A or lora_B beside the stacked weights of experts."""
+    return weight.name.endswith(EXPERT_ADAPTERS)

@@ -1,0 +1,172 @@
+"""From q, k and v to the mixed values: fused kernels, eager scores, and the families that write their own.
+
+Legend: B micro-batch, S sequence length, H heads, b bytes of the training dtype.
+Source: transformers 5.23.0, integrations/sdpa_attention.py and models/*; torch 2.13.0, derivatives.yaml.
+"""
+
+from __future__ import annotations
+
+from zplan.memory.operations import FP32, Sizes
+from zplan.memory.tape import Tape, Value
+
+
+def fused_attention(
+    tape: Tape, sizes: Sizes, q: Value, k: Value, v: Value, num_heads: int, q_width: int, k_width: int, v_width: int,
+    *, masked: bool,
+) -> Value:  # fmt: skip
+    """sdpa and flash attention: keep q, k, v, the output and one fp32 logsumexp per token and head.
+
+    A mask (a sliding window shorter than the batch under sdpa) rules out grouped queries: keys and values are repeated
+    first. Flash attention's backward takes one fp32 number per token and head, and dq in fp32; grouped queries get dk
+    and dv of every head.
+
+    Source: torch 2.13.0, derivatives.yaml (_scaled_dot_product_flash_attention),
+    aten/native/transformers/cuda/flash_attn/flash_api.cpp (mha_bwd); transformers 5.23.0,
+    integrations/sdpa_attention.py (use_gqa_in_sdpa).
+    """
+    wide, grouped = sizes.bytes(q_width), k_width != q_width
+    if masked and grouped:
+        k = tape.apply(wide, [(k, sizes.bytes(k_width))], temporary=wide)
+        v = tape.apply(wide, [(v, sizes.bytes(v_width))], temporary=wide)
+        out = fused_attention(tape, sizes, q, k, v, num_heads, q_width, q_width, q_width, masked=True)
+        tape.drop(k, v)
+        return out
+    out_width = num_heads * (v_width // max(k_width // max(q_width // num_heads, 1), 1)) if v_width else q_width
+    head_dim = q_width // num_heads
+    fast = out_width == q_width and head_dim <= 256 and head_dim % 8 == 0
+    flash = fast and not masked and not sizes.on_cpu and sizes.itemsize != FP32
+    scratch = _flash_scratch(sizes, num_heads, head_dim) + 2 * wide * grouped if flash else 0
+    return tape.apply(
+        sizes.bytes(out_width),
+        [(q, wide), (k, sizes.bytes(k_width)), (v, sizes.bytes(v_width))],
+        saves=(q, k, v),
+        saves_output=True,
+        extra_saved=sizes.fp32_bytes(num_heads),
+        temporary=scratch,
+    )
+
+
+def _flash_scratch(sizes: Sizes, num_heads: int, head_dim: int) -> int:
+    """softmax_d and the fp32 dq of flash attention's backward: rows in blocks of 128, heads 32 elements wide."""
+    rows = sizes.micro_batch * -(-sizes.length // 128) * 128
+    return FP32 * rows * num_heads * (1 + -(-head_dim // 32) * 32)
+
+
+def eager_attention(
+    tape: Tape, sizes: Sizes, q: Value, k: Value, v: Value, num_heads: int, q_width: int, k_width: int, v_width: int,
+    *, softcap: bool = False, fp32_softmax: bool = True,
+) -> Value:  # fmt: skip
+    """Attention with the S x S matrix, once in the training dtype and twice in fp32 while softmax runs.
+
+    The weights are returned to the layer, which holds them until it ends. A product of batches wants B and H as one
+    dimension, which q does not allow for B > 1 and is copied; so is the gradient of the result.
+
+    Source: transformers 5.23.0, models/llama/modeling_llama.py (eager_attention_forward, LlamaDecoderLayer.forward).
+    """
+    scores = sizes.micro_batch * num_heads * sizes.length * sizes.length
+    small, large = scores * sizes.itemsize, scores * FP32
+    wide = sizes.bytes(q_width)
+    repeats, batched = k_width != q_width, sizes.micro_batch > 1
+    keys = tape.apply(wide, [(k, sizes.bytes(k_width))], temporary=wide) if repeats else k
+    out_wide = sizes.bytes(v_width * q_width // k_width)
+    values = tape.apply(out_wide, [(v, sizes.bytes(v_width))], temporary=out_wide) if repeats else v
+    queries = tape.apply(wide, [(q, None)]) if batched else q
+    product = tape.apply(small, [(queries, wide), (keys, wide)], saves=(queries, keys))
+    if batched:
+        tape.drop(queries)
+    scaled = tape.apply(small, [(product, small)])
+    tape.drop(product)
+    if softcap:
+        scaled = _softcap(tape, scaled, small)
+    masked = tape.apply(small, [(scaled, None)])
+    tape.drop(scaled)
+    weights = _fp32_softmax(tape, masked, small, large if fp32_softmax else small)
+    tape.drop(masked)
+    weights = _attention_dropout(tape, sizes, weights, small, scores)
+    out = tape.apply(out_wide, [(weights, small), (values, out_wide)], saves=(weights, values))
+    if repeats:
+        tape.drop(keys, values)
+    viewed = tape.apply(None, [(out, out_wide if batched else None)])
+    flat = tape.apply(out_wide, [(viewed, None)])
+    tape.drop(out, viewed)
+    tape.hold(weights)
+    return flat
+
+
+def falcon_attention(
+    tape: Tape, sizes: Sizes, q: Value, k: Value, v: Value, num_heads: int, q_width: int, k_width: int, v_width: int
+) -> Value:
+    """Scores divided in place, softmax in the training dtype; shared keys and values are seen by all heads.
+
+    Source: transformers 5.23.0, models/falcon/modeling_falcon.py (FalconAttention.forward, without ALiBi).
+    """
+    small = sizes.micro_batch * num_heads * sizes.length * sizes.length * sizes.itemsize
+    wide = sizes.bytes(q_width)
+    shared = wide if k_width != q_width else 0
+    scores = tape.apply(
+        small, [(q, wide), (k, sizes.bytes(k_width))], saves=(q, k), temporary=shared,
+    )  # fmt: skip
+    masked = tape.apply(small, [(scores, None)])
+    weights = tape.apply(small, [(masked, small)], saves_output=True)
+    tape.drop(scores, masked)
+    out = tape.apply(wide, [(weights, small), (v, sizes.bytes(v_width))], saves=(weights, v), temporary=shared)
+    flat = tape.apply(wide, [(out, None)])
+    tape.drop(out)
+    tape.hold(weights)
+    return flat
+
+
+def bloom_attention(
+    tape: Tape, sizes: Sizes, q: Value, k: Value, v: Value, num_heads: int, q_width: int, k_width: int, v_width: int
+) -> Value:
+    """ALiBi's scores: one product with the bias folded in, which lives to the end beside its masked copy.
+
+    With more than one sequence q, k and v are copied, as B and H become one dimension.
+
+    Source: transformers 5.23.0, models/bloom/modeling_bloom.py (BloomAttention.forward).
+    """
+    scores = sizes.micro_batch * num_heads * sizes.length * sizes.length
+    small, large, wide = scores * sizes.itemsize, scores * FP32, sizes.bytes(q_width)
+    q, k, v = (
+        tape.apply(wide, [(x, None)]) if sizes.micro_batch > 1 else tape.apply(None, [(x, None)]) for x in (q, k, v)
+    )
+    product = tape.apply(small, [(q, wide), (k, wide)], saves=(q, k))
+    masked = tape.apply(small, [(product, None)])
+    weights = _attention_dropout(tape, sizes, _fp32_softmax(tape, masked, small, large), small, scores)
+    out = tape.apply(wide, [(weights, small), (v, wide)], saves=(weights, v))
+    flat = tape.apply(wide, [(out, None)])
+    tape.drop(product, masked, out, q, k, v)
+    tape.hold(weights)
+    return flat
+
+
+def _attention_dropout(tape: Tape, sizes: Sizes, weights: Value, num_bytes: int, scores: int) -> Value:
+    """As `dropout`, on scores: the mask is a byte each."""
+    if sizes.attention_dropout == 0.0:
+        return weights
+    out = tape.apply(num_bytes, [(weights, num_bytes)], extra_saved=num_bytes if sizes.on_cpu else scores)
+    tape.drop(weights)
+    return out
+
+
+def _softcap(tape: Tape, scores: Value, num_bytes: int) -> Value:
+    """cap * tanh(scores / cap), which keeps the tanh (transformers 5.23.0, models/gemma2/modeling_gemma2.py)."""
+    divided = tape.apply(num_bytes, [(scores, num_bytes)])
+    tape.drop(scores)
+    bent = tape.apply(num_bytes, [(divided, num_bytes)], saves_output=True)
+    tape.drop(divided)
+    out = tape.apply(num_bytes, [(bent, num_bytes)])
+    tape.drop(bent)
+    return out
+
+
+def _fp32_softmax(tape: Tape, x: Value, small: int, large: int) -> Value:
+    """softmax(x, dtype=float32).to(x.dtype): a cast up, the softmax, which keeps its output, a cast down."""
+    if small == large:
+        return tape.apply(large, [(x, large)], saves_output=True)
+    wide = tape.apply(large, [(x, small)])
+    soft = tape.apply(large, [(wide, large)], saves_output=True)
+    tape.drop(wide)
+    cast = tape.apply(small, [(soft, large)])
+    tape.drop(soft)
+    return cast
