@@ -149,3 +149,14 @@ def test_when_nothing_fits_each_offered_change_makes_something_fit() -> None:
     changes = smallest_change_that_fits(shape, recipe, small)
     assert changes
     assert all(change.fits for change in changes)
+
+
+def test_a_node_that_lacks_host_memory_is_offered_more_of_it() -> None:
+    shape = llama_like(hidden_size=2048, num_hidden_layers=4, vocab_size=32000)
+    recipe = replace(RECIPE, train_batch_size=1, max_length=256)
+    one = described_cluster(gpus_per_node=1, gpu_bytes=4 * GIB, host_bytes=8 * GIB)
+    offers = {fix.change: fix for fix in smallest_change_that_fits(shape, recipe, one)}
+    assert "--host-ram 16GiB" in offers
+    enough = replace(one, host=replace(one.host, total_bytes=16 * GIB, available_bytes=16 * GIB))
+    assert rank_candidates(shape, recipe, enough)[0].tier == 0
+    assert rank_candidates(shape, recipe, one)[0].tier > 0

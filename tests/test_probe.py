@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from zplan import probe
 from zplan.catalog import load_gpu, load_links
 from zplan.errors import ConfigError
 from zplan.probe import (
@@ -119,6 +120,33 @@ def test_a_cgroup_without_limit_limits_nothing(text: str, tmp_path: Path) -> Non
     (tmp_path / "memory.max").write_text(text)
     (tmp_path / "memory.current").write_text("4096")
     assert read_cgroup(tmp_path) == (None, 0)
+
+
+def test_the_limit_of_a_slurm_job_is_found_below_the_root(tmp_path: Path) -> None:
+    membership = tmp_path / "cgroup"
+    membership.write_text("5:memory,cpu:/slurm/job_7/step_0\n0::/slice/job\n")
+    step = tmp_path / "v1" / "memory" / "slurm" / "job_7" / "step_0"
+    step.mkdir(parents=True)
+    for folder, limit in ((step, 2**63 - 4096), (step.parent, 6 * GIB), (step.parent.parent, 9 * GIB)):
+        (folder / "memory.limit_in_bytes").write_text(str(limit))
+        (folder / "memory.usage_in_bytes").write_text(str(GIB))
+    assert read_cgroup(tmp_path / "v1", membership) == (6 * GIB, GIB)
+    slice_ = tmp_path / "v2" / "slice"
+    slice_.mkdir(parents=True)
+    (slice_ / "memory.max").write_text(str(4 * GIB))
+    (slice_ / "memory.current").write_text("0")
+    assert read_cgroup(tmp_path / "v2", membership) == (4 * GIB, 0)
+    assert read_cgroup(tmp_path / "v2", tmp_path / "no such file") == (None, 0)
+
+
+@pytest.mark.parametrize(("capabilities", "limit"), [("000001ffffffffff", None), ("00000000a80425fb", 8 << 20)])
+def test_a_process_that_may_lock_pages_has_no_memlock(
+    capabilities: str, limit: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = tmp_path / "status"
+    status.write_text(f"Name:\tpython\nCapEff:\t{capabilities}\n")
+    monkeypatch.setattr(probe.resource, "getrlimit", lambda _: (8 << 20, 8 << 20))
+    assert probe.memlock_bytes(status) == limit
 
 
 def test_a_cgroup_smaller_than_the_machine_is_the_host(tmp_path: Path) -> None:

@@ -80,8 +80,14 @@ def estimate_data(
             "terms": [_term(term) for term in memory.host.terms],
             "verdict": memory.host.verdict,
             "short_bytes": memory.host.short_bytes,
+            "limits": [asdict(limit) | {"short_bytes": limit.short_bytes} for limit in memory.host.limits],
         },
-        "nvme": {"bytes": memory.nvme.bytes, "verdict": memory.nvme.verdict},
+        "nvme": {
+            "bytes": memory.nvme.bytes,
+            "free_bytes": memory.nvme.free_bytes,
+            "verdict": memory.nvme.verdict,
+            "short_bytes": memory.nvme.short_bytes,
+        },
         "speed": {
             "step_seconds": speed.step_seconds,
             "tokens_per_second": speed.tokens_per_second,

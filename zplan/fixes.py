@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from math import ceil
 
 from zplan.candidates import Candidate, evaluate
 from zplan.errors import ConfigError
-from zplan.hardware import Cluster
+from zplan.hardware import DESCRIBED_NVME, DESCRIBED_RAM_PER_GPU, Cluster
+from zplan.memory.estimate import BucketRule
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.settings import hf_auto_bucket_sizes
+from zplan.units import GIB, TIB
 from zplan.zero_config import Choice, OffloadOptimizer, OffloadParam, ZeroConfig, batch_sizes
 
 MOST_GPUS = 1024
@@ -34,11 +37,13 @@ class Fix:
     """The run fits with this change alone."""
 
 
-def quantify_fixes(shape: ModelShape, recipe: Recipe, choice: Choice, cluster: Cluster) -> tuple[Fix, ...]:
+def quantify_fixes(
+    shape: ModelShape, recipe: Recipe, choice: Choice, cluster: Cluster, *, bucket_rule: BucketRule = "engine"
+) -> tuple[Fix, ...]:
     """Every single change that acts on this configuration, the one that saves most GPU bytes first."""
-    before = evaluate(shape, recipe, choice, cluster)
+    before = evaluate(shape, recipe, choice, cluster, bucket_rule=bucket_rule)
     fixes = [
-        measure_fix(before, change, evaluate(shape, recipe, changed, cluster))
+        measure_fix(before, change, evaluate(shape, recipe, changed, cluster, bucket_rule=bucket_rule))
         for change, changed in _changes(shape, recipe, choice, cluster)
         if changed != choice
     ]
@@ -112,6 +117,8 @@ def _offload_changes(zero: ZeroConfig, cluster: Cluster) -> Iterator[tuple[str, 
             )
 
 
+Change = tuple[str, Recipe, Cluster]
+"""What to type, and the question it makes."""
 Rank = Callable[[ModelShape, Recipe, Cluster], Candidate]
 """The best candidate for a question; `planner` passes its own ranking."""
 
@@ -119,22 +126,34 @@ Rank = Callable[[ModelShape, Recipe, Cluster], Candidate]
 def smallest_changes(shape: ModelShape, recipe: Recipe, cluster: Cluster, best: Rank) -> tuple[Fix, ...]:
     """Of each kind of change the smallest one with which something fits; empty if nothing here helps.
 
-    Kinds, in this order: an optimizer with smaller states, shorter sequences, LoRA, QLoRA, more GPUs.
+    Kinds, in this order: an optimizer with smaller states, shorter sequences, LoRA or QLoRA, more host memory, a drive
+    where there is none, more GPUs.
     """
     before = best(shape, recipe, cluster)
-    found: list[Fix] = []
-    for ladder in (_optimizers(recipe), _lengths(recipe), _methods(recipe)):
-        for change, changed in ladder:
-            after = _try(shape, changed, cluster, best)
-            if after is not None and after.tier == 0:
-                found.append(measure_fix(before, change, after))
-                break
-    for change, changed, larger in _more_gpus(recipe, cluster):
+
+    def fit(change: Change) -> Fix | None:
+        flags, changed, larger = change
         after = _try(shape, changed, larger, best)
-        if after is not None and after.tier == 0:
-            found.append(measure_fix(before, change, after))
-            break
-    return tuple(found)
+        return measure_fix(before, flags, after) if after is not None and after.tier == 0 else None
+
+    found = [
+        next((fix for change in ladder if (fix := fit(change)) is not None), None)
+        for ladder in (
+            _optimizers(recipe, cluster),
+            _lengths(recipe, cluster),
+            _methods(recipe, cluster),
+            _if_the_last_helps(fit, _more_host_memory(recipe, cluster)),
+            _if_the_last_helps(fit, () if cluster.host.nvme_free_bytes else _a_drive(recipe, cluster)),
+            _more_gpus(recipe, cluster),
+        )
+    ]
+    return tuple(fix for fix in found if fix is not None)
+
+
+def _if_the_last_helps(fit: Callable[[Change], Fix | None], ladder: Iterable[Change]) -> Iterable[Change]:
+    """The ladder, if its largest step helps: more memory is never worse, and asking is what costs time."""
+    steps = tuple(ladder)
+    return steps if steps and fit(steps[-1]) is not None else ()
 
 
 def _try(shape: ModelShape, recipe: Recipe, cluster: Cluster, best: Rank) -> Candidate | None:
@@ -145,37 +164,64 @@ def _try(shape: ModelShape, recipe: Recipe, cluster: Cluster, best: Rank) -> Can
         return None
 
 
-def _optimizers(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+def _optimizers(recipe: Recipe, cluster: Cluster) -> Iterator[Change]:
     if recipe.optimizer == "adamw" and recipe.method == "full":
-        yield "--optimizer adamw_8bit", replace(recipe, optimizer="adamw_8bit")
+        yield "--optimizer adamw_8bit", replace(recipe, optimizer="adamw_8bit"), cluster
 
 
-def _lengths(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+def _lengths(recipe: Recipe, cluster: Cluster) -> Iterator[Change]:
     length = recipe.max_length // 2
     while length >= SHORTEST_LENGTH:
-        yield f"--max-length {length}", replace(recipe, max_length=length)
+        yield f"--max-length {length}", replace(recipe, max_length=length), cluster
         length //= 2
 
 
-def _methods(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+def _methods(recipe: Recipe, cluster: Cluster) -> Iterator[Change]:
     if recipe.method == "full":
-        yield "--method lora", replace(recipe, method="lora")
+        yield "--method lora", replace(recipe, method="lora"), cluster
     if recipe.method != "qlora":
-        yield "--method qlora", replace(recipe, method="qlora")
+        yield "--method qlora", replace(recipe, method="qlora"), cluster
 
 
-def _more_gpus(recipe: Recipe, cluster: Cluster) -> Iterator[tuple[str, Recipe, Cluster]]:
-    """Twice, four times ... the GPUs: within a node up to eight, then whole nodes. CPU ranks share one host."""
+def _more_host_memory(recipe: Recipe, cluster: Cluster) -> Iterator[Change]:
+    """A quarter more to eight times as much, in the 16 GiB that memory is sold in. CPU ranks would grow with it."""
+    if cluster.gpu.kind == "cpu":
+        return
+    host = cluster.host
+    for share in (1.25, 1.5, 2, 3, 4, 6, 8):
+        size = ceil(host.total_bytes * share / (16 * GIB)) * 16 * GIB
+        roomy = replace(host, total_bytes=size, available_bytes=size, cgroup_limit_bytes=None)
+        yield f"--host-ram {size // GIB}GiB", recipe, replace(cluster, host=roomy)
+
+
+def _a_drive(recipe: Recipe, cluster: Cluster) -> Iterator[Change]:
+    if cluster.gpu.kind == "cpu":
+        return
+    for terabytes in (1, 2, 4, 8):
+        host = replace(cluster.host, nvme_free_bytes=terabytes * TIB, nvme_path=DESCRIBED_NVME)
+        yield f"--nvme {terabytes}TiB", recipe, replace(cluster, host=host)
+
+
+def _more_gpus(recipe: Recipe, cluster: Cluster) -> Iterator[Change]:
+    """Twice, four times ... the GPUs: within a node up to eight, then whole nodes. CPU ranks share one host.
+
+    A described node grows with its GPUs if its memory is the one that goes with them.
+    """
+    grows = cluster.described and cluster.host.total_bytes == DESCRIBED_RAM_PER_GPU * cluster.gpus_per_node
     if cluster.gpu.kind == "cpu":
         return
     larger = cluster
     while larger.world_size < MOST_GPUS:
         if larger.gpus_per_node < 8:
             larger = replace(larger, gpus_per_node=2 * larger.gpus_per_node)
+            if grows:
+                ram = DESCRIBED_RAM_PER_GPU * larger.gpus_per_node
+                larger = replace(larger, host=replace(larger.host, total_bytes=ram, available_bytes=ram))
         else:
             larger = replace(larger, nodes=2 * larger.nodes)
         rest = recipe.train_batch_size % larger.world_size
         batch = recipe.train_batch_size + (larger.world_size - rest if rest else 0)
-        flags = f"--gpus-per-node {larger.gpus_per_node} --nodes {larger.nodes}"
+        flags = f"--gpus-per-node {larger.gpus_per_node}"
+        flags += f" --nodes {larger.nodes}" if larger.nodes > 1 else ""
         flags += f" --train-batch-size {batch}" if rest else ""
         yield flags, replace(recipe, train_batch_size=batch), larger

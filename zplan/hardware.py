@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 DeviceKind = Literal["cuda", "cpu"]
+DESCRIBED_RAM_PER_GPU = 128 << 30
+"""Host RAM of a described node when none is given: what data-centre nodes are sold with, per GPU."""
+DESCRIBED_NVME = "/local_nvme"
+"""Mount point that a described drive is given; DeepSpeed's documentation uses the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,13 +12,13 @@ from zplan import recipe as recipe_module
 from zplan.candidates import is_choice_setting, lift_settings
 from zplan.catalog import find_model, load_gpu
 from zplan.errors import ConfigError
-from zplan.hardware import Cluster
+from zplan.hardware import DESCRIBED_NVME, Cluster
 from zplan.memory.estimate import BucketRule
 from zplan.model_shape import ModelShape
 from zplan.options import Flags
 from zplan.overrides import over_file, over_plan
 from zplan.planner import Fixed, make_choice
-from zplan.probe import DESCRIBED_NVME, describe_cluster
+from zplan.probe import describe_cluster
 from zplan.recipe import Recipe
 from zplan.sanity import odd_sizes, refuse_nvme_without_drive, refuse_oversized_buckets
 from zplan.settings import split_setting

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,23 +14,20 @@ import psutil
 
 from zplan.catalog import find_gpu, load_gpu, load_links
 from zplan.errors import ConfigError
-from zplan.hardware import Cluster, Gpu, Host
-from zplan.units import GIB
+from zplan.hardware import DESCRIBED_NVME, DESCRIBED_RAM_PER_GPU, Cluster, Gpu, Host
 
 CPU_RANKS_VARIABLE = "ZPLAN_CPU_RANKS"
-_DESCRIBED_RAM_PER_GPU = 128 * GIB
-"""Host RAM of a described node when none is given: what data-centre nodes are sold with, per GPU."""
 _INTER_NODE_BYTES_PER_SECOND = 50e9
 """Between described nodes: one 400 Gbit/s port per GPU, the common choice for A100 and H100 nodes."""
-DESCRIBED_NVME = "/local_nvme"
-"""Mount point that a described drive is given; the docs of DeepSpeed use the same."""
 _NO_LIMIT = 1 << 60
 """cgroup v1 writes a number near 2**63 for "no limit"."""
 _CGROUP_FILES = (
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ("", "memory.max", "memory.current"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
 )
-"""(limit, usage) of cgroup v2, then v1, under /sys/fs/cgroup."""
+"""(folder of the hierarchy, limit, usage) of cgroup v2, then v1, under /sys/fs/cgroup."""
+_IPC_LOCK = 1 << 14
+"""CAP_IPC_LOCK: a process that has it locks pages without limit (capabilities(7))."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,31 +149,63 @@ def probe_host(cgroup_root: Path = Path("/sys/fs/cgroup")) -> Host:
     memory = psutil.virtual_memory()
     limit, used = read_cgroup(cgroup_root)
     available = memory.available if limit is None else min(memory.available, max(0, limit - used))
-    memlock = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     shm = Path("/dev/shm")
     return Host(
         total_bytes=memory.total if limit is None else min(memory.total, limit),
         available_bytes=available,
         cgroup_limit_bytes=limit,
-        memlock_bytes=None if memlock == resource.RLIM_INFINITY else memlock,
+        memlock_bytes=memlock_bytes(),
         shm_bytes=shutil.disk_usage(shm).total if shm.exists() else None,
         num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         **_nvme(Path.cwd()),  # type: ignore[arg-type]
     )
 
 
-def read_cgroup(root: Path) -> tuple[int | None, int]:
-    """(limit, usage) in bytes of this process's cgroup; (None, 0) without a limit."""
-    for limit_name, usage_name in _CGROUP_FILES:
-        try:
-            text = (root / limit_name).read_text().strip()
-            usage = int((root / usage_name).read_text())
-        except (OSError, ValueError):
-            continue
-        if text == "max" or int(text) >= _NO_LIMIT:
-            return None, 0
-        return int(text), usage
-    return None, 0
+def read_cgroup(root: Path, membership: Path = Path("/proc/self/cgroup")) -> tuple[int | None, int]:
+    """(limit, usage) in bytes of this process's cgroup or the ancestor that leaves least; (None, 0) without a limit.
+
+    A container sees its own cgroup as the root; a SLURM job or a systemd slice is a folder below it.
+    """
+    tightest: tuple[int | None, int] = (None, 0)
+    for hierarchy, limit_name, usage_name in _CGROUP_FILES:
+        for folder in _ancestors(root / hierarchy, _own_cgroup(membership, hierarchy)):
+            try:
+                text = (folder / limit_name).read_text().strip()
+                limit, usage = (_NO_LIMIT if text == "max" else int(text)), int((folder / usage_name).read_text())
+            except (OSError, ValueError):
+                continue
+            if limit < _NO_LIMIT and (tightest[0] is None or limit - usage < tightest[0] - tightest[1]):
+                tightest = limit, usage
+    return tightest
+
+
+def _own_cgroup(membership: Path, hierarchy: str) -> str:
+    """The path of this process below a hierarchy: `0::/path` in v2, `4:memory:/path` in v1."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return ""
+    for number, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if (not hierarchy and number == "0") or (hierarchy and hierarchy in controllers.split(",")):
+            return path.strip("/")
+    return ""
+
+
+def _ancestors(root: Path, path: str) -> Iterator[Path]:
+    parts = [part for part in path.split("/") if part not in ("", "..")]
+    for depth in range(len(parts), -1, -1):
+        yield root.joinpath(*parts[:depth])
+
+
+def memlock_bytes(status: Path = Path("/proc/self/status")) -> int | None:
+    """`ulimit -l` in bytes; None is unlimited, also for a process that may lock pages without limit."""
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    try:
+        line = next(line for line in status.read_text().splitlines() if line.startswith("CapEff:"))
+        unlimited = bool(int(line.split()[1], 16) & _IPC_LOCK)
+    except (OSError, StopIteration, ValueError, IndexError):
+        unlimited = False
+    return None if unlimited or limit == resource.RLIM_INFINITY else limit
 
 
 def _nvme(folder: Path) -> dict[str, str | int]:
@@ -192,7 +221,7 @@ def describe_cluster(
     gpu: Gpu, *, gpus_per_node: int, nodes: int, host_ram_bytes: int | None = None, nvme_bytes: int | None = None
 ) -> Cluster:
     """A cluster that nobody has to own. Host RAM defaults to 128 GiB per GPU of a node."""
-    ram = host_ram_bytes if host_ram_bytes is not None else _DESCRIBED_RAM_PER_GPU * gpus_per_node
+    ram = host_ram_bytes if host_ram_bytes is not None else DESCRIBED_RAM_PER_GPU * gpus_per_node
     known = find_gpu(gpu.name)
     links = load_links(known) if known else None
     host = Host(

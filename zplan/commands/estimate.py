@@ -12,7 +12,7 @@ from zplan.corrected import correct, correction_data, correction_line
 from zplan.errors import ExitCode
 from zplan.job import Job
 from zplan.planner import Candidate, Fix, evaluate, quantify_fixes, rank_candidates, smallest_change_that_fits
-from zplan.report.terminal import question_lines, render_candidates, render_detail
+from zplan.report.terminal import fix_effect, question_lines, render_candidates, render_detail
 from zplan.units import format_bytes
 
 
@@ -36,7 +36,7 @@ def _detail(job: Job, *, verbose: bool, quiet: bool) -> Answer:
     known = known_corrections(job.cluster)
     candidate = evaluate(job.shape, job.recipe, choice, job.cluster, bucket_rule=job.bucket_rule)
     candidate = correct(candidate, known, job.cluster)
-    fixes = quantify_fixes(job.shape, job.recipe, choice, job.cluster)
+    fixes = quantify_fixes(job.shape, job.recipe, choice, job.cluster, bucket_rule=job.bucket_rule)
     body: list[RenderableType] = [render_detail(candidate, fixes, verbose=verbose)]
     body += [*_corrections(known), *_warnings(job)]
     return Answer(
@@ -99,14 +99,15 @@ def _nothing_fits(closest: Candidate, changes: tuple[Fix, ...]) -> list[Renderab
         lines += [Text(f"  {note}") for note in closest.memory.notes if note.startswith("not modelled")]
         lines.append(Text(f"  settle it with zplan simulate {_flags(closest)}"))
     else:
-        parts = (("GPU", closest.memory.gpu.short_bytes), ("host", closest.memory.host.short_bytes))
-        short = " and ".join(f"{format_bytes(num_bytes)} of {where}" for where, num_bytes in parts if num_bytes)
-        lines = [Text(f"nothing fits; {closest.label} comes closest, short of {short or 'NVMe'}", style="red")]
+        memory = closest.memory
+        parts = (("GPU", memory.gpu), ("host", memory.host), ("NVMe", memory.nvme))
+        short = " and ".join(f"{format_bytes(part.short_bytes)} of {name}" for name, part in parts if part.short_bytes)
+        lines = [Text(f"nothing fits; {closest.label} comes closest, short of {short}", style="red")]
     if changes:
         lines.append(Text("smallest change of each kind with which something fits:"))
-        lines += [Text(f"  {change.change}") for change in changes]
+        lines += [Text(f"  {change.change}  ({fix_effect(change)})") for change in changes]
     elif closest.tier == 2:
-        lines.append(Text("no smaller optimizer, shorter sequence, adapter or number of GPUs of this kind helps alone"))
+        lines.append(Text("no smaller optimizer, shorter sequence, adapter, memory or number of GPUs helps alone"))
     return [*lines]
 
 

@@ -10,6 +10,7 @@ from zplan.memory import runtime
 from zplan.memory.course import STEP_PHASES, Course, Kinds, StepPhase, course
 from zplan.memory.documented import documented_bucket_bytes
 from zplan.memory.host import estimate_host, host_bytes, ranks_of_node
+from zplan.memory.host_limits import limit_notes
 from zplan.memory.instances import instances
 from zplan.memory.limits import not_modelled, unchecked
 from zplan.memory.loss import FP32, TOKEN_TILE, VOCAB_TILE
@@ -62,7 +63,7 @@ def estimate_memory(
         gpu=_gpu(terms, phases, shape, recipe, choice, cluster, bucket_rule, is_whole=not missing),
         host=host,
         nvme=nvme,
-        notes=(*missing, *unchecked(shape, recipe), *_notes(choice, on_cpu)),
+        notes=(*missing, *unchecked(shape, recipe), *_notes(choice, on_cpu), *limit_notes(host.limits)),
     )
 
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from math import ceil
 
 from zplan.hardware import Cluster
+from zplan.memory.host_limits import host_limits, verdict_of
 from zplan.memory.states import optimizer_state_bytes
-from zplan.memory.terms import PHASES, HostEstimate, NvmeEstimate, Phase, Term, Verdict
+from zplan.memory.terms import PHASES, HostEstimate, NvmeEstimate, Phase, Term
 from zplan.memory.trainable import Layout
 from zplan.recipe import Recipe
 from zplan.units import MIB
@@ -23,6 +24,8 @@ PROCESS_CUDA = 1800 * MIB
 it the CUDA libraries."""
 PROCESS_CPU = 700 * MIB
 """RSS of a rank with the same imports on a CPU build of torch."""
+LOCKED = ("NVMe swap buffers", "parameter swap buffers")
+"""Terms that are allocated with mlock (swap_tensor/utils.py, partitioned_param_swapper.py: new_cpu_locked_tensor)."""
 STEADY: tuple[Phase, ...] = ("init", "forward", "backward", "step", "save")
 
 
@@ -48,7 +51,10 @@ def estimate_host(
     found = host_bytes(layout, recipe, choice, cluster, partition_numel=partition_numel, rank_bytes=rank_bytes)
     phases = {phase: sum(term.bytes for term in found.terms if phase in term.phases) for phase in PHASES}
     resident = max(phases.values())
-    verdict, short = _host_verdict(resident, found.pinned_bytes, cluster)
+    ranks = ranks_of_node(choice, cluster)
+    locked = sum(term.bytes for term in found.terms if term.name in LOCKED) // ranks
+    limits = host_limits(cluster, ranks=ranks, resident_bytes=resident, locked_bytes_of_a_rank=locked)
+    verdict, short = verdict_of(limits)
     host = HostEstimate(
         resident_bytes=resident,
         pinned_bytes=found.pinned_bytes,
@@ -56,23 +62,11 @@ def estimate_host(
         terms=found.terms,
         verdict=verdict,
         short_bytes=short,
+        limits=limits,
     )
     free = cluster.host.nvme_free_bytes
     lacks = found.nvme_bytes > 0 and (free is None or free < found.nvme_bytes)
-    return host, NvmeEstimate(bytes=found.nvme_bytes, verdict="does_not_fit" if lacks else "fits")
-
-
-def _host_verdict(resident: int, pinned: int, cluster: Cluster) -> tuple[Verdict, int]:
-    host = cluster.host
-    free = host.available_bytes
-    if host.cgroup_limit_bytes is not None:
-        free = min(free, host.cgroup_limit_bytes)
-    short = max(0, resident - free)
-    if host.memlock_bytes is not None and cluster.gpu.kind == "cpu":
-        return ("does_not_fit" if short else "fits"), short
-    if short:
-        return "does_not_fit", short
-    return ("tight" if resident * 1.1 > free else "fits"), 0
+    return host, NvmeEstimate(bytes=found.nvme_bytes, verdict="does_not_fit" if lacks else "fits", free_bytes=free)
 
 
 def ranks_of_node(choice: Choice, cluster: Cluster) -> int:

@@ -62,6 +62,23 @@ class GpuEstimate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HostLimit:
+    """One limit of a node, and what the run needs of it."""
+
+    name: Literal["available memory", "cgroup", "memlock", "/dev/shm"]
+    needed_bytes: int
+    limit_bytes: int
+    fix: str
+    """What to type, or to ask for."""
+    is_certain: bool = True
+    """False where it depends on something that nobody has looked at; then it makes the verdict tight at most."""
+
+    @property
+    def short_bytes(self) -> int:
+        return max(0, self.needed_bytes - self.limit_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HostEstimate:
     """One node's host memory, all ranks of the node."""
 
@@ -72,6 +89,8 @@ class HostEstimate:
     terms: tuple[Term, ...]
     verdict: Verdict
     short_bytes: int
+    """Of the limit that is furthest exceeded; 0 when it fits."""
+    limits: tuple[HostLimit, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +99,12 @@ class NvmeEstimate:
 
     bytes: int
     verdict: Verdict
+    free_bytes: int | None = None
+    """None: no drive is known."""
+
+    @property
+    def short_bytes(self) -> int:
+        return max(0, self.bytes - (self.free_bytes or 0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,9 +54,11 @@ def question_lines(shape: ModelShape, recipe: Recipe, cluster: Cluster) -> Text:
 def render_candidates(candidates: Sequence[Candidate], *, best: int | None, world_size: int) -> RenderableType:
     """The ranked table: one strategy a row, best first; it fits 80 columns."""
     table = _table()
-    for heading in ("", "strategy", "micro", "GPU peak", "host/node", "tokens/s", "verdict"):
+    for heading in ("", "strategy", "micro", "GPU", "host", "tokens/s", "verdict"):
         justify: Literal["left", "right"] = "left" if heading in ("", "strategy", "verdict") else "right"
-        table.add_column(heading, justify=justify, no_wrap=True)
+        # on a narrow screen a strategy goes on in the next line; a number never loses a digit
+        least = 12 if heading == "strategy" else None
+        table.add_column(heading, justify=justify, no_wrap=heading != "strategy", min_width=least)
     for index, candidate in enumerate(candidates):
         memory, batch = candidate.memory, candidate.choice.batch
         speed = candidate.speed.tokens_per_second
@@ -64,12 +66,12 @@ def render_candidates(candidates: Sequence[Candidate], *, best: int | None, worl
             "→" if index == best else "",
             strategy_code(candidate.choice, world_size),
             f"{batch.train_micro_batch_size_per_gpu}x{batch.gradient_accumulation_steps}",
-            format_bytes(memory.gpu.used.expected),
-            format_bytes(memory.host.resident_bytes),
+            format_bytes_short(memory.gpu.used.expected),
+            format_bytes_short(memory.host.resident_bytes),
             f"{speed:,.0f}" if speed is not None else "-",
             _short_or_verdict(memory),
         )
-    return Group(table, Text(STRATEGY_LEGEND, style="dim"))
+    return Group(table, Text(f"{STRATEGY_LEGEND}; G: GiB", style="dim"))
 
 
 def _short_or_verdict(memory: MemoryEstimate) -> Text:
@@ -77,9 +79,9 @@ def _short_or_verdict(memory: MemoryEstimate) -> Text:
     verdict = worst_verdict(memory)
     if verdict != "does_not_fit":
         return verdict_text(verdict)
-    where = "GPU" if memory.gpu.short_bytes >= memory.host.short_bytes else "host"
-    short = max(memory.gpu.short_bytes, memory.host.short_bytes)
-    return Text(f"{where} -{format_bytes(short)}" if short else "NVMe", style=VERDICT_STYLE[verdict])
+    short = {"GPU": memory.gpu.short_bytes, "host": memory.host.short_bytes, "NVMe": memory.nvme.short_bytes}
+    where = max(short, key=lambda name: short[name])
+    return Text(f"{where} -{format_bytes_short(short[where])}", style=VERDICT_STYLE[verdict])
 
 
 def worst_verdict(memory: MemoryEstimate) -> str:
@@ -103,7 +105,7 @@ def render_detail(candidate: Candidate, fixes: Sequence[Fix], *, verbose: bool) 
         pieces = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in speed.parts.items())
         parts += [Text(f"step time before overlap: {pieces}"), Text()]
     if fixes:
-        parts.append(_fixes(fixes))
+        parts.append(_fixes(fixes, fits_now=candidate.tier == 0))
     parts += [Text(f"note: {note}", style="dim") for note in memory.notes]
     return Group(*parts)
 
@@ -120,17 +122,23 @@ def _summary(candidate: Candidate) -> RenderableType:
             f"GPU {name}", format_bytes(value.low), format_bytes(value.expected), format_bytes(value.high),
             format_bytes(gpu.free_bytes) if last else "", verdict_text(gpu.verdict) if last else "",
         )  # fmt: skip
-    host = memory.host
-    table.add_row("host resident, a node", "", format_bytes(host.resident_bytes), "", "", verdict_text(host.verdict))
+    host, nvme = memory.host, memory.nvme
+    free = min((limit.limit_bytes for limit in host.limits if limit.needed_bytes == host.resident_bytes), default=None)
+    table.add_row(
+        "host resident, a node", "", format_bytes(host.resident_bytes), "", format_bytes(free),
+        verdict_text(host.verdict),
+    )  # fmt: skip
     table.add_row("  of it pinned", "", format_bytes(host.pinned_bytes), "", "", "")
-    if memory.nvme.bytes:
-        table.add_row("NVMe, a node", "", format_bytes(memory.nvme.bytes), "", "", verdict_text(memory.nvme.verdict))
+    if nvme.bytes:
+        table.add_row(
+            "NVMe, a node", "", format_bytes(nvme.bytes), "", format_bytes(nvme.free_bytes), verdict_text(nvme.verdict)
+        )
     if gpu.documented_bound_bytes is not None:
         table.add_row("documented 4.5x bound", "", format_bytes(gpu.documented_bound_bytes), "", "", "")
-    if speed.tokens_per_second is not None:
-        table.add_row("tokens/s", "", f"{speed.tokens_per_second:,.0f}", "", "", Text(f"bound by {speed.bound_by}"))
-        table.add_row("optimizer step", "", format_seconds(speed.step_seconds), "", "", "")
-    return table
+    if speed.tokens_per_second is None:
+        return table
+    pace = f"{speed.tokens_per_second:,.0f} tokens/s, {format_seconds(speed.step_seconds)} a step"
+    return Group(table, Text(f"{pace}, bound by {speed.bound_by}"))
 
 
 def _phases(memory: MemoryEstimate) -> RenderableType:
@@ -156,15 +164,26 @@ def _terms(title: str, terms: Sequence[Term], *, verbose: bool) -> RenderableTyp
     return table
 
 
-def _fixes(fixes: Sequence[Fix]) -> RenderableType:
+def _fixes(fixes: Sequence[Fix], *, fits_now: bool) -> RenderableType:
     table = _table("What would change it")
     table.add_column("change")
     for heading in ("GPU", "host", "tokens/s"):
         table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("")
     for fix in fixes:
-        speed = "-" if fix.tokens_per_second is None else f"{fix.tokens_per_second - 1:+.0%}"
-        table.add_row(fix.change, _signed(fix.gpu_bytes), _signed(fix.host_bytes), speed)
+        then = Text("then it fits", style="green") if fix.fits and not fits_now else Text()
+        table.add_row(fix.change, _signed(fix.gpu_bytes), _signed(fix.host_bytes), _speed_change(fix), then)
     return table
+
+
+def _speed_change(fix: Fix) -> str:
+    return "-" if fix.tokens_per_second is None else f"{fix.tokens_per_second - 1:+.0%}"
+
+
+def fix_effect(fix: Fix) -> str:
+    """A fix's effect in one line: `GPU -21.4 GiB, host unchanged, tokens/s -24%`."""
+    gpu, host = (_signed(part) if part else "unchanged" for part in (fix.gpu_bytes, fix.host_bytes))
+    return f"GPU {gpu}, host {host}, tokens/s {_speed_change(fix)}"
 
 
 def _signed(num_bytes: int | None) -> str:
