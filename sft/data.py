@@ -113,9 +113,15 @@ def load_data(source: str, tokenizer: Any, options: DataOptions) -> Data:
         raise ConfigError(
             f"no example of {source} has an answer within max_length {options.max_length}",
             because=f"the prompts alone fill it (the longest example has {longest} tokens)",
-            fix=f"--max-length {longest}",
+            fix=f"a plan with --max-length {longest}",
         )
     train, held_out = split(kept, fraction=options.eval_fraction, seed=options.seed)
+    if options.eval_fraction and not held_out:
+        raise ConfigError(
+            f"nothing can be held out of {source}",
+            because="all its examples ask the same, and equal questions stay on one side",
+            fix="leave --eval-fraction out",
+        )
     return Data(
         train=train,
         held_out=held_out,
@@ -207,9 +213,10 @@ def _masked(
         token if end > start and any(first <= start < last for first, last in spans) else IGNORED
         for token, (start, end) in zip(ids, offsets, strict=True)
     ]
-    last = next((token for token in reversed(labels) if token != IGNORED), None)
-    ends_with_answer = bool(rendered.spans) and rendered.spans[-1][1] >= len(rendered.text.rstrip())
-    if ends_with_answer and last not in tokenizer.all_special_ids and tokenizer.eos_token_id is not None:
+    text = rendered.text.rstrip()
+    ends_with_answer = bool(rendered.spans) and rendered.spans[-1][1] >= len(text)
+    stops = text.endswith(tuple(tokenizer.all_special_tokens))
+    if ends_with_answer and not stops and tokenizer.eos_token_id is not None:
         ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
     return Example(ids, labels, example.key)
 

@@ -90,20 +90,52 @@ def weight_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def modules_of(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Shape of each module's weight by the module's path; experts stacked in one parameter are named by it."""
+    return {name.removesuffix(".weight"): shape for name, shape in shapes.items() if not name.endswith(".bias")}
+
+
+def is_named(module: str, names: tuple[str, ...]) -> bool:
+    """As PEFT matches a list: the whole path, or its end after a dot."""
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
 def adapter_numel(shapes: dict[str, tuple[int, ...]], recipe: Recipe) -> int:
     """At most so many elements train: r x (in + out) beside every matrix that may be adapted, DoRA's magnitude, and
     the modules trained whole (one that has no weight of its own is a tied one: as large as the largest)."""
-    present = {name.rpartition(".")[0].rpartition(".")[2] for name in shapes}
-    tied = len(set(recipe.modules_to_save) - present)
+    modules = modules_of(shapes)
+    tied = sum(not any(is_named(module, (name,)) for module in modules) for name in recipe.modules_to_save)
     total = tied * max(prod(shape) for shape in shapes.values())
-    for name, shape in shapes.items():
-        module = name.rpartition(".")[0].rpartition(".")[2]
-        if module in recipe.modules_to_save:
+    for module, shape in modules.items():
+        if is_named(module, recipe.modules_to_save):
             total += prod(shape)
-        elif len(shape) >= 2 and (recipe.lora_target == ("all-linear",) or module in recipe.lora_target):
+        elif len(shape) >= 2 and (recipe.lora_target == ("all-linear",) or is_named(module, recipe.lora_target)):
             rank = recipe.lora_r * prod(shape[:-2])  # experts stacked in one weight have an adapter each
             total += rank * sum(shape[-2:]) + (shape[-2] if recipe.use_dora else 0)
     return total
+
+
+def check_adapter(recipe: Recipe, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Every module that the recipe names is one of the model's; PEFT says nothing of one that it does not find.
+
+    Raises:
+        ConfigError: with the names that there are.
+    """
+    if recipe.method == "full" or not shapes:
+        return
+    modules = [module for module, shape in modules_of(shapes).items() if len(shape) >= 2]
+    targets = () if recipe.lora_target == ("all-linear",) else recipe.lora_target
+    saved = tuple(name for name in recipe.modules_to_save if name != "lm_head")  # a tied one has no weight of its own
+    missing = [
+        name for name in (*targets, *saved) if not any(is_named(module, (name,)) for module in modules_of(shapes))
+    ]
+    if missing:
+        raise ConfigError(
+            f"the model has no module {', '.join(missing)}",
+            because="adapters and --modules-to-save are for modules of the model: "
+            + ", ".join(sorted({module.rpartition(".")[2] for module in modules})),
+            fix="a plan with --lora-target all-linear",
+        )
 
 
 def check_disk(plan: Plan, output_dir: Path, *, merge: bool = False) -> None:

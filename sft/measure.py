@@ -109,7 +109,7 @@ def measure_trial(spec: TrialSpec, out_dir: Path, place: Rank, progress: Progres
     progress.enter("init")
     build.quiet_libraries()
     build.check_world(choice, place.world_size)
-    check_software(recipe, choice)
+    check_software(recipe, choice, kind)
     build.init_process_group(kind, timeout_seconds=_COLLECTIVE_SECONDS)
     if kind == "cuda":
         torch.cuda.set_device(place.local_rank)

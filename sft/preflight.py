@@ -7,17 +7,21 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from itertools import islice
 from math import prod
 from pathlib import Path
 
 from sft.disk import weight_shapes
-from sft.rows import is_hub_id, read_rows
+from sft.rows import BadRow, is_hub_id, read_rows
+from sft.schema import SchemaError, parse_row
 from zplan import files
 from zplan.errors import ConfigError, DoesNotFitError, ExitCode
 from zplan.plan import Plan, Rung
 from zplan.units import format_bytes
 
 _ESTIMATE_SECONDS = 120
+_FIRST_ROWS = 1000
+_SHOWN = 10
 
 
 def _estimate(plan: Plan, *flags: str) -> subprocess.CompletedProcess[str] | None:
@@ -103,16 +107,33 @@ def on_rung(plan: Plan, rung: Rung) -> Plan:
     )
 
 
-def check_data(source: str) -> None:
-    """Open a local source and look at its first row, before ranks spend their start on a wrong path.
+def check_data(source: str, *, skip_bad: bool, prompt_key: str | None = None, response_key: str | None = None) -> None:
+    """Open a local source and look at its first rows, before ranks spend their start on a wrong path or column.
 
     Raises:
-        ConfigError: missing, unreadable, of an unknown kind, or empty.
+        ConfigError: missing, unreadable, of an unknown kind, empty, or with bad rows that are not to be skipped.
     """
     if is_hub_id(source):
         return
-    if next(iter(read_rows(source)), None) is None:
+    rows = list(islice(read_rows(source), _FIRST_ROWS))
+    if not rows:
         raise ConfigError(f"{source} is empty", because="training needs at least one example", fix="check --dataset")
+    bad = []
+    for row in rows:
+        try:
+            if isinstance(row, BadRow):
+                bad.append(str(row))
+            else:
+                parse_row(row.value, prompt_key=prompt_key, response_key=response_key)
+        except SchemaError as error:
+            bad.append(f"{row.where}: {error}")
+    if len(bad) == len(rows) or (bad and not skip_bad):
+        keys = "check --dataset, --prompt-key and --response-key"
+        raise ConfigError(
+            f"{len(bad)} of the first {len(rows)} rows of {source} cannot be used",
+            problems=tuple(bad[:_SHOWN]) + ((f"and {len(bad) - _SHOWN} more",) if len(bad) > _SHOWN else ()),
+            fix=keys if len(bad) == len(rows) else "--bad-rows skip trains on the others",
+        )
 
 
 def check_writable(output_dir: Path) -> None:

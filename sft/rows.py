@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from zplan.errors import ConfigError
 MAX_LINE_BYTES = 8 << 20
 """Far beyond any context window (about two million tokens); a longer line is a broken file."""
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+
+_OTHER_SPLIT = re.compile(r"(^|[^a-z])(test|testing|eval|evaluation|valid|validation|val|dev)([^a-z]|$)")
+"""Words in file names by which `datasets` tells splits apart (datasets 4, data_files.py, SPLIT_KEYWORDS)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +62,39 @@ def read_rows(source: str, *, streaming: bool = False) -> Iterator[Row | BadRow]
 
 
 def _read_folder(path: Path) -> Iterator[Row | BadRow]:
+    if (path / "dataset_dict.json").is_file():
+        if not (path / "train" / "state.json").is_file():
+            raise ConfigError(f"{path} has no split called train", fix=f"--dataset {path}/SPLIT")
+        path = path / "train"
     if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
         import datasets
 
         for index, value in enumerate(datasets.load_from_disk(str(path))):
             yield Row(f"{path.name}[{index}]", dict(value))
         return
-    files = sorted(item for item in path.iterdir() if item.suffix.lower() in SUFFIXES)
+    for item in _data_files(path):
+        yield from _read_file(item)
+
+
+def _data_files(path: Path) -> list[Path]:
+    """Every data file below, in the order of the names.
+
+    Raises:
+        ConfigError: none, or files for testing among those for training, which must not be trained on unnoticed.
+    """
+    files = sorted(item for item in path.rglob("*") if item.suffix.lower() in SUFFIXES and item.is_file())
     if not files:
         raise ConfigError(
             f"{path} holds no data file", because=f"known are {', '.join(SUFFIXES)}", fix="--dataset FILE.jsonl"
         )
-    for item in files:
-        yield from _read_file(item)
+    other = [item for item in files if _OTHER_SPLIT.search(str(item.relative_to(path)).lower())]
+    if other and len(other) < len(files):
+        raise ConfigError(
+            f"{path} holds more than one split: {other[0].relative_to(path)} looks like none to train on",
+            because="every file of a folder is trained on",
+            fix=f"--dataset {next(item for item in files if item not in other)}",
+        )
+    return files
 
 
 def _read_file(path: Path) -> Iterator[Row | BadRow]:
@@ -86,7 +110,7 @@ def _read_file(path: Path) -> Iterator[Row | BadRow]:
     raise ConfigError(
         f"{path} has the suffix {suffix or '(none)'}",
         because=f"known are {', '.join(SUFFIXES)}",
-        fix="rename it to .jsonl if it holds one JSON object per line",
+        fix=f"gunzip {path.name}" if suffix == ".gz" else "rename it to .jsonl if it holds one JSON object per line",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from zplan.errors import ConfigError, MachineError
+from zplan.hardware import DeviceKind
 from zplan.recipe import Recipe
 from zplan.zero_config import Choice
 
@@ -12,12 +13,12 @@ _BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", "paged_adamw", "paged_adamw_8bit", "li
 """Source: transformers 5.23, trainer_optimizer.py (every OptimizerNames entry of bitsandbytes)."""
 
 
-def check_software(recipe: Recipe, choice: Choice) -> None:
+def check_software(recipe: Recipe, choice: Choice, kind: DeviceKind) -> None:
     """Whether this machine can run what the recipe asks for.
 
     Raises:
-        MachineError: bitsandbytes or Liger is needed and not installed.
-        ConfigError: 8-bit weights under ZeRO-3.
+        MachineError: bitsandbytes, Liger or flash-attn is needed and not installed.
+        ConfigError: 8-bit weights under ZeRO-3; FlashAttention on CPU ranks.
     """
     if recipe.load_in_8bit and choice.zero.stage == 3:
         raise ConfigError(
@@ -32,6 +33,12 @@ def check_software(recipe: Recipe, choice: Choice) -> None:
         _require("bitsandbytes", f"{recipe.optimizer} is its optimizer", instead="--optimizer adamw")
     if recipe.loss == "liger":
         _require("liger_kernel", "the loss is liger", instead="--loss chunked_nll", package="liger-kernel")
+    if recipe.attention == "flash_attention_2":
+        if kind == "cpu":
+            raise ConfigError(
+                "flash_attention_2 on CPU ranks", because="its kernels are CUDA's", fix="a plan with --attention sdpa"
+            )
+        _require("flash_attn", "the attention is flash_attention_2", instead="--attention sdpa", package="flash-attn")
 
 
 def _require(module: str, reason: str, *, instead: str, package: str | None = None) -> None:

@@ -47,7 +47,7 @@ def open_stream(source: str, tokenizer: Any, options: DataOptions, *, shuffled: 
         raise ConfigError(
             f"{source} has no example with an answer within max_length {options.max_length}",
             problems=tuple(str(item) for item in bad[:5]),
-            fix="check --dataset, --prompt-key, --response-key and --max-length",
+            fix="check --dataset, --prompt-key, --response-key, or a plan with a larger --max-length",
         )
     held_out = tuple(item for item in sample if is_held_out(item, options))
     if options.eval_fraction and not held_out:

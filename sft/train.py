@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sft import preflight
-from sft.disk import check_disk
+from sft.disk import check_adapter, check_disk, weight_shapes
 from sft.failure import save_end
 from sft.launch import PARENT_VARIABLE, launch
 from sft.ranks import adopt_slurm, current_rank, die_with_parent, launched_by, set_environment
@@ -76,7 +76,11 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("--loss-on", choices=("answers", "everything"), default="answers")
     line.add_argument("--prompt-key", help="column of the question, if it is not called prompt")
     line.add_argument("--response-key", help="column of the answer, if it is not called response")
-    line.add_argument("--response-template", help='heading before answers, e.g. "\\n\\n### Response:\\n"')
+    line.add_argument(
+        "--response-template",
+        type=lambda typed: typed.replace("\\n", "\n").replace("\\t", "\t"),
+        help=r"heading before answers, e.g. '\n\n### Response:\n'",
+    )
     line.add_argument(
         "--data-order",
         choices=("longest-first", "shuffled"),
@@ -143,6 +147,8 @@ def _check_values(options: argparse.Namespace, recipe: Recipe) -> None:
         if value is not None and value < 1:
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{flag} is {value}, below 1", fix=f"{flag} 100")
+    if not 0 <= options.eval_fraction < 1:
+        raise ConfigError(f"--eval-fraction is {options.eval_fraction}, not in [0, 1)", fix="--eval-fraction 0.05")
     if options.epochs <= 0:
         raise ConfigError(f"--epochs is {options.epochs}, not above 0", fix="--epochs 1")
     if options.early_stopping_patience and not options.eval_fraction:
@@ -178,8 +184,14 @@ def _check_streaming(options: argparse.Namespace, recipe: Recipe) -> None:
 def prepare(options: argparse.Namespace) -> Session:
     """Everything that is decided before a rank exists, written to `run.json` in the output folder."""
     session = make_session(options)
-    check_software(session.plan.recipe, session.plan.choice)
-    preflight.check_data(str(session.plan.recipe.dataset))
+    check_software(session.plan.recipe, session.plan.choice, session.plan.cluster.gpu.kind)
+    check_adapter(session.plan.recipe, weight_shapes(Path(session.plan.model_path)))
+    preflight.check_data(
+        str(session.plan.recipe.dataset),
+        skip_bad=session.bad_rows == "skip",
+        prompt_key=session.prompt_key,
+        response_key=session.response_key,
+    )
     plan, notes = preflight.choose_rung(session.plan, fallback=options.fallback, force=options.force)
     if plan.recipe.use_dora:
         notes.append("warning: the memory estimate does not model DoRA, which needs more than LoRA")

@@ -83,7 +83,7 @@ def prepare(session: Session) -> Prepared:
     plan = session.plan
     kind = plan.cluster.gpu.kind
     build.check_world(plan.choice, place.world_size)
-    check_software(plan.recipe, plan.choice)
+    check_software(plan.recipe, plan.choice, kind)
     build.check_agreement(plan.recipe, plan.choice, plan.deepspeed)
     build.init_process_group(kind, timeout_seconds=_COLLECTIVE_SECONDS)
     if kind == "cuda":

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from sft.data import IGNORED, DataOptions, Example, load_data, split, trial_examples
+from sft.preflight import check_data
 from sft.render import Renderer
 from sft.schema import Conversation, Message, PlainText, SchemaError, parse_row
 from tests import assets
@@ -235,3 +236,63 @@ def test_a_trial_begins_with_the_longest_sequences() -> None:
     assert [len(row.input_ids) for row in rows[:2]] == [9, 9]
     assert len(rows) == 2 + 5
     assert {row.key for row in rows[2:]} == {"a", "b"}
+
+
+def test_a_folder_is_read_to_its_depth_and_a_saved_dataset_by_its_train_split(tokenizer: Any, tmp_path: Path) -> None:
+    import datasets
+
+    rows = assets.tiny_rows(4)
+    (tmp_path / "folder" / "deeper").mkdir(parents=True)
+    assets.write_jsonl(rows[:2], tmp_path / "folder" / "a.jsonl")
+    assets.write_jsonl(rows[2:], tmp_path / "folder" / "deeper" / "b.jsonl")
+    splits = {"train": datasets.Dataset.from_list(rows), "test": datasets.Dataset.from_list(rows[:1])}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
+    first, second = (
+        load_data(str(tmp_path / name), tokenizer, DataOptions(max_length=128)).train for name in ("folder", "saved")
+    )
+    assert first == second
+    assert len(first) == 4
+
+
+def test_a_folder_never_trains_on_its_test_split_unnoticed(tokenizer: Any, tmp_path: Path) -> None:
+    for name in ("latest.jsonl", "train.jsonl", "test-00000.jsonl"):
+        assets.write_jsonl(assets.tiny_rows(2), tmp_path / name)
+    with pytest.raises(ConfigError, match=r"test-00000\.jsonl looks like none to train on"):
+        load_data(str(tmp_path), tokenizer, DataOptions(max_length=128))
+    (tmp_path / "test-00000.jsonl").unlink()
+    assert len(load_data(str(tmp_path), tokenizer, DataOptions(max_length=128)).train) == 2 + 2
+
+
+def test_everything_is_learnt_without_a_second_stop_token(tokenizer: Any, tmp_path: Path) -> None:
+    example = load_one(tokenizer, tmp_path, ROWS["messages"], loss_on="everything")
+    assert learnt_text(tokenizer, example).endswith("A wall of brick.<|im_end|>\n")
+    text = load_one(tokenizer, tmp_path, {"text": "A wall."})
+    assert learnt_text(tokenizer, text) == "A wall.<|im_end|>"
+
+
+def test_one_question_cannot_be_split(tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing can be held out"):
+        load_one(tokenizer, tmp_path, ROWS["messages"], eval_fraction=0.5)
+
+
+@pytest.mark.parametrize(
+    ("lines", "skip_bad", "said"),
+    [
+        (['{"q": "a", "a": "b"}'], True, "1 of the first 1 rows"),
+        (['{"prompt": "a", "response": "b"}', "{"], False, "1 of the first 2 rows"),
+        ([""], True, "is empty"),
+    ],
+)
+def test_rows_that_nobody_can_use_are_refused_before_a_rank_starts(
+    tmp_path: Path, lines: list[str], skip_bad: bool, said: str
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=said):
+        check_data(str(path), skip_bad=skip_bad)
+
+
+def test_bad_rows_that_are_to_be_skipped_and_other_column_names_pass(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"q": "a", "a": "b"}\n{')
+    check_data(str(path), skip_bad=True, prompt_key="q", response_key="a")

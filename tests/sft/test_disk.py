@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sft.checkpoint import MARK, Mark, conversion_bytes, make_universal
-from sft.disk import check_disk, expected_writes, weight_shapes
+from sft.disk import adapter_numel, check_adapter, check_disk, expected_writes, weight_shapes
 from tests.sft.warm import make_plan, make_recipe
 from zplan import files
 from zplan.errors import ConfigError, DoesNotFitError
@@ -99,3 +99,18 @@ def test_weights_that_are_no_safetensors_are_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 16)
     with pytest.raises(ConfigError, match="not a readable safetensors"):
         weight_shapes(tmp_path)
+
+
+def test_a_module_that_the_model_has_not_is_refused_with_those_it_has(tiny_model_dir: Path) -> None:
+    shapes = weight_shapes(tiny_model_dir)
+    for changes in ({"lora_target": ("c_attn",)}, {"modules_to_save": ("c_attn",)}):
+        with pytest.raises(ConfigError, match="no module c_attn") as caught:
+            check_adapter(make_recipe(tiny_model_dir, None, method="lora", **changes), shapes)
+        assert "q_proj" in str(caught.value.because)
+    check_adapter(make_recipe(tiny_model_dir, None, method="lora", modules_to_save=("lm_head", "norm")), shapes)
+
+
+def test_a_target_may_be_the_end_of_a_path(tiny_model_dir: Path) -> None:
+    shapes = weight_shapes(tiny_model_dir)
+    recipe = make_recipe(tiny_model_dir, None, method="lora", lora_target=("self_attn.q_proj",))
+    assert adapter_numel(shapes, recipe) == 2 * 4 * (64 + 64)  # layers * rank * (in + out)

@@ -64,11 +64,17 @@ def test_what_is_asked_of_zplan_reaches_the_run_unchanged(
     assert adapter.modules_to_save == ["lm_head"]
 
 
+def test_a_response_template_is_typed_as_in_a_file(tiny_model_dir: Path, tiny_dataset: Path, tmp_path: Path) -> None:
+    session = parsed(tiny_model_dir, tiny_dataset, tmp_path, "--response-template", r"\n\n### Response:")
+    assert session.response_template == "\n\n### Response:"
+
+
 @pytest.mark.parametrize(
     ("method", "arguments", "said"),
     [
         ("lora", ["--early-stopping-patience", "2"], "without --eval-fraction"),
         ("lora", ["--early-stopping-patience", "0", "--eval-fraction", "0.1"], "below 1"),
+        ("lora", ["--eval-fraction", "1.5"], r"not in \[0, 1\)"),
         ("lora", ["--neftune-noise-alpha", "-1"], "neftune_noise_alpha is -1.0"),
         ("full", ["--merge"], "there is no adapter to merge"),
         ("full", ["--use-dora"], "are for adapters"),

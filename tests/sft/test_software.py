@@ -11,16 +11,17 @@ import pytest
 from sft import build, software
 from tests.sft.warm import make_plan, make_recipe
 from zplan.errors import ConfigError, MachineError
+from zplan.hardware import DeviceKind
 
 
-def check(*, stage: int = 2, **recipe: Any) -> None:
+def check(*, stage: int = 2, kind: DeviceKind = "cuda", **recipe: Any) -> None:
     plan = make_plan(make_recipe(Path("model"), None, **recipe), stage=stage)
-    software.check_software(plan.recipe, plan.choice)
+    software.check_software(plan.recipe, plan.choice, kind)
 
 
 @pytest.fixture
 def without_extras(monkeypatch: pytest.MonkeyPatch) -> None:
-    extras = ("bitsandbytes", "liger_kernel")
+    extras = ("bitsandbytes", "liger_kernel", "flash_attn")
     monkeypatch.setattr(software, "find_spec", lambda name: None if name in extras else find_spec(name))
 
 
@@ -32,6 +33,7 @@ def without_extras(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"method": "qlora", "load_in_8bit": True}, "qlora loads 8-bit weights"),
         ({"optimizer": "paged_adamw_8bit"}, "paged_adamw_8bit is its optimizer"),
         ({"loss": "liger"}, "the loss is liger"),
+        ({"attention": "flash_attention_2"}, "the attention is flash_attention_2"),
     ],
 )
 def test_a_library_that_is_missing_is_named_with_why_and_what_to_type(recipe: dict[str, Any], said: str) -> None:
@@ -46,6 +48,11 @@ def test_a_library_that_is_missing_is_named_with_why_and_what_to_type(recipe: di
 def test_other_recipes_need_neither() -> None:
     check(method="lora")
     check(stage=3)
+
+
+def test_flash_attention_is_refused_on_cpu_ranks() -> None:
+    with pytest.raises(ConfigError, match="flash_attention_2 on CPU ranks"):
+        check(attention="flash_attention_2", kind="cpu")
 
 
 def test_eight_bit_weights_are_refused_at_stage_3_and_without_adapters() -> None:
