@@ -11,6 +11,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from zplan.report.rows import accuracy_rows, best_so_far, pareto_rows
 from zplan.units import GIB
@@ -32,6 +33,12 @@ def _axes(width: float = 6.4, height: float = 3.6) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _top(rows: pd.DataFrame) -> float | None:
+    """Upper end of a speed axis that cuts no point in half; None where no trial has a speed."""
+    fastest = rows["tokens_per_second"].max()
+    return None if pd.isna(fastest) else 1.08 * float(fastest)
+
+
 def history_figure(rows: pd.DataFrame) -> str:
     """Tokens/s of every trial and the best so far."""
     figure, axes = _axes()
@@ -40,7 +47,9 @@ def history_figure(rows: pd.DataFrame) -> str:
     axes.scatter(done["trial"], done["tokens_per_second"], color=_OK, label="ran", zorder=3)
     axes.scatter(failed["trial"], [0.0] * len(failed), color=_FAILED, marker="x", label="did not run", zorder=3)
     axes.step(rows["trial"], best_so_far(rows), where="post", color=_LINE, label="best so far")
-    axes.set(xlabel="trial", ylabel="tokens/s", ylim=(0, None))
+    axes.set(xlabel="trial", ylabel="tokens/s", ylim=(0, _top(rows)))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.legend(frameon=False)
     return _svg(figure)
 
@@ -59,13 +68,14 @@ def pareto_figure(rows: pd.DataFrame) -> str:
         for _, row in front.iterrows():
             place = (row[column] / GIB, row["tokens_per_second"])
             axes.annotate(f"{row['trial']}", place, textcoords="offset points", xytext=(4, 4))
-        axes.set(xlabel=label, ylim=(0, None))
+        axes.set(xlabel=label, ylim=(0, _top(rows)))
     both[0].set_ylabel("tokens/s")
+    both[0].yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     return _svg(figure)
 
 
-def accuracy_figure(rows: pd.DataFrame) -> str | None:
-    """Predicted against measured peak; None without a trial that has both."""
+def accuracy_figure(rows: pd.DataFrame, evidence: str) -> str | None:
+    """Predicted peak against that of the trials, which `evidence` names; None without a trial that has both."""
     both = accuracy_rows(rows)
     if both.empty:
         return None
@@ -75,6 +85,6 @@ def accuracy_figure(rows: pd.DataFrame) -> str | None:
     axes.plot([0, limit], [0, limit], color="#999999", linewidth=1)
     axes.fill_between([0, limit], [0, 0.95 * limit], [0, 1.05 * limit], color="#999999", alpha=0.15, label="±5 %")
     axes.scatter(measured, predicted, color=_OK, zorder=3)
-    axes.set(xlabel="measured peak, GiB", ylabel="predicted peak, GiB", xlim=(0, limit), ylim=(0, limit))
+    axes.set(xlabel=f"{evidence} peak, GiB", ylabel="predicted peak, GiB", xlim=(0, limit), ylim=(0, limit))
     axes.legend(frameon=False)
     return _svg(figure)

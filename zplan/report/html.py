@@ -48,7 +48,7 @@ def render_report(question: Question, records: tuple[Record, ...]) -> str:
         best=best,
         history=history_figure(rows),
         pareto=pareto_figure(rows),
-        accuracy=accuracy_figure(rows),
+        accuracy=accuracy_figure(rows, question.evidence),
         errors=_error_cells(question, records),
         versions=library_versions(),
     )

@@ -47,9 +47,9 @@ def _row(record: Record) -> dict[str, object]:
 
 
 def best_so_far(rows: pd.DataFrame) -> pd.Series[float]:
-    """The fastest successful trial up to each trial, tokens/s."""
+    """The fastest successful trial up to each trial, tokens/s; NaN before the first."""
     speed = pd.to_numeric(rows["tokens_per_second"]).where(rows["outcome"] == "ok")
-    return speed.cummax()
+    return speed.cummax().ffill()
 
 
 def pareto_rows(rows: pd.DataFrame) -> pd.DataFrame:
