@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import exp, log
 from pathlib import Path
-from statistics import median
 from typing import Literal
 
 from zplan import files
@@ -54,6 +53,8 @@ class Corrections:
 
     def ratio(self, quantity: Quantity, *, without: str | None = None) -> float | None:
         """measured / predicted, the median over the trials; None if too few know it."""
+        from statistics import median  # 10 ms, and only a calibrated machine needs it
+
         found = [s.log_ratios[quantity] for s in self.samples if quantity in s.log_ratios and s.trial != without]
         return exp(median(found)) if len(found) >= _LEAST_SAMPLES else None
 
@@ -158,6 +159,8 @@ def log_ratios(predicted: TrialResult, measured: TrialResult) -> dict[str, float
 
 def accuracy(corrections: Corrections) -> tuple[Accuracy, ...]:
     """Prediction error before and after correction, each trial judged by the median of the others."""
+    from statistics import median
+
     found = []
     for quantity in QUANTITIES:
         seen = [sample for sample in corrections.samples if quantity in sample.log_ratios]

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
-
 from zplan.catalog import find_gpu, load_gpu, load_links
 from zplan.errors import ConfigError
 from zplan.hardware import DESCRIBED_NVME, DESCRIBED_RAM_PER_GPU, Cluster, Gpu, Host
@@ -146,6 +144,8 @@ def cpu_cluster(host: Host) -> Cluster:
 
 def probe_host(cgroup_root: Path = Path("/sys/fs/cgroup")) -> Host:
     """RAM and limits of this node."""
+    import psutil  # 10 ms that described machines need not pay
+
     memory = psutil.virtual_memory()
     limit, used = read_cgroup(cgroup_root)
     available = memory.available if limit is None else min(memory.available, max(0, limit - used))
@@ -210,6 +210,8 @@ def memlock_bytes(status: Path = Path("/proc/self/status")) -> int | None:
 
 def _nvme(folder: Path) -> dict[str, str | int]:
     """The folder's disk, if it is an NVMe drive: ZeRO-Infinity needs direct I/O on one."""
+    import psutil
+
     mounts = [part for part in psutil.disk_partitions() if folder.is_relative_to(part.mountpoint)]
     best = max(mounts, key=lambda part: len(part.mountpoint), default=None)
     if best is None or "nvme" not in best.device:

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import log, sqrt
-from statistics import fmean, stdev
 from typing import Literal
 
 from zplan.hardware import Cluster
@@ -52,6 +51,8 @@ def clearly_slower(step_seconds: Sequence[float], best_step_seconds: Sequence[fl
     Step i of both trains on the same examples, so steps are compared with the best trial's first k; s is the larger of
     the sample's own deviation around the best's steps and 10 %. One step must take 1.5 times as long, two 1.33 times.
     """
+    from statistics import fmean, stdev  # 10 ms, and only a trial needs it
+
     pairs = list(zip(step_seconds, best_step_seconds, strict=False))
     if not pairs:
         return False

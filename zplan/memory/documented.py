@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 from zplan.zero_config import ZeroConfig
 
-DOCUMENTED_FACTOR = Fraction(9, 2)
-"""4.5: `torch.empty(int(self.reduce_bucket_size * 4.5))`, twice, in DeepSpeed before 0.4.0 (removed in 2021-05)."""
+DOCUMENTED_FACTOR = (9, 2)
+"""4.5 as a fraction: `torch.empty(int(self.reduce_bucket_size * 4.5))`, twice, in DeepSpeed before 0.4.0 (removed in
+2021-05)."""
 BUFFERS = 2
 """One for allgather_bucket_size, one for reduce_bucket_size."""
 
@@ -27,5 +26,5 @@ def documented_bucket_bytes(zero: ZeroConfig, *, itemsize: int = 2) -> int | Non
     """
     if zero.stage not in (1, 2):
         return None
-    factor = DOCUMENTED_FACTOR if zero.overlaps_comm else Fraction(1)
-    return int(factor * (zero.allgather_bucket_size + zero.reduce_bucket_size) * itemsize)
+    times, over = DOCUMENTED_FACTOR if zero.overlaps_comm else (1, 1)
+    return (zero.allgather_bucket_size + zero.reduce_bucket_size) * itemsize * times // over
