@@ -79,7 +79,8 @@ def test_a_probed_folder_needs_no_second_probe(tmp_path: Path, monkeypatch: pyte
     ("change", "message"),
     [
         ({"model_type": "my_own"}, "does not know"),
-        ({"model_type": None}, "does not know"),
+        ({"model_type": None}, "model_type is None"),
+        ({"model_type": "vit"}, "no language model"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"num_hidden_layers": 1_000_000_000}, "num_hidden_layers is 1000000000"),
         ({"text_config": {"hidden_size": -1}}, "hidden_size is -1"),
@@ -87,11 +88,21 @@ def test_a_probed_folder_needs_no_second_probe(tmp_path: Path, monkeypatch: pyte
         ({"hidden_size": "64"}, "hidden_size is '64'"),
         ({"vocab_size": 1e9}, "vocab_size is 1000000000.0"),
         ({"num_attention_heads": 1 << 40}, "num_attention_heads"),
+        ({"num_attention_heads": 6}, "cannot build a llama"),
+        ({"num_key_value_heads": 3}, "4 is not a multiple of num_key_value_heads 3"),
+        ({"head_dim": -8}, "head_dim is -8"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings is -1"),
     ],
 )
 def test_an_impossible_config_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         shape_of_config({**TINY, **change}, name="bad")
+
+
+def test_a_key_that_a_custom_model_does_not_have_is_named_with_the_nearest() -> None:
+    with pytest.raises(ConfigError) as caught:
+        shape_of_config({**TINY, "hiden_size": 64, "rope_theta": 1e6}, name="custom")
+    assert caught.value.problems == ("hiden_size: a llama has no such key; did you mean hidden_size?",)
 
 
 def test_junk_is_refused(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def load_json(path: Path | str) -> Any:
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist", fix="check the path") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+        raise ConfigError(f"{path} cannot be read: {error}", fix="another file") from error
     except (json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}", fix=f"python -m json.tool {path}") from error
 

@@ -11,6 +11,7 @@ from typing import Any, cast, get_args
 from zplan import recipe as recipe_module
 from zplan.candidates import is_choice_setting, lift_settings
 from zplan.catalog import find_model, load_gpu
+from zplan.catalog.config_file import SIZES
 from zplan.errors import ConfigError
 from zplan.hardware import DESCRIBED_NVME, Cluster
 from zplan.memory.estimate import BucketRule
@@ -180,16 +181,16 @@ def _split_setting(text: str, flag: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"{flag} {text!r} is not KEY=VALUE", fix=f"{flag} hidden_size=4096")
-    lowered = value.strip().lower()
-    if lowered in ("true", "false"):
-        return key.strip(), lowered == "true"
-    try:
-        return key.strip(), int(value)
-    except ValueError:
+    key, value = key.strip(), value.strip()
+    if value.lower() in ("true", "false"):
+        return key, value.lower() == "true"
+    for read in (int, float):
         try:
-            return key.strip(), float(value)
+            number = read(value)
         except ValueError:
-            return key.strip(), value.strip()
+            continue
+        return key, int(number) if key in SIZES and float(number).is_integer() else number
+    return key, value
 
 
 def resolve_cluster(flags: Flags, probe_cluster: Callable[[], Cluster]) -> Cluster:

@@ -5,7 +5,6 @@ The one slow import of the planner (torch and transformers); its answers are cac
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from itertools import groupby
@@ -21,14 +20,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.pytorch_utils import Conv1D
 
 from zplan.catalog.cache import save_shape
+from zplan.catalog.config_file import check_config, load_config
 from zplan.catalog.shapes import make_shape
 from zplan.errors import ConfigError
 from zplan.model_shape import Block, BlockRole, ModelShape, ParameterKind, ParameterShape
+from zplan.settings import nearest
 
-_MOST_LAYERS = 10_000
-"""Layers beyond which a config.json is a mistake: each one is built, and a billion would never end."""
 _LARGEST_NUMEL = 1 << 47
 """Elements of one tensor beyond which a config.json is a mistake, not a model."""
+_OLDER_KEYS = ("rope_theta", "rope_scaling", "torch_dtype")
+"""Keys of config.json that transformers 5 still reads, under other names of its own."""
+_LONGEST_REASON = 300
+"""Characters of a library's own message that are shown."""
 
 
 def probe_config(source: Path | Mapping[str, Any], *, name: str) -> ModelShape:
@@ -37,27 +40,17 @@ def probe_config(source: Path | Mapping[str, Any], *, name: str) -> ModelShape:
     Raises:
         ConfigError: missing or unreadable file, an architecture that transformers does not have, impossible sizes.
     """
-    data = _load(source) if isinstance(source, Path) else dict(source)
+    file = source / "config.json" if isinstance(source, Path) and source.is_dir() else source
+    data = load_config(file) if isinstance(file, Path) else dict(file)
     shape = shape_of_config(data, name=name)
     if isinstance(source, Path):
         save_shape(source, shape)
     return shape
 
 
-def _load(path: Path) -> dict[str, Any]:
-    file = path / "config.json" if path.is_dir() else path
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} is not a model's config.json: {error}", fix="--model mistral-7b") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{file} is not a model's config.json: it holds a {type(data).__name__}")
-    return data
-
-
 def shape_of_config(data: Mapping[str, Any], *, name: str) -> ModelShape:
     """Build the model on the meta device and describe it. Raises ConfigError as `probe_config`."""
-    _check_numbers(data, name)
+    check_config(data, name=name)
     model = build_on_meta(data, name=name)
     blocks = tuple(_blocks(model))
     shape = make_shape(
@@ -74,47 +67,53 @@ def shape_of_config(data: Mapping[str, Any], *, name: str) -> ModelShape:
 
 def build_on_meta(data: Mapping[str, Any], *, name: str) -> Any:
     """The model of a config.json without memory. `trust_remote_code` is never used."""
-    model_type = data.get("model_type")
-    if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
+    model_type = data["model_type"]
+    if model_type not in transformers.CONFIG_MAPPING:
         raise ConfigError(
             f"{name}: model_type is {model_type!r}, which transformers {transformers.__version__} does not know",
             because="its code is not in transformers, and zplan never runs code from a model's folder",
-            fix="zplan estimate --model custom --set-model model_type=llama --set-model hidden_size=4096 ...",
+            fix="--model custom --set-model model_type=llama --set-model hidden_size=4096 ...",
         )
+    if name == "custom":
+        _refuse_unknown_keys(data, model_type)
     values = {key: value for key, value in data.items() if key not in ("model_type", "transformers_version")}
     try:
         config = _text_config(AutoConfig.for_model(model_type, **values))
         auto = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+        if type(config) not in auto._model_mapping:
+            raise ConfigError(
+                f"{name}: a {model_type} is no language model",
+                because="zplan plans what transformers trains as a causal or an encoder-decoder language model",
+                fix="--model mistral-7b",
+            )
         with torch.device("meta"):
             return auto.from_config(config)
+    except ConfigError:
+        raise
     except Exception as error:  # transformers raises anything for an impossible config
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
         raise ConfigError(
-            f"{name}: transformers cannot build a {model_type} from this config: {type(error).__name__}: {error}",
+            f"{name}: transformers cannot build a {model_type} from this config",
+            because=f"{type(error).__name__}: {reason}",
             fix="compare it with a config.json that works",
         ) from error
+
+
+def _refuse_unknown_keys(data: Mapping[str, Any], model_type: str) -> None:
+    """Keys that were typed, and that the architecture's configuration does not have."""
+    kind = transformers.CONFIG_MAPPING[model_type]
+    known = {*kind().to_dict(), *kind.attribute_map, *_OLDER_KEYS}
+    wrong = []
+    for key in sorted(set(data) - known):
+        near = nearest(key, known)
+        wrong.append(f"{key}: a {model_type} has no such key" + (f"; did you mean {near}?" if near else ""))
+    if wrong:
+        raise ConfigError("--set-model cannot be applied", problems=tuple(wrong), fix="--set-model hidden_size=4096")
 
 
 def _text_config(config: Any) -> Any:
     """The language tower of a vision-language config; the config itself for a language model."""
     return config.get_text_config() if hasattr(config, "get_text_config") and not config.is_encoder_decoder else config
-
-
-def _check_numbers(data: Mapping[str, Any], name: str) -> None:
-    wholes = (
-        "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
-        "vocab_size", "n_embd", "n_layer", "n_head", "d_model", "num_layers", "num_decoder_layers",
-    )  # fmt: skip
-    towers = (data, data.get("text_config"))
-    wrong = [
-        f"{key} is {tower[key]!r}, not a whole number between 1 and {most:,}"
-        for tower in towers
-        if isinstance(tower, Mapping)
-        for key in wholes
-        for most in (_MOST_LAYERS if "layer" in key else (1 << 31) - 1,)
-        if tower.get(key) is not None and (type(tower[key]) is not int or not 1 <= tower[key] <= most)
-    ]
-    if wrong:
-        raise ConfigError(f"{name}: impossible sizes in config.json", problems=tuple(wrong), fix="mend config.json")
 
 
 def _blocks(model: nn.Module) -> Iterator[Block]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from zplan.catalog import find_model, gpu_names, hub_ids, load_gpu, load_links, model_names
+from zplan.catalog.config_file import check_config
 from zplan.catalog.find import _index
 from zplan.errors import ConfigError
 from zplan.model_shape import ModelShape
@@ -79,6 +80,25 @@ def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
 def test_a_new_folder_has_to_be_probed(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert find_model(str(tmp_path)) == tmp_path / "config.json"
+
+
+NO_LAYERS = '{"model_type": "llama", "num_hidden_layers": 0}'
+TEN_MEGABYTES = "[" + "1," * 5_000_000
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "{}", "[" * 100_000, NO_LAYERS, TEN_MEGABYTES], ids=range(7))
+def test_a_file_that_is_no_model_is_refused_before_torch_is_needed(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        find_model(str(tmp_path))
+    assert caught.value.fix
+
+
+def test_every_shape_of_the_catalogue_has_possible_sizes() -> None:
+    for name in model_names():
+        shape = find_model(name)
+        assert isinstance(shape, ModelShape)
+        check_config(shape.config, name=name)
 
 
 def test_looking_up_imports_no_torch() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zplan.catalog.cache import cache_dir, load_shape
+from zplan.catalog.config_file import check_config, load_config
 from zplan.catalog.shapes import from_json
 from zplan.errors import ConfigError
 from zplan.model_shape import ModelShape
@@ -75,7 +76,10 @@ def _local(path: Path) -> ModelShape | Path:
     file = path / "config.json" if path.is_dir() else path
     if not file.exists():
         raise ConfigError(f"{path} has no config.json", because="the plan starts from it", fix="--model FOLDER")
-    return load_shape(file) or file
+    shape = load_shape(file)
+    if shape is None:
+        load_config(file)  # refused here, before anybody waits for torch
+    return shape or file
 
 
 def _custom(overrides: Mapping[str, Any]) -> ModelShape | Path:
@@ -84,7 +88,9 @@ def _custom(overrides: Mapping[str, Any]) -> ModelShape | Path:
             "--model custom needs its sizes",
             fix="--set-model hidden_size=4096 --set-model num_hidden_layers=32 --set-model num_attention_heads=32",
         )
-    text = json.dumps({"model_type": _CUSTOM_TYPE, **overrides}, sort_keys=True)
+    config = {"model_type": _CUSTOM_TYPE, **overrides}
+    check_config(config, name="custom")
+    text = json.dumps(config, sort_keys=True)
     file = cache_dir() / "custom" / hashlib.sha256(text.encode()).hexdigest()[:16] / "config.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
