@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from zplan.catalog.config_file import check_config, load_config
 from zplan.catalog.shapes import make_shape
 from zplan.errors import ConfigError
 from zplan.model_shape import Block, BlockRole, ModelShape, ParameterKind, ParameterShape
-from zplan.settings import nearest
 
 _LARGEST_NUMEL = 1 << 47
 """Elements of one tensor beyond which a config.json is a mistake, not a model."""
@@ -105,8 +105,8 @@ def _refuse_unknown_keys(data: Mapping[str, Any], model_type: str) -> None:
     known = {*kind().to_dict(), *kind.attribute_map, *_OLDER_KEYS}
     wrong = []
     for key in sorted(set(data) - known):
-        near = nearest(key, known)
-        wrong.append(f"{key}: a {model_type} has no such key" + (f"; did you mean {near}?" if near else ""))
+        near = get_close_matches(key, known, n=1, cutoff=0.5)
+        wrong.append(f"{key}: a {model_type} has no such key" + (f"; did you mean {near[0]}?" if near else ""))
     if wrong:
         raise ConfigError("--set-model cannot be applied", problems=tuple(wrong), fix="--set-model hidden_size=4096")
 
