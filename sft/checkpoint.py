@@ -152,6 +152,7 @@ def make_universal(checkpoint: Path, *, zero_stage: int) -> bool:
     """Convert a checkpoint for another number of ranks; False if it needs no conversion (stage 0 keeps no shards).
 
     Source: deepspeed 0.19.8, checkpoint/ds_to_universal.py; `--inject_missing_state` accepts transformers' checkpoints.
+    Loaded without running pickled code: sft/safe_load.py.
 
     Raises:
         ConfigError: the checkpoint is of another stage than the plan.
@@ -173,7 +174,7 @@ def make_universal(checkpoint: Path, *, zero_stage: int) -> bool:
         return True
     _check_room(checkpoint / tag)
     command = [
-        sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal",
+        sys.executable, "-m", "sft.safe_load",
         "--input_folder", str(checkpoint / tag), "--output_folder", str(target),
         "--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state",
     ]  # fmt: skip

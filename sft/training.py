@@ -18,6 +18,7 @@ from sft.failure import disk_error, save_failure
 from sft.meter import CudaMeter, measure_pinned_bytes, measure_used_bytes, peak_resident_bytes
 from sft.order import longest
 from sft.ranks import Rank, current_rank
+from sft.safe_load import load_only_tensors, refused
 from sft.session import Session
 from sft.software import check_software
 from sft.stream import open_stream
@@ -73,12 +74,13 @@ def _explained(error: Exception, session: Session) -> Exception:
             because="the plan's estimate or measurement was made for another machine, data or load",
             fix="--fallback, or zplan tune on this machine",
         )
-    return disk_error(error, session) or error
+    return refused(error) or disk_error(error, session) or error
 
 
 def prepare(session: Session) -> Prepared:
     """Everything up to the first step."""
     build.quiet_libraries()
+    load_only_tensors()
     place = current_rank()
     plan = session.plan
     kind = plan.cluster.gpu.kind

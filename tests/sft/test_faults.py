@@ -9,18 +9,21 @@ import resource
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sft import launch
-from sft.checkpoint import MARK, list_checkpoints, newest_whole
+from sft.checkpoint import MARK, list_checkpoints, make_universal, newest_whole
 from sft.failure import disk_error, reported_failure, save_end, save_failure
 from sft.session import Session, with_resume
 from tests.sft.test_training import losses, make_session, train
 from tests.sft.warm import WarmServer, make_plan, make_recipe, rank_pids
 from zplan import files
+from zplan.errors import MachineError
 
 PATIENCE = 60.0
 
@@ -161,3 +164,29 @@ def test_every_librarys_word_for_a_full_disk_is_understood(session: Session, err
 def test_other_errors_are_not_a_full_disk(session: Session) -> None:
     assert disk_error(OSError(13, "Permission denied"), session) is None
     assert disk_error(RuntimeError("CUDA error"), session) is None
+
+
+class Trap:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(
+    warm: WarmServer, tiny_model_dir: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    session = make_session(make_plan(make_recipe(tiny_model_dir, tiny_dataset)), tmp_path / "run", max_steps=2)
+    train(warm, replace(session, save_steps=1))
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    (shard,) = checkpoint.glob("*/*_optim_states.pt")
+    torch.save({"optimizer_state_dict": Trap(tmp_path / "ran")}, shard)
+    resumed, _ = with_resume(session, str(checkpoint))
+    assert warm.train(resumed)["exit"] == {"0": 2}
+    assert "posix.mkdir" in files.load_json(tmp_path / "run" / "training_report.json")["reason"]
+    with pytest.raises(MachineError, match="could not be converted"):
+        make_universal(checkpoint, zero_stage=2)
+    assert not (tmp_path / "ran").exists()
