@@ -12,7 +12,7 @@ from zplan.memory.estimate import estimate_memory
 from zplan.memory.operations import Sizes
 from zplan.memory.tape import Tape, Tensor, Value, record_block
 from zplan.recipe import Recipe
-from zplan.zero_config import BatchSizes, Choice, ZeroConfig
+from zplan.zero_config import BatchSizes, Choice, OffloadOptimizer, ZeroConfig
 
 SIZES = Sizes(micro_batch=1, length=100, itemsize=2, attention="sdpa", on_cpu=False)
 
@@ -129,3 +129,27 @@ def test_a_reentrant_layer_s_mask_and_positions_stay_until_the_update() -> None:
 def test_every_micro_batch_s_tokens_are_there_for_the_whole_step() -> None:
     found = estimate(ZeroConfig(stage=2), micro_batch=2, accumulation=3)
     assert term_bytes(found, "batches", "step") == 3 * 8 * 2 * 3 * 128
+
+
+def test_the_first_step_gathers_what_the_later_ones_keep() -> None:
+    """Everything persists from the second step on; the first gathers each module's parameters on their own."""
+    zero = ZeroConfig(
+        stage=3, stage3_param_persistence_threshold=10**9, offload_optimizer=OffloadOptimizer(device="cpu")
+    )
+    found = estimate(zero, world_size=8)
+    assert term_bytes(found, "persistent parameters", "backward") == 2 * SHAPE.num_parameters
+    assert term_bytes(found, "gathered parameters", "backward") == 0  # what it gathers is less than all of them
+
+
+def test_a_single_rank_flattens_its_gradients_without_zero_as_well() -> None:
+    """Of one bucket: all trainable elements, as there are fewer than 5e8."""
+    one, two = (estimate(ZeroConfig(stage=0), world_size=ranks).gpu.phases["backward"] for ranks in (1, 2))
+    assert one == two
+
+
+def test_a_view_that_experts_keep_outlives_the_release() -> None:
+    fetches = Fetches.of([0, 0], {0: (0, 1)}, (10, 10))
+    coordinator = Coordinator(fetches, Limits(prefetch=0, live=0, reuse=0), persistent=frozenset(), external=(),
+                              trainable=(True, True), viewed=frozenset({1}))  # fmt: skip
+    coordinator.pre_module(0)
+    assert coordinator.viewed_module(0) == ((Act.KEEP, (1,)), (Act.RELEASE, (0,)))

@@ -45,3 +45,15 @@ def test_saving_copies_one_flat_state_of_every_rank_or_the_weights_on_rank_0() -
 
 def test_frozen_weights_are_not_copied_to_be_saved() -> None:
     assert saved(3, method="lora", lora_r=1) < saved(3)
+
+
+def test_stage_2_accumulates_whole_parameters_on_every_rank_that_they_touch() -> None:
+    """Two ranks: their halves meet within one parameter, which both keep whole."""
+    zero = ZeroConfig(stage=2, offload_optimizer=OffloadOptimizer(device="cpu"))
+    one, two = (estimate(zero, world_size=ranks, accumulation=2) for ranks in (1, 2))
+    assert host_term(one, "offloaded gradient accumulation") == 2 * SHAPE.num_parameters
+    shared = host_term(two, "offloaded gradient accumulation") // 2 - SHAPE.num_parameters
+    assert shared in {parameter.numel for _, parameter in SHAPE.parameters()} | {
+        a.numel + b.numel for _, a in SHAPE.parameters() for _, b in SHAPE.parameters()
+    }
+    assert host_term(estimate(zero, world_size=2), "offloaded gradient accumulation") == 0

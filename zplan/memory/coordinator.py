@@ -170,6 +170,7 @@ class Coordinator:
         persistent: frozenset[int],
         external: Sequence[int],
         trainable: Sequence[bool],
+        viewed: frozenset[int] = frozenset(),
     ) -> None:
         self.fetches, self.persistent, self.external = fetches, persistent, frozenset(external)
         self.trainable = trainable
@@ -185,6 +186,7 @@ class Coordinator:
         self.inflight: dict[int, _Gather] = {}
         self.recomputed: list[int] = []
         self.kept: dict[int, tuple[int, ...]] = {}
+        self.viewed = viewed
         self.step = 0
         self.available_numel = 0
         self.actions: list[Action] = []
@@ -231,6 +233,17 @@ class Coordinator:
         if kept:
             self.kept[module] = kept
         return tuple((int(Act.KEEP), numbers) for _, numbers in done)
+
+    def viewed_module(self, module: int) -> tuple[Action, ...]:
+        """As `kept_module`, but only for the weights that the graph of any forward keeps a view of."""
+        done = self.post_module(module)
+        released = tuple(number for _, numbers in done for number in numbers)
+        kept = tuple(number for number in released if number in self.viewed)
+        if not kept:
+            return done
+        self.kept[module] = kept
+        rest = tuple(number for number in released if number not in self.viewed)
+        return ((int(Act.KEEP), kept), *(((int(Act.RELEASE), rest),) if rest else ()))
 
     def recomputed_module(self, module: int) -> tuple[Action, ...]:
         """A frozen parameter that a recomputation fetches belongs to the recomputed layer until its backward is done.

@@ -28,6 +28,7 @@ from zplan.memory.timeline import (
     output_numbers,
     recomputation,
     root_module,
+    viewed_numbers,
 )
 
 StepPhase = Literal["forward", "backward", "step"]
@@ -55,6 +56,8 @@ class Op(IntEnum):
     """The loss reads the head's weight, or is done with it."""
     KEPT_MODULE = 10
     """POST_MODULE within a non-reentrant recomputation."""
+    VIEWED_MODULE = 12
+    """POST_MODULE of experts whose weights the graph keeps a view of."""
     END_STEP = 11
     """The update is done."""
 
@@ -66,7 +69,7 @@ Call = tuple[int, int]
 HOOKS = frozenset(
     {
         Op.PRE_MODULE, Op.POST_MODULE, Op.RECOMPUTED_MODULE, Op.END_RECOMPUTED, Op.READ_HEAD, Op.KEPT_MODULE,
-        Op.END_STEP,
+        Op.VIEWED_MODULE, Op.END_STEP,
     }
 )  # fmt: skip
 """Calls that gather and release parameters; no gradient comes or goes in them."""
@@ -98,6 +101,8 @@ class Script:
     """Parameters that DeepSpeed registers as external; they are not released."""
     head: tuple[int, ...]
     """Parameters of the output projection."""
+    viewed: frozenset[int] = frozenset()
+    """Stacked weights of experts that are used as they are: their product keeps a view of the gathered tensor."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -127,6 +132,9 @@ class _Walk:
         self.kinds: list[Kinds] = []
         self.phases = [0]
         self.returned = 0
+        owned = module_parameters(recording) if fetches else {}
+        self.viewed = viewed_numbers(recording) if fetches else frozenset()
+        self.viewing = {module for module, numbers in owned.items() if not self.viewed.isdisjoint(numbers)}
 
     def run(self) -> None:
         """One micro-step and the update."""
@@ -187,7 +195,7 @@ class _Walk:
                 continue
             steps = block.tape.forward_without_saving if self._is_checkpointed(block) else block.tape.forward
             for layer in range(block.laid.repeat):
-                self._play(steps, index, layer)
+                self._play(steps, index, layer, loses=self._is_checkpointed(block))
                 if self._is_checkpointed(block):
                     self._return_scores()
         self.meter.add(Kind.ACTIVATIONS, -self.returned)
@@ -288,7 +296,15 @@ class _Walk:
                 self.call(Op.GRADIENT, r.items.base[index] + local)
             self.post(self.module_base[index])
 
-    def _play(self, steps: Sequence[Step], index: int, layer: int, *, runs_again: bool = False) -> None:
+    def _play(
+        self, steps: Sequence[Step], index: int, layer: int, *, runs_again: bool = False, loses: bool = False
+    ) -> None:
+        """Play a block's steps.
+
+        Args:
+            runs_again: a recomputation.
+            loses: the forward of a checkpointed block, which keeps nothing.
+        """
         meter, reentrant = self.meter, self.recording.reentrant
         block = self.recording.blocks[index]
         weights = self.recording.items.base[index] + layer * len(block.laid.weights)
@@ -303,6 +319,8 @@ class _Walk:
                 self.call(Op.RECOMPUTED_MODULE, modules + a)
             elif event == Event.POST_FORWARD and runs_again and not reentrant and self.fetches:
                 self.call(Op.KEPT_MODULE, modules + a)
+            elif event == Event.POST_FORWARD and self.fetches and modules + a in self.viewing and not loses:
+                self.call(Op.VIEWED_MODULE, modules + a)
             elif event in (Event.PRE_FORWARD, Event.PRE_BACKWARD):
                 self.pre(modules + a)
             else:
@@ -354,6 +372,7 @@ def _script(walk: _Walk) -> Script:
             fetches=Fetches.of(order, modules, recording.items.numel, *leaf_modules(recording)),
             external=external_numbers(recording) if walk.fetches else (),
             head=output_numbers(recording),
+            viewed=walk.viewed,
         )
     return known
 

@@ -56,8 +56,9 @@ def estimate_memory(
     phases = phase_bytes(terms)
     peak = max(phases.values())
     host, nvme = estimate_host(
-        laid, recipe, choice, cluster, partition_numel=still.partition_numel, rank_bytes=peak if on_cpu else 0
-    )
+        laid, recipe, choice, cluster, partition_numel=still.partition_numel, rank_bytes=peak if on_cpu else 0,
+        touched_numel=still.node_touched_numel,
+    )  # fmt: skip
     missing = not_modelled(shape, recipe, choice)
     return MemoryEstimate(
         gpu=_gpu(terms, phases, shape, recipe, choice, cluster, bucket_rule, is_whole=not missing),
@@ -68,10 +69,18 @@ def estimate_memory(
 
 
 def standing(laid: Layout, recipe: Recipe, choice: Choice, cluster: Cluster, rank: int | None) -> Resident:
-    """What a rank holds all the time. Below stage 3 the weights are loaded in host memory and reach a GPU at init."""
+    """What a rank holds all the time. Below stage 3 the weights are loaded in host memory and reach a GPU at init.
+
+    Args:
+        rank: whose; every rank of the node is then taken to be like it.
+    """
     items, zero, world = instances(laid), choice.zero, choice.batch.world_size
     cut = partition(items, world, rank) if zero.stage in (1, 2) else None
     still = resident(laid, recipe, choice, cut, shard(items, zero, world) if zero.stage == 3 else None)
+    if cut is not None:
+        ranks = ranks_of_node(choice, cluster)
+        touched = sum(cut.touched_by_rank[:ranks]) if rank is None else ranks * cut.touched_numel
+        still = replace(still, node_touched_numel=touched)
     if cluster.gpu.kind == "cpu":
         return replace(still, terms=(*still.terms, *_offloaded_to_itself(laid, recipe, choice, cluster, still)))
     return still if zero.stage == 3 else replace(still, terms=_without_load(still.terms))
@@ -81,7 +90,10 @@ def _offloaded_to_itself(
     laid: Layout, recipe: Recipe, choice: Choice, cluster: Cluster, still: Resident
 ) -> tuple[Term, ...]:
     """What a CPU rank "offloads" stays in its own memory: the host's offload terms, of one rank."""
-    found = host_bytes(laid, recipe, choice, cluster, partition_numel=still.partition_numel, rank_bytes=0)
+    found = host_bytes(
+        laid, recipe, choice, cluster, partition_numel=still.partition_numel, rank_bytes=0,
+        touched_numel=still.node_touched_numel,
+    )  # fmt: skip
     ranks = ranks_of_node(choice, cluster)
     return tuple(
         replace(term, bytes=term.bytes // ranks, formula=f"{term.formula}, of one rank")

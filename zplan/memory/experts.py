@@ -91,14 +91,15 @@ def _grouped(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x:
     container = modules.number(owned[0][1].module)
     tape.enter(container)
     first, second = owned[: len(owned) // 2] or owned, owned[len(owned) // 2 :]
+    factors = {id(weight): _factors(tape, layer, weight) for _, weight in owned}
     rows = tape.apply(rows_hidden, [(x, sizes.bytes(shape.hidden_size))])
-    gate_up = _adapted(tape, layer, sizes, first)
+    gate_up = _adapted(tape, sizes, first, factors)
     both = _product(tape, 2 * rows_inner, rows, rows_hidden, gate_up, first)
     gate, up = tape.split(both, 2, 2 * rows_inner)
     acted = tape.apply(rows_inner, [(gate, rows_inner)], saves=(gate,))
     product = tape.apply(rows_inner, [(acted, rows_inner), (up, rows_inner)], saves=(acted, up))
     tape.drop(both, gate, up, acted)
-    down = _adapted(tape, layer, sizes, second)
+    down = _adapted(tape, sizes, second, factors)
     out = _product(tape, rows_hidden, product, rows_inner, down, second)
     tape.drop(product)
     summed = _weigh(tape, layer, sizes, out, scores, picked)
@@ -141,7 +142,24 @@ def _weigh(tape: Tape, layer: LayerModules, sizes: Sizes, rows: Value, scores: V
     return cast
 
 
-def _adapted(tape: Tape, layer: LayerModules, sizes: Sizes, owned: list[tuple[int, Weight]]) -> tuple[Value, ...]:
+Factors = dict[int, tuple[Value, int] | None]
+"""By id of the stacked weight: its adapter as views of lora_A and lora_B, and their bytes; None without one."""
+
+
+def _factors(tape: Tape, layer: LayerModules, weight: Weight) -> tuple[Value, int] | None:
+    """The adapter of one stacked weight, seen as one small matrix per expert; made before any product, so that the
+    adapters' gradients come after all of them.
+
+    Source: peft 0.21.2, tuners/lora/layer.py (get_delta_factors, called by _activate_lora).
+    """
+    adapters = [(i, w) for i, w in enumerate(layer.laid.weights) if w.name.startswith(f"{weight.name}.expert_lora")]
+    gradients = ops.gradients_of(adapters)
+    if not adapters:
+        return None
+    return tape.apply(0, [], weights=gradients), sum(num_bytes for _, num_bytes in gradients)
+
+
+def _adapted(tape: Tape, sizes: Sizes, owned: list[tuple[int, Weight]], factors: Factors) -> tuple[Value, ...]:
     """The stacked weight with its adapter folded in: a copy of all experts, made when it is first read and kept until
     the experts return and for backward, where it has a gradient.
 
@@ -149,7 +167,8 @@ def _adapted(tape: Tape, layer: LayerModules, sizes: Sizes, owned: list[tuple[in
     """
     merged = []
     for _, weight in owned:
-        adapters = [(i, w) for i, w in enumerate(layer.laid.weights) if w.name.startswith(f"{weight.name}.expert_lora")]
-        if adapters:
-            merged.append(tape.apply(weight.numel * sizes.itemsize, [], weights=ops.gradients_of(adapters)))
+        factor = factors[id(weight)]
+        if factor is not None:
+            value, num_bytes = factor
+            merged.append(tape.apply(weight.numel * sizes.itemsize, [(value, num_bytes)]))
     return tuple(merged)

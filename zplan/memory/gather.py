@@ -5,11 +5,12 @@ Only the hooks of modules move them, and only those: gradients, buckets and redu
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from zplan.memory.coordinator import Action, Coordinator, Limits, Schedule
-from zplan.memory.course import Op, Script
+from zplan.memory.course import Call, Op, Script
 from zplan.memory.instances import Instances
 from zplan.memory.memo import Memo
 from zplan.memory.meter import Meter
@@ -17,6 +18,9 @@ from zplan.memory.stage3 import Shards, Stage3Engine, shard
 from zplan.zero_config import Choice
 
 MOST_KEPT = 1024
+NO_TRACE = Limits(prefetch=0, live=0, reuse=0)
+ADAM_STATES = 8
+"""Bytes an element of what most optimizers make in their first step; less of others only hides a part of that step."""
 MOST_SCHEDULES = 256
 """Of one set of persistent parameters."""
 
@@ -39,10 +43,29 @@ class Gathering:
     _gathered: dict[tuple[object, ...], tuple[Schedule, Gathered]] = field(default_factory=dict)
 
     def bytes_of(self, choice: Choice) -> Gathered:
-        """What a choice holds. Choices whose schedules turn out alike share it."""
+        """What a choice holds in any step: in the first one, before there is a trace, if that is more.
+
+        Without a trace nothing is prefetched and everything is released after its module, persistent parameters too,
+        which therefore are gathered together with the others of their module, in one buffer and in copies out of it.
+        What the first step does not hold yet (Adam's states, the persistent parameters) is taken off its bytes.
+
+        Source: deepspeed 0.19.8, partitioned_param_coordinator.py (release_sub_module: is_complete_trace), stage3.py
+        (_post_step).
+        """
+        zero = choice.zero
+        shards = shard(self.items, zero, choice.batch.world_size)
+        later = self._bytes(choice, shards, self.schedule(Limits.of(zero), shards.persistent))
+        absent = shards.persistent_bytes + (0 if zero.offloads_optimizer else ADAM_STATES * shards.trainable_numel)
+        untraced = replace(shards, persistent=frozenset(), persistent_bytes=0)
+        first = self._bytes(choice, untraced, self.first_schedule)
+        if all(early - absent <= late for early, late in zip(first.moments, later.moments, strict=True)):
+            return later
+        pairs = zip(first.moments, later.moments, strict=True)
+        return Gathered(tuple(max(early - absent, late) for early, late in pairs))
+
+    def _bytes(self, choice: Choice, shards: Shards, schedule: Schedule) -> Gathered:
+        """What a schedule holds. Choices whose schedules turn out alike share it."""
         zero, ranks = choice.zero, choice.batch.world_size
-        shards = shard(self.items, zero, ranks)
-        schedule = self.schedule(Limits.of(zero), shards.persistent)
         key = (
             id(schedule), zero.stage3_allgather_sequential, zero.offloads_param,
             ranks == 1, ranks == 1 and zero.offloads_optimizer,
@@ -62,21 +85,36 @@ class Gathering:
         for coordinator, schedule in known:
             if coordinator.decides_alike(limits):
                 return schedule
-        coordinator = Coordinator(
+        coordinator = self._coordinator(limits, persistent)
+        made = self._decide(coordinator, self.script.calls)
+        known.append((coordinator, made))
+        del known[:-MOST_SCHEDULES]
+        return made
+
+    @cached_property
+    def first_schedule(self) -> Schedule:
+        """Of the first step, whose forward begins with a model that does not own its output projection yet."""
+        calls = self.script.calls
+        root = next((number for number, (op, _) in enumerate(calls) if op == Op.PRE_MODULE), 0)
+        decided = self._decide(self._coordinator(NO_TRACE, frozenset()), (*calls[:root], *calls[root + 1 :]))
+        return ((), *decided)
+
+    def _coordinator(self, limits: Limits, persistent: frozenset[int]) -> Coordinator:
+        return Coordinator(
             self.script.fetches, limits, persistent=persistent, external=self.script.external,
-            trainable=self.items.trainable,
+            trainable=self.items.trainable, viewed=self.script.viewed,
         )  # fmt: skip
+
+    def _decide(self, coordinator: Coordinator, calls: Sequence[Call]) -> Schedule:
         act: dict[int, Callable[[int], tuple[Action, ...]]] = {
             Op.PRE_MODULE: coordinator.pre_module,
             Op.POST_MODULE: coordinator.post_module,
             Op.KEPT_MODULE: coordinator.kept_module,
+            Op.VIEWED_MODULE: coordinator.viewed_module,
             Op.RECOMPUTED_MODULE: coordinator.recomputed_module,
             Op.END_RECOMPUTED: lambda _: coordinator.end_recomputed(),
         }
-        made = tuple(act[op](module) for op, module in self.script.calls if op in act)
-        known.append((coordinator, made))
-        del known[:-MOST_SCHEDULES]
-        return made
+        return tuple(act[op](module) for op, module in calls if op in act)
 
 
 def follow_hooks(of: Gathering, choice: Choice, shards: Shards, schedule: Schedule) -> Gathered:
@@ -89,6 +127,7 @@ def follow_hooks(of: Gathering, choice: Choice, shards: Shards, schedule: Schedu
         Op.PRE_MODULE: engine.pre_module,
         Op.POST_MODULE: engine.post_module,
         Op.KEPT_MODULE: engine.post_module,
+        Op.VIEWED_MODULE: engine.post_module,
         Op.RECOMPUTED_MODULE: engine.recomputed_module,
         Op.END_RECOMPUTED: lambda _: engine.end_recomputed(),
         Op.READ_HEAD: lambda _: engine.read_head(of.script.head),

@@ -26,6 +26,7 @@ PROCESS_CPU = 700 * MIB
 """RSS of a rank with the same imports on a CPU build of torch."""
 LOCKED = ("NVMe swap buffers", "parameter swap buffers")
 """Terms that are allocated with mlock (swap_tensor/utils.py, partitioned_param_swapper.py: new_cpu_locked_tensor)."""
+STEPS: tuple[Phase, ...] = ("forward", "backward", "step", "save")
 STEADY: tuple[Phase, ...] = ("init", "forward", "backward", "step", "save")
 
 
@@ -39,7 +40,14 @@ class HostBytes:
 
 
 def estimate_host(
-    layout: Layout, recipe: Recipe, choice: Choice, cluster: Cluster, *, partition_numel: int, rank_bytes: int
+    layout: Layout,
+    recipe: Recipe,
+    choice: Choice,
+    cluster: Cluster,
+    *,
+    partition_numel: int,
+    rank_bytes: int,
+    touched_numel: int = 0,
 ) -> tuple[HostEstimate, NvmeEstimate]:
     """Resident and pinned bytes of one node.
 
@@ -47,8 +55,17 @@ def estimate_host(
         partition_numel: trainable elements of one rank (S), padding included.
         rank_bytes: tensor bytes of one rank that live in host memory anyway (CPU ranks, offloaded ones included), 0 on
             GPUs.
+        touched_numel: elements of the parameters that touch the partitions of the node's ranks, summed over the ranks.
     """
-    found = host_bytes(layout, recipe, choice, cluster, partition_numel=partition_numel, rank_bytes=rank_bytes)
+    found = host_bytes(
+        layout,
+        recipe,
+        choice,
+        cluster,
+        partition_numel=partition_numel,
+        rank_bytes=rank_bytes,
+        touched_numel=touched_numel,
+    )
     phases = {phase: sum(term.bytes for term in found.terms if phase in term.phases) for phase in PHASES}
     resident = max(phases.values())
     ranks = ranks_of_node(choice, cluster)
@@ -75,7 +92,14 @@ def ranks_of_node(choice: Choice, cluster: Cluster) -> int:
 
 
 def host_bytes(
-    layout: Layout, recipe: Recipe, choice: Choice, cluster: Cluster, *, partition_numel: int, rank_bytes: int
+    layout: Layout,
+    recipe: Recipe,
+    choice: Choice,
+    cluster: Cluster,
+    *,
+    partition_numel: int,
+    rank_bytes: int,
+    touched_numel: int = 0,
 ) -> HostBytes:
     """All terms of the node."""
     ranks, zero, b = ranks_of_node(choice, cluster), choice.zero, recipe.weight_bytes
@@ -90,6 +114,9 @@ def host_bytes(
     if zero.offloads_optimizer and not rank_bytes:
         states, pins, disk = _optimizer(layout, recipe, choice, ranks, partition_numel, on_cpu)
         terms.extend(states)
+        if zero.stage == 2 and choice.batch.gradient_accumulation_steps > 1:
+            terms.append(_accumulation(b, touched_numel))
+            pins += terms[-1].bytes if zero.offload_optimizer.pin_memory else 0
         pinned, nvme = pinned + pins, nvme + disk
     if zero.offloads_param and not rank_bytes:
         states, pins, disk = _parameters(layout, choice, ranks, b)
@@ -144,8 +171,6 @@ def _optimizer(
     states = optimizer_state_bytes(recipe.optimizer, numel)
     master, gradients, low = FP32 * numel, FP32 * numel, b * numel
     extra = b * layout.largest_trainable if zero.stage < 3 else 0
-    if zero.stage == 2 and choice.batch.gradient_accumulation_steps > 1:
-        extra += b * numel
     source = "deepspeed 0.19.8, stage_1_and_2.py, stage3.py"
     if zero.offload_optimizer.device == "nvme" and zero.stage == 3:
         return _optimizer_on_nvme(layout, recipe, choice, ranks, numel, low, master + states + gradients)
@@ -165,6 +190,18 @@ def _optimizer(
             )
         )
     return terms, pinned, 0
+
+
+def _accumulation(b: int, touched_numel: int) -> Term:
+    """Gradients of earlier micro-steps at stage 2: whole parameters, on every rank whose partition they touch.
+
+        b * elements, summed over the ranks of the node
+
+    Source: deepspeed 0.19.8, stage_1_and_2.py (async_accumulate_grad_in_cpu_via_gpu: torch.zeros(param.numel())).
+    """
+    formula = f"{b} x {touched_numel} elements of whole parameters, of all ranks"
+    source = "deepspeed 0.19.8, stage_1_and_2.py (async_accumulate_grad_in_cpu_via_gpu)"
+    return _term("offloaded gradient accumulation", b * touched_numel, STEPS, formula, source)
 
 
 MIN_SWAPPED_BYTES = 1 << 20

@@ -166,9 +166,10 @@ class Estimator:
         return largest, outside.low, outside.expected, outside.high, int(is_whole)
 
     def _of_host(self, asked: _OnHost) -> tuple[int, ...]:
+        still = self._standing(asked.choice)
         host, nvme = estimate_host(
-            self.laid, self.recipe, asked.choice, self.cluster,
-            partition_numel=self._standing(asked.choice).partition_numel, rank_bytes=asked.rank_bytes,
+            self.laid, self.recipe, asked.choice, self.cluster, partition_numel=still.partition_numel,
+            rank_bytes=asked.rank_bytes, touched_numel=still.node_touched_numel,
         )  # fmt: skip
         level, nvme_level = VERDICTS.index(host.verdict), VERDICTS.index(nvme.verdict)
         return host.resident_bytes, host.pinned_bytes, level, host.short_bytes, nvme.bytes, nvme_level

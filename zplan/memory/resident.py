@@ -13,6 +13,7 @@ from zplan.memory.trainable import Layout
 from zplan.recipe import Recipe
 from zplan.zero_config import Choice
 
+PEFT = "peft 0.21.2, tuners/tuners_utils.py (_move_adapter_to_device_of_base_layer)"
 AFTER_LOAD: tuple[Phase, ...] = ("init", "forward", "backward", "step", "save")
 STEPS: tuple[Phase, ...] = ("forward", "backward", "step", "save")
 
@@ -24,6 +25,8 @@ class Resident:
     terms: tuple[Term, ...]
     partition_numel: int
     """Trainable elements whose state this rank holds, padding included."""
+    node_touched_numel: int = 0
+    """Stages 1 and 2: elements of the parameters that touch the partitions of the node's ranks, summed over ranks."""
 
 
 def resident(laid: Layout, recipe: Recipe, choice: Choice, cut: Partitions | None, shards: Shards | None) -> Resident:
@@ -149,12 +152,18 @@ def _stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards) -> Res
     buffers = bucket + gathered
     if not zero.offloads_optimizer:
         buffers = max(FP32 * max(groups), b * numel + bucket + gathered)
+    if recipe.method != "full":
+        whole = b * laid.trainable_numel
+        own = b * numel if not zero.offloads_param else 0
+        made = sum(term.bytes for term in terms if term.name == "master weights")
+        buffers = max(buffers, whole - own - made)
+        terms.append(_term("adapters before they are cut", whole - own, ("load",), f"{whole} - {own}", PEFT))
     terms.append(
         _term(
             "buffers at initialize",
             buffers,
             ("init",),
-            "max(4 x largest sub-group, gradients + bucket + largest parameter)",
+            "max(4 x largest sub-group, gradients + bucket + largest parameter, adapters not yet cut)",
             source,
         )
     )

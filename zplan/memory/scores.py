@@ -26,8 +26,7 @@ def fused_attention(
     """
     wide, grouped = sizes.bytes(q_width), k_width != q_width
     if masked and grouped:
-        k = tape.apply(wide, [(k, sizes.bytes(k_width))], temporary=wide)
-        v = tape.apply(wide, [(v, sizes.bytes(v_width))], temporary=wide)
+        k, v = (_repeat_heads(tape, sizes, x, k_width, q_width, num_heads) for x in (k, v))
         out = fused_attention(tape, sizes, q, k, v, num_heads, q_width, q_width, q_width, masked=True)
         tape.drop(k, v)
         return out
@@ -44,6 +43,13 @@ def fused_attention(
         extra_saved=sizes.fp32_bytes(num_heads),
         temporary=scratch,
     )
+
+
+def _repeat_heads(tape: Tape, sizes: Sizes, x: Value, narrow: int, wide: int, num_heads: int) -> Value:
+    """repeat_kv: a copy for every query head, or a view of a single head; its backward sums the copies' gradients."""
+    is_single = narrow * num_heads == wide
+    num_bytes = None if is_single else sizes.bytes(wide)
+    return tape.apply(num_bytes, [(x, sizes.bytes(narrow))], temporary=0 if is_single else sizes.bytes(wide))
 
 
 def _flash_scratch(sizes: Sizes, num_heads: int, head_dim: int) -> int:
@@ -67,9 +73,9 @@ def eager_attention(
     small, large = scores * sizes.itemsize, scores * FP32
     wide = sizes.bytes(q_width)
     repeats, batched = k_width != q_width, sizes.micro_batch > 1
-    keys = tape.apply(wide, [(k, sizes.bytes(k_width))], temporary=wide) if repeats else k
     out_wide = sizes.bytes(v_width * q_width // k_width)
-    values = tape.apply(out_wide, [(v, sizes.bytes(v_width))], temporary=out_wide) if repeats else v
+    keys = _repeat_heads(tape, sizes, k, k_width, q_width, num_heads) if repeats else k
+    values = _repeat_heads(tape, sizes, v, v_width, q_width, num_heads) if repeats else v
     queries = tape.apply(wide, [(q, None)]) if batched else q
     product = tape.apply(small, [(queries, wide), (keys, wide)], saves=(queries, keys))
     if batched:

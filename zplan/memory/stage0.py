@@ -54,9 +54,7 @@ class Stage0Engine:
         self.meter.add(Kind.GRADIENTS, num_bytes)
 
     def end_backward(self) -> None:
-        """All-reduce: gradients are flattened until the buffer holds at least 5e8 elements."""
-        if self.num_ranks == 1:
-            return
+        """All-reduce: gradients are flattened until the buffer holds at least 5e8 elements; by one rank as well."""
         filled = largest = 0
         for group in self.items.groups:
             for number in group:

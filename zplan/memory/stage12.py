@@ -29,12 +29,17 @@ class Partitions:
     """N * S per group."""
     rank: int
     """The rank whose partition touches the most elements."""
-    touched_numel: int
-    """Elements of the parameters that touch that rank's partitions, whole parameters counted."""
+    touched_by_rank: tuple[int, ...]
+    """Elements of the parameters that touch each rank's partitions, whole parameters counted."""
     largest_fragment: int
     """Largest piece of one parameter within the partition, in elements."""
     largest_numel: int
     """Largest trainable parameter, in elements."""
+
+    @property
+    def touched_numel(self) -> int:
+        """Of the rank that is looked at."""
+        return self.touched_by_rank[self.rank]
 
 
 @lru_cache(1024)
@@ -69,7 +74,7 @@ def partition(items: Instances, num_ranks: int, rank: int | None = None) -> Part
         sizes=sizes,
         padded=tuple(size * num_ranks for size in sizes),
         rank=rank,
-        touched_numel=touched[rank],
+        touched_by_rank=tuple(touched),
         largest_fragment=max(fragments),
         largest_numel=max(items.numel[number] for group in items.groups for number in group),
     )
@@ -186,6 +191,9 @@ class Stage12Engine:
             self._reduce()
         if self.contiguous and numel <= self.zero.reduce_bucket_size:
             self._free(number)
+        elif self.zero.offloads_optimizer:
+            # a clone takes the place of an oversized gradient (_offload_gradient_safety_enabled)
+            self.meter.touch(Kind.GRADIENTS, self.itemsize * numel)
         self.bucket.append(number)
         self.bucket_numel += numel
 

@@ -16,7 +16,7 @@ from zplan.memory.instances import Instances, instances
 from zplan.memory.loss import INT64, LossCost, loss_cost
 from zplan.memory.operations import Modules, Sizes, norm
 from zplan.memory.tape import BlockTape, Event, Step, Tape, Value, record_block
-from zplan.memory.trainable import LaidBlock, Layout, Weight
+from zplan.memory.trainable import EXPERT_ADAPTERS, LaidBlock, Layout, Weight
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 
@@ -241,6 +241,26 @@ def module_parameters(recording: Recording) -> dict[int, tuple[int, ...]]:
                 owned.setdefault(base + layer * per_layer + (local_module or 0), []).append(first + local)
     owned[root_module(recording) + recording.runs_head] = list(output_numbers(recording))
     return {module: tuple(numbers) for module, numbers in owned.items()}
+
+
+def viewed_numbers(recording: Recording) -> frozenset[int]:
+    """Stacked weights of experts without adapters.
+
+    Source: transformers 5.23.0, integrations/moe.py (_grouped_linear: weight.transpose); torch 2.13.0, derivatives.yaml
+    (_grouped_mm saves it, and with it the gathered storage that ZeRO-3 means to free).
+    """
+    found = []
+    for index, block in enumerate(recording.blocks):
+        names = {weight.name for weight in block.laid.weights}
+        plain = [
+            local
+            for local, weight in enumerate(block.laid.weights)
+            if len(weight.shape) == 3 and f"{weight.name}.{EXPERT_ADAPTERS[0]}" not in names
+        ]
+        for layer in range(block.laid.repeat if plain else 0):
+            first = recording.items.base[index] + layer * len(block.laid.weights)
+            found += [first + local for local in plain]
+    return frozenset(found)
 
 
 def leaf_modules(recording: Recording) -> tuple[frozenset[int], dict[int, tuple[int, ...]]]:
