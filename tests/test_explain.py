@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.shapes import described_cluster, llama_like
+from zplan.autotp import cut_shape
 from zplan.errors import ConfigError
 from zplan.explain import TOPICS, Explanation, explain
 from zplan.planner import Fixed, make_choice
@@ -31,7 +32,7 @@ def ask(key: str, stage: int = 2) -> Explanation:
 def test_each_option_has_two_or_three_sentences_and_its_effects(key: str) -> None:
     explanation = ask(key)
     assert 2 <= len(explanation.text.split(". ")) <= 3 or "(stage 3 only" in explanation.text
-    assert explanation.effects or key in ("sliding_window", "tensor_parallel")
+    assert explanation.effects
 
 
 def test_nothing_is_explained_that_was_not_promised() -> None:
@@ -60,6 +61,43 @@ def test_an_unprefixed_or_hyphenated_name_is_understood() -> None:
     assert ask("max_live_parameters").key == "stage3_max_live_parameters"
     assert ask("--offload-param").key == "offload_param"
     assert ask("offload_optimizer.pin_memory").key == "pin_memory"
+
+
+@pytest.mark.parametrize(
+    ("typed", "key"),
+    [
+        ("sparse attention", "sliding_window"), ("tensor-parallelism", "tensor_parallel"),
+        ("activation_checkpointing", "gradient_checkpointing"), ("offload_param.device", "offload_param"),
+    ],
+)  # fmt: skip
+def test_other_words_for_an_option_are_understood(typed: str, key: str) -> None:
+    assert ask(typed).key == key
+
+
+def test_tensor_parallelism_halves_the_layers_matrices_and_nothing_else() -> None:
+    cut = cut_shape(SHAPE, 2)
+    assert cut is not None
+    matrices = sum(parameter.numel for _, parameter in SHAPE.parameters() if "_proj" in parameter.name)
+    assert SHAPE.num_parameters - cut.num_parameters == matrices // 2
+    small_vocabulary = llama_like(hidden_size=512, num_hidden_layers=4, vocab_size=100)
+    choice = make_choice(small_vocabulary, RECIPE, CLUSTER, fixed=Fixed(stage=2))
+    (row,) = explain("tensor_parallel", small_vocabulary, RECIPE, choice, CLUSTER).rows
+    assert row.gpu_bytes < 0, "a large vocabulary would cost more: half as many ranks share its states"
+    assert row.host_bytes is None
+    assert cut_shape(SHAPE, 3) is None, "four heads do not divide by three"
+
+
+def test_stored_scores_are_what_sdpa_saves() -> None:
+    (row,) = ask("sliding_window").rows  # this model has no window
+    assert row.change == "attention=eager -> sdpa"
+    assert row.phase_bytes < 0
+
+
+def test_gathering_to_save_costs_the_host_one_model_where_states_are_there_already() -> None:
+    plain, offloaded = ask("stage3_gather_16bit_weights_on_model_save").rows
+    assert offloaded.host_phase == "save"
+    assert offloaded.host_phase_bytes == 2 * SHAPE.num_parameters
+    assert plain.host_phase_bytes <= offloaded.host_phase_bytes
 
 
 def test_an_unknown_name_lists_the_nearest() -> None:

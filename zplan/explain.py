@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from zplan.autotp import cut_shape
 from zplan.candidates import Candidate, Stage, evaluate
 from zplan.errors import ConfigError
 from zplan.hardware import Cluster
 from zplan.memory.documented import documented_bucket_bytes
 from zplan.memory.terms import Phase
 from zplan.model_shape import ModelShape
-from zplan.recipe import Recipe
+from zplan.recipe import Attention, Recipe
 from zplan.settings import STAGE3_KEYS, apply_settings, hf_auto_bucket_sizes, nearest
 from zplan.units import format_bytes
 from zplan.zero_config import Choice, OffloadOptimizer, OffloadParam, ZeroConfig
@@ -27,8 +28,11 @@ class Effect:
     phase: Phase
     """The phase of the GPU that changes most; an option can matter in one that is not the peak."""
     phase_bytes: int
-    host_bytes: int
-    """Of a node, resident."""
+    host_bytes: int | None
+    """Of a node, resident; None where it is not estimated."""
+    host_phase: Phase
+    host_phase_bytes: int
+    """The phase of the host that changes most."""
     tokens_per_second: float | None
     """Ratio; None where the speed is not known."""
 
@@ -36,9 +40,13 @@ class Effect:
         parts = [f"GPU peak {_signed(self.gpu_bytes)}"]
         if self.phase_bytes != self.gpu_bytes:
             parts.append(f"{self.phase} {_signed(self.phase_bytes)}")
-        parts.append(f"host {_signed(self.host_bytes)}")
+        if self.host_bytes is not None:
+            parts.append(f"host {_signed(self.host_bytes)}")
+            if self.host_phase_bytes != self.host_bytes:
+                parts.append(f"host {self.host_phase} {_signed(self.host_phase_bytes)}")
         if self.tokens_per_second is not None:
-            parts.append(f"tokens/s {self.tokens_per_second - 1:+.0%}")
+            change = self.tokens_per_second - 1
+            parts.append(f"tokens/s {change:+.0%}" if abs(change) >= 0.005 else "tokens/s unchanged")
         return f"{self.change}: {', '.join(parts)}"
 
 
@@ -66,8 +74,10 @@ class Explanation:
         return tuple(lines)
 
 
-Changes = Callable[["Question"], Iterator[tuple[str, Choice, Choice]]]
-"""(what changes, before, after) of every effect worth showing."""
+Change = tuple[str, "Question", "Question"]
+"""(what changes, before, after)."""
+Changes = Callable[["Question"], Iterator[Change]]
+"""Every effect worth showing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +88,12 @@ class Question:
     recipe: Recipe
     choice: Choice
     cluster: Cluster
+
+    def answer(self) -> Candidate:
+        return evaluate(self.shape, self.recipe, self.choice, self.cluster)
+
+    def with_zero(self, zero: ZeroConfig) -> Question:
+        return replace(self, choice=replace(self.choice, zero=zero))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,21 +116,26 @@ def explain(key: str, shape: ModelShape, recipe: Recipe, choice: Choice, cluster
     name = _topic_name(key)
     question = Question(shape=shape, recipe=recipe, choice=choice, cluster=cluster)
     topic = TOPICS[name]
-    rows = tuple(
-        _effect(change, evaluate(shape, recipe, before, cluster), evaluate(shape, recipe, after, cluster))
-        for change, before, after in topic.changes(question)
-    )
+    rows = tuple(_effect(change, before.answer(), after.answer()) for change, before, after in topic.changes(question))
     bound = None
     if name in ("overlap_comm", "reduce_bucket_size", "allgather_bucket_size"):
         bound = documented_bucket_bytes(choice.zero, itemsize=recipe.weight_bytes)
     return Explanation(key=name, text=topic.text, rows=rows, documented_bound_bytes=bound)
 
 
+_ALIASES = {
+    "sparse_attention": "sliding_window", "sliding_window_attention": "sliding_window",
+    "tensor_parallelism": "tensor_parallel", "autotp": "tensor_parallel", "autotp_size": "tensor_parallel",
+    "activation_checkpointing": "gradient_checkpointing", "checkpointing": "gradient_checkpointing",
+}  # fmt: skip
+"""Other words for a topic."""
+
+
 def _topic_name(key: str) -> str:
-    name = key.strip().lstrip("-").replace("zero_optimization.", "")
-    name = name.replace("-", "_").replace(" ", "_") if name.replace("-", "_").replace(" ", "_") in TOPICS else name
+    name = key.strip().lstrip("-").replace("zero_optimization.", "").replace("-", "_").replace(" ", "_")
+    name = _ALIASES.get(name.rpartition(".")[2], name)
     name = STAGE3_KEYS.get(name, name)
-    name = name.rpartition(".")[2] if name.endswith(".pin_memory") else name
+    name = name.rpartition(".")[2] if name.endswith(".pin_memory") else name.removesuffix(".device")
     if name in TOPICS:
         return name
     near = nearest(name, TOPICS)
@@ -126,38 +147,43 @@ def _topic_name(key: str) -> str:
 
 def _effect(change: str, before: Candidate, after: Candidate) -> Effect:
     old, new = before.speed.tokens_per_second, after.speed.tokens_per_second
-    phases = before.memory.gpu.phases
-    deltas = {phase: after.memory.gpu.phases[phase] - num_bytes for phase, num_bytes in phases.items()}
-    phase = max(deltas, key=lambda name: abs(deltas[name]))
+    phase, phase_bytes = _most_changed(before.memory.gpu.phases, after.memory.gpu.phases)
+    host_phase, host_phase_bytes = _most_changed(before.memory.host.phases, after.memory.host.phases)
+    alike = before.choice.batch.world_size == after.choice.batch.world_size
     return Effect(
         change=change,
         gpu_bytes=after.memory.gpu.allocated.expected - before.memory.gpu.allocated.expected,
         phase=phase,
-        phase_bytes=deltas[phase],
-        host_bytes=after.memory.host.resident_bytes - before.memory.host.resident_bytes,
-        tokens_per_second=new / old if old and new else None,
+        phase_bytes=phase_bytes,
+        host_phase=host_phase,
+        host_phase_bytes=host_phase_bytes,
+        host_bytes=after.memory.host.resident_bytes - before.memory.host.resident_bytes if alike else None,
+        tokens_per_second=new / old if old and new and alike else None,
     )
 
 
-def _at(choice: Choice, stages: tuple[Stage, ...]) -> tuple[str, Choice]:
-    """The choice at a stage where the option acts, and how to say so."""
-    if choice.zero.stage in stages:
-        return "", choice
+def _most_changed(before: Mapping[Phase, int], after: Mapping[Phase, int]) -> tuple[Phase, int]:
+    deltas = {phase: after[phase] - num_bytes for phase, num_bytes in before.items()}
+    phase = max(deltas, key=lambda name: abs(deltas[name]))
+    return phase, deltas[phase]
+
+
+def _at(question: Question, stages: tuple[Stage, ...]) -> tuple[str, Question]:
+    """The question at a stage where the option acts, and how to say so."""
+    if question.choice.zero.stage in stages:
+        return "", question
     stage = stages[0]
-    return f"at stage {stage}: ", replace(choice, zero=replace(choice.zero, stage=stage))
+    return f"at stage {stage}: ", question.with_zero(replace(question.choice.zero, stage=stage))
 
 
 def _settings(stages: tuple[Stage, ...], *changes: tuple[str, str]) -> Changes:
     """Effects of `KEY=BEFORE -> KEY=AFTER`."""
 
-    def make(question: Question) -> Iterator[tuple[str, Choice, Choice]]:
-        where, choice = _at(question.choice, stages)
-        for before, after in changes:
-            yield (
-                f"{where}{before} -> {after}",
-                replace(choice, zero=apply_settings(choice.zero, [before])),
-                replace(choice, zero=apply_settings(choice.zero, [after])),
-            )
+    def make(question: Question) -> Iterator[Change]:
+        where, at = _at(question, stages)
+        for settings in changes:
+            before, after = (at.with_zero(apply_settings(at.choice.zero, [setting])) for setting in settings)
+            yield f"{where}{settings[0]} -> {settings[1]}", before, after
 
     return make
 
@@ -165,7 +191,7 @@ def _settings(stages: tuple[Stage, ...], *changes: tuple[str, str]) -> Changes:
 def _auto_against_default(key: str, stages: tuple[Stage, ...]) -> Changes:
     """DeepSpeed's default size against what transformers' "auto" gives for this model."""
 
-    def make(question: Question) -> Iterator[tuple[str, Choice, Choice]]:
+    def make(question: Question) -> Iterator[Change]:
         auto = hf_auto_bucket_sizes(question.shape.hidden_size)[key]
         default = getattr(ZeroConfig(), key)
         yield from _settings(stages, (f"{key}={default}", f"{key}={auto}"))(question)
@@ -173,45 +199,84 @@ def _auto_against_default(key: str, stages: tuple[Stage, ...]) -> Changes:
     return make
 
 
-def _offload_optimizer(question: Question) -> Iterator[tuple[str, Choice, Choice]]:
-    where, choice = _at(question.choice, (1, 2, 3))
-    none = _with(choice, offload_optimizer=OffloadOptimizer())
-    cpu = _with(choice, offload_optimizer=OffloadOptimizer(device="cpu"))
-    yield f"{where}offload_optimizer.device=none -> cpu", none, cpu
+def _offload_optimizer(question: Question) -> Iterator[Change]:
+    where, at = _at(question, (1, 2, 3))
+    none, cpu = OffloadOptimizer(), OffloadOptimizer(device="cpu")
+    yield (
+        f"{where}offload_optimizer.device=none -> cpu",
+        _with(at, offload_optimizer=none),
+        _with(at, offload_optimizer=cpu),
+    )
     path = question.cluster.host.nvme_path
     if path:
-        where, choice = _at(question.choice, (3,))
-        cpu = _with(choice, offload_optimizer=OffloadOptimizer(device="cpu"))
-        nvme = _with(choice, offload_optimizer=OffloadOptimizer(device="nvme", nvme_path=path))
-        yield f"{where}offload_optimizer.device=cpu -> nvme", cpu, nvme
+        where, at = _at(question, (3,))
+        nvme = _with(at, offload_optimizer=OffloadOptimizer(device="nvme", nvme_path=path))
+        yield f"{where}offload_optimizer.device=cpu -> nvme", _with(at, offload_optimizer=cpu), nvme
 
 
-def _offload_param(question: Question) -> Iterator[tuple[str, Choice, Choice]]:
-    where, choice = _at(question.choice, (3,))
-    none = _with(choice, offload_param=OffloadParam())
-    yield f"{where}offload_param.device=none -> cpu", none, _with(choice, offload_param=OffloadParam(device="cpu"))
+def _offload_param(question: Question) -> Iterator[Change]:
+    where, at = _at(question, (3,))
+    none, cpu = _with(at, offload_param=OffloadParam()), _with(at, offload_param=OffloadParam(device="cpu"))
+    yield f"{where}offload_param.device=none -> cpu", none, cpu
 
 
-def _pin_memory(question: Question) -> Iterator[tuple[str, Choice, Choice]]:
-    where, choice = _at(question.choice, (1, 2, 3))
-    pinned = _with(choice, offload_optimizer=OffloadOptimizer(device="cpu"))
-    pageable = _with(choice, offload_optimizer=OffloadOptimizer(device="cpu", pin_memory=False))
+def _pin_memory(question: Question) -> Iterator[Change]:
+    where, at = _at(question, (1, 2, 3))
+    pinned = _with(at, offload_optimizer=OffloadOptimizer(device="cpu"))
+    pageable = _with(at, offload_optimizer=OffloadOptimizer(device="cpu", pin_memory=False))
     yield f"{where}with the optimizer on cpu, pin_memory=true -> false", pinned, pageable
 
 
-def _with(choice: Choice, **sections: OffloadOptimizer | OffloadParam) -> Choice:
-    return replace(choice, zero=replace(choice.zero, **sections))  # type: ignore[arg-type]
+def _with(question: Question, **sections: OffloadOptimizer | OffloadParam) -> Question:
+    return question.with_zero(replace(question.choice.zero, **sections))  # type: ignore[arg-type]
 
 
-def _checkpointing(question: Question) -> Iterator[tuple[str, Choice, Choice]]:
-    kept = replace(question.choice, gradient_checkpointing=False)
-    yield "gradient_checkpointing=false -> true", kept, replace(kept, gradient_checkpointing=True)
+def _gather_to_save(question: Question) -> Iterator[Change]:
+    """Saving states that are on the GPUs takes more host memory than the weights; offloaded ones are there already."""
+    where, at = _at(question, (3,))
+    key = "stage3_gather_16bit_weights_on_model_save"
+    for told, on in (
+        ("", at),
+        ("with the optimizer on cpu, ", _with(at, offload_optimizer=OffloadOptimizer(device="cpu"))),
+    ):
+        left, gathered = (
+            on.with_zero(apply_settings(on.choice.zero, [f"{key}={value}"])) for value in ("false", "true")
+        )
+        yield f"{where}{told}{key}=false -> true", left, gathered
 
 
-def _nothing(question: Question) -> Iterator[tuple[str, Choice, Choice]]:
-    return iter(())
+def _checkpointing(question: Question) -> Iterator[Change]:
+    kept, again = (
+        replace(question, choice=replace(question.choice, gradient_checkpointing=on)) for on in (False, True)
+    )
+    yield "gradient_checkpointing=false -> true", kept, again
 
 
+def _attention(question: Question) -> Iterator[Change]:
+    """The window of the model against none, and the implementation that stores scores against one that does not."""
+    shape = question.shape
+    if shape.sliding_window:
+        whole = replace(shape, sliding_window=None, layer_types=("full_attention",) * len(shape.layer_types))
+        yield f"sliding_window={shape.sliding_window} -> null", question, replace(question, shape=whole)
+    eager, sdpa = (
+        replace(question, recipe=replace(question.recipe, attention=attention)) for attention in _STORED_OR_NOT
+    )
+    yield "attention=eager -> sdpa", eager, sdpa
+
+
+def _tensor_parallel(question: Question) -> Iterator[Change]:
+    """Half of each matrix on a GPU, and half as many data-parallel ranks, which share states among fewer."""
+    where, at = _at(question, (2, 1, 0))
+    cut, batch = cut_shape(question.shape, 2), at.choice.batch
+    if cut is None or batch.world_size % 2:
+        return
+    fewer = replace(
+        batch, world_size=batch.world_size // 2, gradient_accumulation_steps=2 * batch.gradient_accumulation_steps
+    )
+    yield f"{where}autotp_size=1 -> 2", at, replace(at, shape=cut, choice=replace(at.choice, batch=fewer))
+
+
+_STORED_OR_NOT: tuple[Attention, Attention] = ("eager", "sdpa")
 _ALL_ZERO: tuple[Stage, ...] = (1, 2, 3)
 TOPICS: Mapping[str, Topic] = {
     "overlap_comm": Topic(
@@ -266,10 +331,7 @@ TOPICS: Mapping[str, Topic] = {
     "stage3_gather_16bit_weights_on_model_save": Topic(
         text="Gathers all 16-bit weights on rank 0's host when the model is saved (stage 3), so that the result loads "
         "without DeepSpeed. It costs host memory for one whole model while saving, and time.",
-        changes=_settings(
-            (3,),
-            ("stage3_gather_16bit_weights_on_model_save=false", "stage3_gather_16bit_weights_on_model_save=true"),
-        ),
+        changes=_gather_to_save,
     ),
     "sub_group_size": Topic(
         text="The optimizer step at stage 3 works on groups of that many elements; its fp32 gradients and temporaries "
@@ -299,14 +361,15 @@ TOPICS: Mapping[str, Topic] = {
     ),
     "sliding_window": Topic(
         text="Sparse or sliding-window attention is part of the model (sliding_window in config.json), not a switch. "
-        "With sdpa or flash attention no score matrix is stored, so a window saves arithmetic and no training memory; "
-        "DeepSpeed's own sparse_attention section has been removed.",
-        changes=_nothing,
+        "With sdpa or flash attention no score matrix is stored, so a window saves arithmetic rather than training "
+        "memory; DeepSpeed's own sparse_attention section has been removed.",
+        changes=_attention,
     ),
     "tensor_parallel": Topic(
         text="DeepSpeed's AutoTP (tensor_parallel.autotp_size) splits each weight matrix over GPUs, with an all-reduce "
-        "of activations in every layer; it needs stage 0, 1 or 2. zplan does not plan it yet, so no bytes are given.",
-        changes=_nothing,
+        "of activations in every layer; it needs stage 0, 1 or 2. Plans are data-parallel: the bytes are those of this "
+        "model cut in two, for half as many data-parallel ranks; its host memory and speed are not estimated.",
+        changes=_tensor_parallel,
     ),
 }
 """Option -> explanation."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from rich.console import Group, RenderableType
 from rich.text import Text
 
@@ -141,6 +143,8 @@ def _explained(job: Job, key: str) -> Answer:
         "key": explanation.key,
         "text": explanation.text,
         "effects": list(explanation.effects),
+        "rows": [asdict(row) for row in explanation.rows],
+        "documented_bound_bytes": explanation.documented_bound_bytes,
     }
     return Answer(data=lambda: data, text=Group(*lines))
 

@@ -281,7 +281,8 @@ def _saving(layout: Layout, recipe: Recipe, choice: Choice, ranks: int, numel: i
     """Copies in host memory while a checkpoint or the model is written, first the weights, then the states.
 
         max(weights, states)
-        weights   trained elements * b on rank 0: gathered at stage 3, copied off the GPU below it
+        weights   trained elements * b on rank 0: gathered at stage 3 if stage3_gather_16bit_weights_on_model_save,
+                  copied off the GPU below it
         states    ranks * 4 min(S, sub_group_size at stage 3): torch.save copies one flat state at a time; at stage 0
                   rank 0 writes alone
 
@@ -291,7 +292,8 @@ def _saving(layout: Layout, recipe: Recipe, choice: Choice, ranks: int, numel: i
     (_to_ndarray); torch 2.13, serialization.py (_save).
     """
     zero = choice.zero
-    weights = 0 if on_cpu and zero.stage < 3 else recipe.weight_bytes * layout.trainable_numel
+    gathers = zero.stage3_gather_16bit_weights_on_model_save if zero.stage == 3 else not on_cpu
+    weights = recipe.weight_bytes * layout.trainable_numel if gathers else 0
     flat = min(numel, zero.sub_group_size) if zero.stage == 3 else numel
     writers = ranks if zero.stage else 1
     states = 0 if on_cpu or zero.offloads_optimizer else writers * FP32 * flat
