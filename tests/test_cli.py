@@ -125,6 +125,7 @@ def test_inspect_tells_the_cluster_and_the_versions() -> None:
     assert data["schema"] == "zplan.inspect/1"
     assert data["cluster"]["world_size"] >= 1
     assert data["versions"]["deepspeed"]
+    assert "ok " not in zplan("inspect", "-q").stdout
 
 
 def test_explain_names_the_option_and_its_bytes() -> None:

@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -56,7 +58,7 @@ def test_another_version_than_the_tested_one_is_a_warning(monkeypatch: pytest.Mo
 
 def test_a_local_build_of_the_tested_torch_is_the_tested_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     with_versions(monkeypatch, {"torch": f"{TESTED_VERSIONS['torch']}+cpu"})
-    assert about("torch", diagnose(machine())).severity == "ok"
+    assert about(f"torch {TESTED_VERSIONS['torch']}", diagnose(machine())).severity == "ok"
 
 
 def test_the_tested_versions_are_the_constrained_ones() -> None:
@@ -72,9 +74,40 @@ def test_a_lock_left_by_a_killed_build_is_named(extensions_dir: Path) -> None:
     assert found.fix == f"rm {lock}"
 
 
+def test_a_cpu_build_of_torch_on_a_machine_with_gpus_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "torch_cuda_version", lambda: None)
+    found = about("CPU build", diagnose(machine()))
+    assert found.severity == "broken"
+    on_cpu = replace(machine(), gpu=replace(machine().gpu, kind="cpu"))
+    assert not [finding for finding in diagnose(on_cpu) if "CPU build" in finding.what]
+
+
+@pytest.mark.parametrize(("nvcc", "warned"), [("12.4", True), ("12.8", False), (None, False)])
+def test_a_cuda_compiler_of_another_version_than_torchs_is_warned(
+    nvcc: str | None, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "torch_cuda_version", lambda: "12.8")
+    monkeypatch.setattr(doctor, "nvcc_version", lambda: nvcc)
+    assert any(finding.what.startswith("nvcc is CUDA") for finding in diagnose(machine())) == warned
+
+
+def test_versions_of_cuda_are_read_without_importing_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "version.py").write_text("from typing import Optional\ncuda: Optional[str] = '12.8'\nhip = None\n")
+    spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: spec)
+    assert doctor.torch_cuda_version() == "12.8"
+    (tmp_path / "version.py").write_text("cuda: Optional[str] = None\n")
+    assert doctor.torch_cuda_version() is None
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.4, V12.4.131'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name, path=None: str(nvcc))
+    assert doctor.nvcc_version() == "12.4"
+
+
 def test_a_machine_without_compiler_or_ninja_is_warned(monkeypatch: pytest.MonkeyPatch) -> None:
     with_versions(monkeypatch, {"ninja": None})
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name, path=None: None)
     findings = diagnose(machine())
     assert about("C++ compiler", findings).severity == "warning"
     assert about("ninja", findings).fix == "pip install ninja"

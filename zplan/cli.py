@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 
 from zplan.errors import ConfigError, ExitCode, ZplanError
-from zplan.options import Flags, SectionedCommand, shared_flags
+from zplan.options import Flags, SectionedCommand, output_flags, shared_flags
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -73,8 +73,8 @@ def _finish(flags: Flags, data: Callable[[], Mapping[str, Any]], *, text: Render
 
 
 @app.command()
-@click.option("--json", is_flag=True, help="JSON on stdout and nothing else.")
-def inspect(*, json: bool) -> None:
+@output_flags
+def inspect(*, flags: Flags) -> None:
     """This machine: GPUs, host limits, software; what is wrong and how to mend it."""
     from zplan.doctor import diagnose, inspect_data
     from zplan.report.terminal import render_machine
@@ -82,11 +82,10 @@ def inspect(*, json: bool) -> None:
     cluster = _probe_cluster()
     findings = diagnose(cluster)
     broken = any(finding.severity == "broken" for finding in findings)
-    flags = Flags(json=json)
     _finish(
         flags,
         lambda: inspect_data(cluster, findings),
-        text=render_machine(cluster, findings),
+        text=render_machine(cluster, findings, quiet=flags.quiet),
         code=ExitCode.BROKEN_MACHINE if broken else ExitCode.OK,
     )
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -42,6 +45,7 @@ def diagnose(cluster: Cluster) -> tuple[Finding, ...]:
     """Every check, in the order in which a run would meet the problem."""
     return (
         *_packages(),
+        *_cuda(cluster),
         *_compiler(cluster),
         *_stale_locks(),
         *_limits(cluster),
@@ -79,6 +83,51 @@ def _packages() -> Iterator[Finding]:
             )  # fmt: skip
         else:
             yield Finding(severity="ok", what=f"{name} {found}")
+
+
+def _cuda(cluster: Cluster) -> Iterator[Finding]:
+    """torch's CUDA against the GPUs and the compiler. DeepSpeed refuses to build its ops with another minor version.
+
+    Source: deepspeed 0.19.8, ops/op_builder/builder.py:107 (assert_no_cuda_mismatch).
+    """
+    if cluster.gpu.kind != "cuda" or _version("torch") is None:
+        return
+    torch_cuda = torch_cuda_version()
+    if torch_cuda is None:
+        yield Finding(
+            severity="broken", what="torch is a CPU build, and this machine has GPUs",
+            because="a run would use the CPUs", fix=f"pip install --force-reinstall torch=={TESTED_VERSIONS['torch']}",
+        )  # fmt: skip
+        return
+    yield Finding(severity="ok", what=f"torch is built for CUDA {torch_cuda}")
+    compiler = nvcc_version()
+    if compiler is not None and compiler != ".".join(torch_cuda.split(".")[:2]):
+        yield Finding(
+            severity="warning", what=f"nvcc is CUDA {compiler}, torch is built for {torch_cuda}",
+            because="DeepSpeed compiles CPU Adam and its fused optimizers only with torch's version",
+            fix=f"install the CUDA toolkit {torch_cuda}, or export DS_SKIP_CUDA_CHECK=1 at your own risk",
+        )  # fmt: skip
+
+
+def torch_cuda_version() -> str | None:
+    """The CUDA that torch was built for, read from its version.py: torch need not import. None is a CPU build."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
+    found = re.search(r"^cuda[^=]*= *'([^']+)'", text, re.MULTILINE)
+    return found.group(1) if found else None
+
+
+def nvcc_version() -> str | None:
+    """Major and minor version of the CUDA compiler on PATH or in CUDA_HOME; None without one."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc") or (shutil.which("nvcc", path=f"{home}/bin") if home else None)
+    if nvcc is None:
+        return None
+    done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False, timeout=10)
+    found = re.search(r"release (\d+\.\d+)", done.stdout)
+    return found.group(1) if found else None
 
 
 def _compiler(cluster: Cluster) -> Iterator[Finding]:
@@ -126,6 +175,10 @@ def _limits(cluster: Cluster) -> Iterator[Finding]:
             severity="warning", what=f"/dev/shm has {format_bytes(host.shm_bytes)}",
             because="NCCL and data loader workers share memory through it", fix="docker run --shm-size=8g ...",
         )  # fmt: skip
+    if cluster.gpu.kind == "cpu":
+        yield Finding(
+            severity="ok", what="no NVIDIA GPU: runs here use CPU ranks; describe GPUs with --gpu to plan for them"
+        )
     if host.cgroup_limit_bytes is not None:
         yield Finding(severity="ok", what=f"cgroup limit {format_bytes(host.cgroup_limit_bytes)} counts as host RAM")
 

@@ -152,7 +152,15 @@ class Flags:
 
 def shared_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give a click command the fields of `Flags` as options; it receives them as one value, `flags`."""
-    options = _options()
+    return _flags_as_options(command, _options())
+
+
+def output_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Only the section Output of `shared_flags`."""
+    return _flags_as_options(command, tuple(option for option in _options() if option.section == _OUTPUT))
+
+
+def _flags_as_options(command: Callable[..., None], options: tuple[FlagOption, ...]) -> Callable[..., None]:
     names = [option.name for option in options]
 
     @functools.wraps(command)

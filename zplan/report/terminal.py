@@ -192,8 +192,8 @@ def _signed(num_bytes: int | None) -> str:
     return ("+" if num_bytes > 0 else "") + format_bytes(num_bytes)
 
 
-def render_machine(cluster: Cluster, findings: Sequence[Finding]) -> RenderableType:
-    """`zplan inspect`: what is there, then what is wrong with it."""
+def render_machine(cluster: Cluster, findings: Sequence[Finding], *, quiet: bool = False) -> RenderableType:
+    """`zplan inspect`: what is there, then what is wrong with it; `quiet` leaves what is in order out."""
     gpu, host = cluster.gpu, cluster.host
     table = _table("This machine")
     table.add_column("", style="dim", no_wrap=True)
@@ -206,14 +206,22 @@ def render_machine(cluster: Cluster, findings: Sequence[Finding]) -> RenderableT
         ("memlock", "unlimited" if host.memlock_bytes is None else format_bytes(host.memlock_bytes)),
         ("/dev/shm", format_bytes(host.shm_bytes)),
         ("CPUs", str(host.num_cpus)),
-        ("NVMe", f"{host.nvme_path or '-'} {format_bytes(host.nvme_free_bytes)} free"),
+        (
+            "NVMe",
+            f"{format_bytes(host.nvme_free_bytes)} free in {host.nvme_path}"
+            if host.nvme_path
+            else "none below the current folder",
+        ),
     ]
     for row in rows:
         table.add_row(*row)
     checks = _table("Checks")
     checks.add_column("", no_wrap=True)
     checks.add_column("")
-    for finding in findings:
+    shown = [finding for finding in findings if not quiet or finding.severity != "ok"]
+    if not shown:
+        return Group(table, Text(), Text("nothing is wrong", style="green"))
+    for finding in shown:
         text = finding.what
         if finding.severity != "ok":
             text += "".join(
