@@ -76,16 +76,15 @@ class ZeroConfig:
     def __post_init__(self) -> None:
         if self.stage not in (0, 1, 2, 3):
             raise ConfigError(f"stage is {self.stage}", because="ZeRO has the stages 0, 1, 2 and 3", fix="--stage 2")
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if type(value) is int and item.name != "stage":
-                low = 1 if item.name == "reduce_bucket_size" else 0
-                if not low <= value <= sys.maxsize:
-                    raise ConfigError(
-                        f"{item.name} is {value}, below {low}",
-                        because="DeepSpeed's config model refuses it (runtime/zero/config.py)",
-                        fix=f"--set {item.name}=5e8",
-                    )
+        for name in _COUNTS:
+            value = getattr(self, name)
+            low = 1 if name == "reduce_bucket_size" else 0
+            if not low <= value <= sys.maxsize:
+                raise ConfigError(
+                    f"{name} is {value}, below {low}",
+                    because="DeepSpeed's config model refuses it (runtime/zero/config.py)",
+                    fix=f"--set {name}=5e8",
+                )
 
     @property
     def overlaps_comm(self) -> bool:
@@ -100,6 +99,10 @@ class ZeroConfig:
     def offloads_param(self) -> bool:
         """offload_param is accepted and ignored below stage 3."""
         return self.stage == 3 and self.offload_param.device != "none"
+
+
+_COUNTS = tuple(item.name for item in fields(ZeroConfig) if item.type == "int")
+"""Every key that is a number of something; a search makes thousands of configurations, so they are listed once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

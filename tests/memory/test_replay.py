@@ -9,11 +9,12 @@ from hypothesis import given, settings
 
 from tests.memory.choices import BATCH, FULL_ON_SMOLLM, LORA_ON_SMOLLM, SMOLLM, choices
 from zplan.memory.coordinator import Coordinator, Limits
-from zplan.memory.course import STEP_PHASES, Course, Op, course
+from zplan.memory.course import course
 from zplan.memory.instances import instances
 from zplan.memory.memo import Memo
 from zplan.memory.meter import Kind, Meter
 from zplan.memory.replay import replay_of
+from zplan.memory.script import STEP_PHASES, Course, Op
 from zplan.memory.stage3 import Stage3Engine, shard
 from zplan.memory.timeline import record
 from zplan.memory.trainable import layout

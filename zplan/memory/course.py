@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import IntEnum
-from typing import Literal
 
 from zplan.memory.coordinator import Fetches
 from zplan.memory.instances import Instances
 from zplan.memory.meter import Kind, Meter
+from zplan.memory.script import HOOKS, Call, Course, Kinds, Op, Reduction, Script
+from zplan.memory.strip import Strip, strip
 from zplan.memory.tape import Event, Step
 from zplan.memory.timeline import (
     Recorded,
@@ -30,89 +29,6 @@ from zplan.memory.timeline import (
     root_module,
     viewed_numbers,
 )
-
-StepPhase = Literal["forward", "backward", "step"]
-STEP_PHASES: tuple[StepPhase, ...] = ("forward", "backward", "step")
-Kinds = tuple[int, ...]
-"""Bytes by Kind."""
-
-
-class Op(IntEnum):
-    """What the engine is asked to do."""
-
-    NOTHING = 0
-    """End of a phase: closes the last stretch of bytes."""
-    BEGIN = 1
-    PRE_MODULE = 2
-    POST_MODULE = 3
-    GRADIENT = 4
-    END_BACKWARD = 5
-    STEP = 6
-    RECOMPUTED_MODULE = 7
-    """PRE_MODULE within a reentrant recomputation."""
-    END_RECOMPUTED = 8
-    """The layer that was recomputed has had its backward."""
-    READ_HEAD = 9
-    """The loss reads the head's weight, or is done with it."""
-    KEPT_MODULE = 10
-    """POST_MODULE within a non-reentrant recomputation."""
-    VIEWED_MODULE = 12
-    """POST_MODULE of experts whose weights the graph keeps a view of."""
-    END_STEP = 11
-    """The update is done."""
-
-
-Call = tuple[int, int]
-"""(Op, number of the module or of the parameter)."""
-
-
-HOOKS = frozenset(
-    {
-        Op.PRE_MODULE, Op.POST_MODULE, Op.RECOMPUTED_MODULE, Op.END_RECOMPUTED, Op.READ_HEAD, Op.KEPT_MODULE,
-        Op.VIEWED_MODULE, Op.END_STEP,
-    }
-)  # fmt: skip
-"""Calls that gather and release parameters; no gradient comes or goes in them."""
-
-
-@dataclass(frozen=True, eq=False)
-class Reduction:
-    """The calls of a step without the hooks of its modules. One object per distinct sequence."""
-
-    calls: tuple[Call, ...]
-    phases: tuple[int, ...]
-    """Number of the first call of each phase."""
-
-
-@dataclass(frozen=True, eq=False)
-class Script:
-    """The calls of a step and what a ZeRO-3 engine must know to follow them. One object per distinct script."""
-
-    calls: tuple[Call, ...]
-    """Of the whole step, phase after phase."""
-    phases: tuple[int, ...]
-    """Number of the first call of each phase."""
-    reduction: Reduction
-    kept: tuple[int, ...]
-    """Number of each call of the reduction among all calls."""
-    fetches: Fetches
-    """Modules in the order in which a step fetches them; empty below stage 3."""
-    external: tuple[int, ...]
-    """Parameters that DeepSpeed registers as external; they are not released."""
-    head: tuple[int, ...]
-    """Parameters of the output projection."""
-    viewed: frozenset[int] = frozenset()
-    """Stacked weights of experts that are used as they are: their product keeps a view of the gathered tensor."""
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Course:
-    """A script with the bytes outside the engine. Each call has two moments: the largest since the call before it, and
-    what is live while it runs. Every table of bytes over calls lists moments in this order."""
-
-    script: Script
-    moments: tuple[int, ...]
-    kinds: tuple[Kinds, ...]
 
 
 class _Walk:
@@ -129,8 +45,10 @@ class _Walk:
         self.root = root_module(recording)
         self.calls: list[Call] = []
         self.moments: list[int] = []
-        self.kinds: list[Kinds] = []
+        self.spans: list[int] = []
+        self.others: list[Kinds] = []
         self.phases = [0]
+        self.strips: dict[tuple[int, int, bool, bool], Strip] = {}
         self.returned = 0
         owned = module_parameters(recording) if fetches else {}
         self.viewed = viewed_numbers(recording) if fetches else frozenset()
@@ -166,13 +84,19 @@ class _Walk:
         arguments = r.arguments_bytes if self.fetches else 0
         return 2 * r.hidden_bytes + arguments if r.reentrant and self.checkpointing else 0
 
-    def call(self, op: Op, number: int = 0) -> None:
+    def call(self, op: int, number: int = 0) -> None:
         """Note the bytes up to here; the engine acts here."""
-        meter, before = self.meter, self.meter.peak_by_kind
+        meter = self.meter
         self.calls.append((int(op), number))
-        self.moments += (meter.peak_bytes, meter.total_bytes)
+        self._note(meter.peak_bytes, meter.peak_by_kind)
         meter.mark()
-        self.kinds += (before, meter.peak_by_kind)
+        self._note(meter.total_bytes, meter.peak_by_kind)
+
+    def _note(self, num_bytes: int, kinds: Kinds) -> None:
+        if not self.others or self.others[-1] != kinds[1:]:
+            self.spans.append(len(self.moments))
+            self.others.append(kinds[1:])
+        self.moments.append(num_bytes)
 
     def pre(self, module: int) -> None:
         if self.fetches:
@@ -305,26 +229,43 @@ class _Walk:
             runs_again: a recomputation.
             loses: the forward of a checkpointed block, which keeps nothing.
         """
-        meter, reentrant = self.meter, self.recording.reentrant
-        block = self.recording.blocks[index]
+        meter, block = self.meter, self.recording.blocks[index]
+        played = self._strip(steps, index, runs_again=runs_again, loses=loses)
+        meter.stretch(Kind.ACTIVATIONS, *played.before)
+        if not played.calls:
+            return
         weights = self.recording.items.base[index] + layer * len(block.laid.weights)
         modules = self.module_base[index] + layer * max(len(block.modules.numbers), 1)
-        for event, a, b in steps:
-            if event == Event.BYTES:
-                meter.touch(Kind.ACTIVATIONS, b)
-                meter.add(Kind.ACTIVATIONS, a)
-            elif event == Event.GRADIENT:
-                self.call(Op.GRADIENT, weights + a)
-            elif event == Event.PRE_FORWARD and runs_again and reentrant and self.fetches:
-                self.call(Op.RECOMPUTED_MODULE, modules + a)
-            elif event == Event.POST_FORWARD and runs_again and not reentrant and self.fetches:
-                self.call(Op.KEPT_MODULE, modules + a)
-            elif event == Event.POST_FORWARD and self.fetches and modules + a in self.viewing and not loses:
-                self.call(Op.VIEWED_MODULE, modules + a)
-            elif event in (Event.PRE_FORWARD, Event.PRE_BACKWARD):
-                self.pre(modules + a)
-            else:
-                self.post(modules + a)
+        first, *calls = [(op, (weights, modules)[which] + number) for op, which, number in played.calls]
+        self.call(*first)
+        live = meter.total_bytes
+        self.calls += calls
+        self.moments += [live + num_bytes for num_bytes in played.moments]
+        meter.add(Kind.ACTIVATIONS, played.net)
+        meter.mark()
+        meter.stretch(Kind.ACTIVATIONS, *played.after)
+
+    def _strip(self, steps: Sequence[Step], index: int, *, runs_again: bool, loses: bool) -> Strip:
+        """A way through a block; its layers are all alike."""
+        reentrant, first = self.recording.reentrant, self.module_base[index]
+
+        def operation(event: int, number: int) -> Op | None:
+            if event == Event.GRADIENT:
+                return Op.GRADIENT
+            if not self.fetches:
+                return None
+            if event == Event.PRE_FORWARD and runs_again and reentrant:
+                return Op.RECOMPUTED_MODULE
+            if event == Event.POST_FORWARD and runs_again and not reentrant:
+                return Op.KEPT_MODULE
+            if event == Event.POST_FORWARD and first + number in self.viewing and not loses:
+                return Op.VIEWED_MODULE
+            return Op.PRE_MODULE if event in (Event.PRE_FORWARD, Event.PRE_BACKWARD) else Op.POST_MODULE
+
+        key = (id(steps), index, runs_again, loses)
+        if key not in self.strips:
+            self.strips[key] = strip(steps, operation)
+        return self.strips[key]
 
 
 _COURSES: dict[tuple[int, bool, bool], tuple[Recording, Course]] = {}
@@ -346,7 +287,7 @@ def course(recording: Recording, *, checkpointing: bool, fetches: bool) -> Cours
         return known[1]
     walk = _Walk(recording, checkpointing=checkpointing, fetches=fetches)
     walk.run()
-    made = Course(script=_script(walk), moments=tuple(walk.moments), kinds=tuple(walk.kinds))
+    made = Course(script=_script(walk), moments=tuple(walk.moments), spans=tuple(walk.spans), others=tuple(walk.others))
     if len(_COURSES) >= MOST_KEPT:
         _COURSES.clear()
     _COURSES[key] = (recording, made)
@@ -356,12 +297,12 @@ def course(recording: Recording, *, checkpointing: bool, fetches: bool) -> Cours
 def _script(walk: _Walk) -> Script:
     """Recordings that differ in bytes only (micro-batch, length, attention, loss) share one script."""
     recording, calls = walk.recording, tuple(walk.calls)
-    order = tuple(fetch_order(recording, checkpointing=walk.checkpointing)) if walk.fetches else ()
-    key = (recording.items, order, calls)
+    key = (recording.items, walk.checkpointing, walk.fetches, calls)
     known = _SCRIPTS.get(key)
     if known is None:
         if len(_SCRIPTS) >= MOST_KEPT:
             _SCRIPTS.clear()
+        order = tuple(fetch_order(recording, checkpointing=walk.checkpointing)) if walk.fetches else ()
         modules = module_parameters(recording) if walk.fetches else {}
         kept = tuple(number for number, (op, _) in enumerate(calls) if op not in HOOKS)
         known = _SCRIPTS[key] = Script(

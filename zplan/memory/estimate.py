@@ -7,7 +7,7 @@ from typing import Literal
 
 from zplan.hardware import Cluster
 from zplan.memory import runtime
-from zplan.memory.course import STEP_PHASES, Course, Kinds, StepPhase, course
+from zplan.memory.course import course
 from zplan.memory.documented import documented_bucket_bytes
 from zplan.memory.host import estimate_host, host_bytes, ranks_of_node
 from zplan.memory.host_limits import limit_notes
@@ -17,6 +17,7 @@ from zplan.memory.loss import FP32, TOKEN_TILE, VOCAB_TILE
 from zplan.memory.meter import KIND_NAMES, Kind
 from zplan.memory.replay import replay_of
 from zplan.memory.resident import Resident, resident
+from zplan.memory.script import STEP_PHASES, Course, Kinds, StepPhase
 from zplan.memory.stage3 import shard
 from zplan.memory.stage12 import partition
 from zplan.memory.terms import PHASES, VERDICTS, ByteRange, GpuEstimate, MemoryEstimate, Phase, Term

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from zplan.memory.coordinator import Action, Coordinator, Limits, Schedule
-from zplan.memory.course import Call, Op, Script
 from zplan.memory.instances import Instances
 from zplan.memory.memo import Memo
 from zplan.memory.meter import Meter
+from zplan.memory.script import Call, Op, Script
 from zplan.memory.stage3 import Shards, Stage3Engine, shard
 from zplan.zero_config import Choice
 

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from zplan.hardware import Cluster
-from zplan.memory.course import STEP_PHASES, Course, Reduction, StepPhase
 from zplan.memory.estimate import (
     Ranges,
     course_of,
@@ -35,6 +34,7 @@ from zplan.memory.limits import not_modelled
 from zplan.memory.memo import Memo
 from zplan.memory.replay import Held, Replay, replay_of
 from zplan.memory.resident import Resident
+from zplan.memory.script import STEP_PHASES, Course, Reduction, StepPhase
 from zplan.memory.terms import PHASES, VERDICTS, ByteRange, Phase
 from zplan.memory.trainable import layout
 from zplan.model_shape import ModelShape

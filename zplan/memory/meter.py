@@ -50,6 +50,11 @@ class Meter:
             self.peak_bytes = self.total_bytes
             self.peak_by_kind = tuple(self.by_kind)
 
+    def stretch(self, kind: int, num_bytes: int, peak_bytes: int) -> None:
+        """A stretch that leaves `num_bytes` and had `peak_bytes` at most, both above its start."""
+        self.touch(kind, peak_bytes)
+        self.add(kind, num_bytes)
+
     def touch(self, kind: int, num_bytes: int) -> None:
         """Allocate and free at once: only the peak can move."""
         if self.total_bytes + num_bytes > self.peak_bytes:

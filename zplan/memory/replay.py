@@ -17,11 +17,11 @@ from itertools import chain, pairwise
 from operator import add
 from typing import Protocol
 
-from zplan.memory.course import STEP_PHASES, Course, Kinds, Op, Reduction, Script, StepPhase
 from zplan.memory.gather import Gathered, gathering
 from zplan.memory.instances import Instances
 from zplan.memory.memo import Memo
 from zplan.memory.meter import Kind, Meter
+from zplan.memory.script import STEP_PHASES, Course, Kinds, Op, Reduction, Script, StepPhase
 from zplan.memory.stage0 import Stage0Engine
 from zplan.memory.stage3 import Stage3Engine, shard
 from zplan.memory.stage12 import Stage12Engine, partition
@@ -109,10 +109,10 @@ class Replay:
     def _kinds(self, course: Course, gathered: Gathered | None, index: int) -> Kinds:
         """What the bytes of a moment of the reduction are, outside the reduction."""
         if gathered is None:
-            return course.kinds[index]
+            return course.kinds(index)
         moments = range(self.cuts[index], self.cuts[index + 1])
         moment = max(moments, key=lambda number: course.moments[number] + gathered.moments[number])
-        kinds = list(course.kinds[moment])
+        kinds = list(course.kinds(moment))
         kinds[Kind.GATHERED_PARAMETERS] += gathered.moments[moment]
         return tuple(kinds)
 

@@ -1,0 +1,101 @@
+"""The script of a step: which calls the engine of the stage gets, and the course, a script with the bytes around it."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal
+
+from zplan.memory.coordinator import Fetches
+
+StepPhase = Literal["forward", "backward", "step"]
+STEP_PHASES: tuple[StepPhase, ...] = ("forward", "backward", "step")
+Kinds = tuple[int, ...]
+"""Bytes by Kind."""
+
+
+class Op(IntEnum):
+    """What the engine is asked to do."""
+
+    NOTHING = 0
+    """End of a phase: closes the last stretch of bytes."""
+    BEGIN = 1
+    PRE_MODULE = 2
+    POST_MODULE = 3
+    GRADIENT = 4
+    END_BACKWARD = 5
+    STEP = 6
+    RECOMPUTED_MODULE = 7
+    """PRE_MODULE within a reentrant recomputation."""
+    END_RECOMPUTED = 8
+    """The layer that was recomputed has had its backward."""
+    READ_HEAD = 9
+    """The loss reads the head's weight, or is done with it."""
+    KEPT_MODULE = 10
+    """POST_MODULE within a non-reentrant recomputation."""
+    VIEWED_MODULE = 12
+    """POST_MODULE of experts whose weights the graph keeps a view of."""
+    END_STEP = 11
+    """The update is done."""
+
+
+Call = tuple[int, int]
+"""(Op, number of the module or of the parameter)."""
+
+
+HOOKS = frozenset(
+    {
+        Op.PRE_MODULE, Op.POST_MODULE, Op.RECOMPUTED_MODULE, Op.END_RECOMPUTED, Op.READ_HEAD, Op.KEPT_MODULE,
+        Op.VIEWED_MODULE, Op.END_STEP,
+    }
+)  # fmt: skip
+"""Calls that gather and release parameters; no gradient comes or goes in them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reduction:
+    """The calls of a step without the hooks of its modules. One object per distinct sequence."""
+
+    calls: tuple[Call, ...]
+    phases: tuple[int, ...]
+    """Number of the first call of each phase."""
+
+
+@dataclass(frozen=True, eq=False)
+class Script:
+    """The calls of a step and what a ZeRO-3 engine must know to follow them. One object per distinct script."""
+
+    calls: tuple[Call, ...]
+    """Of the whole step, phase after phase."""
+    phases: tuple[int, ...]
+    """Number of the first call of each phase."""
+    reduction: Reduction
+    kept: tuple[int, ...]
+    """Number of each call of the reduction among all calls."""
+    fetches: Fetches
+    """Modules in the order in which a step fetches them; empty below stage 3."""
+    external: tuple[int, ...]
+    """Parameters that DeepSpeed registers as external; they are not released."""
+    head: tuple[int, ...]
+    """Parameters of the output projection."""
+    viewed: frozenset[int] = frozenset()
+    """Stacked weights of experts that are used as they are: their product keeps a view of the gathered tensor."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Course:
+    """A script with the bytes outside the engine. Each call has two moments: the largest since the call before it, and
+    what is live while it runs. Every table of bytes over calls lists moments in this order."""
+
+    script: Script
+    moments: tuple[int, ...]
+    spans: tuple[int, ...]
+    """First moments of the spans between which nothing but activations changes."""
+    others: tuple[Kinds, ...]
+    """Bytes by kind, activations left out, of each span."""
+
+    def kinds(self, moment: int) -> Kinds:
+        """Bytes of a moment by kind."""
+        others = self.others[bisect_right(self.spans, moment) - 1]
+        return self.moments[moment] - sum(others), *others
