@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tests.memory.test_estimate import SHAPE, cluster, estimate, term_bytes
+from zplan.catalog.find import find_model
 from zplan.memory import operations as ops
 from zplan.memory import scores
 from zplan.memory.coordinator import Act, Coordinator, Fetches, Limits
 from zplan.memory.estimate import estimate_memory
 from zplan.memory.operations import Sizes
 from zplan.memory.tape import Tape, Tensor, Value, record_block
+from zplan.memory.timeline import record
+from zplan.memory.trainable import layout
+from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.zero_config import BatchSizes, Choice, OffloadOptimizer, ZeroConfig
 
@@ -153,3 +157,33 @@ def test_a_view_that_experts_keep_outlives_the_release() -> None:
                               trainable=(True, True), viewed=frozenset({1}))  # fmt: skip
     coordinator.pre_module(0)
     assert coordinator.viewed_module(0) == ((Act.KEEP, (1,)), (Act.RELEASE, (0,)))
+
+
+def joined(flat: bool, partitioned: bool = False) -> int:
+    """Most bytes in backward where two linear modules read one tensor of 200 bytes and give 100 each."""
+
+    def build(tape: Tape, x: Value) -> Value:
+        y = tape.apply(200, [(x, 200)])
+        outs = [tape.apply(100, [(y, 200)], viewed=not flat and not partitioned) for _ in range(2)]
+        tape.drop(y)
+        out = tape.apply(100, [(value, None) for value in outs])
+        tape.drop(*outs)
+        return out
+
+    return most_in_backward(build, 200, 100)
+
+
+def test_gradients_of_three_dimensional_linears_are_added_out_of_place() -> None:
+    """Seen with torch's profiler: aten::add for three dimensions, aten::add_ for two and for ZeRO-3's own linear."""
+    assert joined(flat=True) == joined(flat=False, partitioned=True) == 200 + 200
+    assert joined(flat=False) == 200 + 200 + 200 - 100  # by then the outputs' gradient is gone
+
+
+def test_opt_s_last_norm_runs_after_the_layers() -> None:
+    shape = find_model("opt-1.3b")
+    assert isinstance(shape, ModelShape)
+    recipe = Recipe(model="opt-1.3b", train_batch_size=1, max_length=64)
+    recording = record(shape, recipe, layout(shape, recipe), micro_batch=1, on_cpu=False)
+    (block,) = (block for block in recording.blocks if block.laid.block.role == "embedding")
+    assert [name.rpartition(".")[2] for name, _ in block.embeddings] == ["embed_tokens", "embed_positions"]
+    assert block.late is not None

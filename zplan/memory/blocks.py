@@ -94,6 +94,7 @@ def _feed_forward(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Module
     last = [name.rpartition(".")[2] for name in names]
     inner = ops.out_features(modules, names[0], transposed=layer.is_conv1d) // (2 if "gate_up_proj" in last else 1)
     whole = sizes.bytes(inner)
+    flat = layer.shape.model_type == "opt"  # its layer makes one dimension of batch and sequence (modeling_opt.py)
     if len(names) >= 3:
         gate = ops.linear(tape, modules, sizes, names[0], x)
         act_number = modules.number("act_fn")
@@ -107,7 +108,7 @@ def _feed_forward(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Module
         out = ops.linear(tape, modules, sizes, names[2], product)
         tape.drop(product)
         return out
-    first = ops.linear(tape, modules, sizes, names[0], x, transposed=layer.is_conv1d)
+    first = ops.linear(tape, modules, sizes, names[0], x, transposed=layer.is_conv1d, flat=flat)
     if "gate_up_proj" in last:
         gate, up = tape.split(first, 2, 2 * whole)
         tape.drop(first)
@@ -117,6 +118,6 @@ def _feed_forward(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Module
     else:
         product = ops.activation(tape, sizes, first, inner, layer.shape.hidden_act)
         tape.drop(first)
-    out = ops.linear(tape, modules, sizes, names[-1], product, transposed=layer.is_conv1d)
+    out = ops.linear(tape, modules, sizes, names[-1], product, transposed=layer.is_conv1d, flat=flat)
     tape.drop(product)
     return out

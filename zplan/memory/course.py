@@ -49,7 +49,7 @@ class _Walk:
         self.others: list[Kinds] = []
         self.phases = [0]
         self.strips: dict[tuple[int, int, bool, bool], Strip] = {}
-        self.returned = 0
+        self.returned = self.locals = 0
         owned = module_parameters(recording) if fetches else {}
         self.viewed = viewed_numbers(recording) if fetches else frozenset()
         self.viewing = {module for module, numbers in owned.items() if not self.viewed.isdisjoint(numbers)}
@@ -122,8 +122,11 @@ class _Walk:
                 self._play(steps, index, layer, loses=self._is_checkpointed(block))
                 if self._is_checkpointed(block):
                     self._return_scores()
-        self.meter.add(Kind.ACTIVATIONS, -self.returned)
-        self.returned = 0
+        self.meter.add(Kind.ACTIVATIONS, -self.returned - self.locals)
+        self.returned = self.locals = 0
+        for index, block in enumerate(self.recording.blocks):
+            if block.late:
+                self._play(block.late.forward, index, 0)
 
     def _return_scores(self) -> None:
         """The layer's result with its attention's weights stays with the model's loop until the next layer's is there.
@@ -137,9 +140,20 @@ class _Walk:
         return self.checkpointing and block.laid.block.role in ("layer", "encoder_layer")
 
     def _embed(self, index: int) -> None:
-        self.pre(self.module_base[index])
-        self.meter.add(Kind.ACTIVATIONS, self.recording.hidden_bytes)
-        self.post(self.module_base[index])
+        """Tables one by one, their sum, dropout or a norm. The first table's result is a local of the model until its
+        forward ends; with adapters under checkpointing it is the leaf that keeps a gradient."""
+        meter, r = self.meter, self.recording
+        modules = r.blocks[index].embeddings
+        for number, (_, kind) in enumerate(modules):
+            self.pre(self.module_base[index] + number)
+            meter.touch(Kind.ACTIVATIONS, r.hidden_bytes * (2 if number and kind == "table" else 1))
+            meter.add(Kind.ACTIVATIONS, 0 if number else r.hidden_bytes)
+            self.post(self.module_base[index] + number)
+        meter.add(Kind.ACTIVATIONS, r.embedded_bytes)
+        if len(modules) > 1 and modules[-1][1] == "table":
+            is_leaf = r.reentrant and self.checkpointing
+            self.locals = 0 if is_leaf else r.hidden_bytes
+            meter.add(Kind.ACTIVATIONS, r.hidden_bytes)
 
     def _loss_forward(self) -> None:
         loss = self.recording.loss
@@ -178,6 +192,9 @@ class _Walk:
 
     def _backward(self) -> None:
         meter, r = self.meter, self.recording
+        for index, block in enumerate(r.blocks):
+            if block.late:
+                self._play(block.late.backward, index, 0)
         for index in reversed(range(len(r.blocks))):
             block = r.blocks[index]
             if block.tape is None:
@@ -209,16 +226,21 @@ class _Walk:
         for index, block in enumerate(r.blocks):
             if block.laid.block.role != "embedding":
                 continue
-            self.pre(self.module_base[index])
-            for local, weight in enumerate(block.laid.weights):
-                if not weight.trainable:
-                    continue
+            modules = [name for name, _ in block.embeddings]
+            for number in reversed(range(len(modules))):
+                self.pre(self.module_base[index] + number)
+                self._embedding_gradients(index, modules[number])
+                self.post(self.module_base[index] + number)
+
+    def _embedding_gradients(self, index: int, module: str) -> None:
+        r = self.recording
+        for local, weight in enumerate(r.blocks[index].laid.weights):
+            if weight.trainable and weight.module == module:
                 if r.head_is_embedding and local == 0:
                     # the head's gradient, the embedding's and their sum
                     self.meter.touch(Kind.GRADIENTS, 2 * weight.numel * weight.itemsize)
                     self.meter.add(Kind.GRADIENTS, -r.head_bytes)
                 self.call(Op.GRADIENT, r.items.base[index] + local)
-            self.post(self.module_base[index])
 
     def _play(
         self, steps: Sequence[Step], index: int, layer: int, *, runs_again: bool = False, loses: bool = False

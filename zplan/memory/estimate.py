@@ -105,8 +105,9 @@ def _offloaded_to_itself(
 
 def course_of(shape: ModelShape, recipe: Recipe, laid: Layout, choice: Choice, *, on_cpu: bool) -> Course:
     """Activations and loss of one micro-step of the choice."""
-    recording = record(shape, recipe, laid, micro_batch=choice.batch.train_micro_batch_size_per_gpu, on_cpu=on_cpu)
-    return course(recording, checkpointing=choice.gradient_checkpointing, fetches=choice.zero.stage == 3)
+    partitioned, micro_batch = choice.zero.stage == 3, choice.batch.train_micro_batch_size_per_gpu
+    recording = record(shape, recipe, laid, micro_batch=micro_batch, on_cpu=on_cpu, partitioned=partitioned)
+    return course(recording, checkpointing=choice.gradient_checkpointing, fetches=partitioned)
 
 
 def phase_bytes(terms: tuple[Term, ...]) -> dict[Phase, int]:

@@ -61,7 +61,7 @@ def _route(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: V
     if not gates:
         return tape.apply(fine, [(x, sizes.bytes(hidden))])
     if layer.shape.model_type not in FP32_ROUTERS or sizes.itemsize == FP32:
-        logits = ops.linear(tape, modules, sizes, gates[0], x)
+        logits = ops.linear(tape, modules, sizes, gates[0], x, flat=True)
         return _probabilities(tape, logits, sizes.bytes(width), fine)
     number, owned = modules.number(gates[0]), modules.owner_of(gates[0])
     trains = any(weight.trainable for _, weight in owned)

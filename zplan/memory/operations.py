@@ -26,6 +26,9 @@ class Sizes:
     on_cpu: bool
     fp32_norm_weight: bool = False
     """RMSNorm multiplies by its weight before the cast back (OLMo 2, Gemma), and keeps the fp32 product."""
+    partitioned: bool = False
+    """ZeRO-3, whose linear keeps its input even if the weight is frozen, and gives gradients that are no views
+    (deepspeed 0.19.8, runtime/zero/linear.py, LinearFunctionForZeroStage3)."""
     residual_dropout: float = 0.0
     """Behind the attention and behind the MLP."""
     attention_dropout: float = 0.0
@@ -76,7 +79,9 @@ def out_features(modules: Modules, name: str, *, transposed: bool = False) -> in
     return matrix.shape[1] if transposed else matrix.shape[0]
 
 
-def linear(tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, *, transposed: bool = False) -> Value:
+def linear(
+    tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, *, transposed: bool = False, flat: bool = False
+) -> Value:
     """A linear module, with its adapter if it has one.
 
     The input is kept only for the weight's gradient: a frozen base keeps nothing, lora_A keeps the input, lora_B the
@@ -84,6 +89,7 @@ def linear(tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, *, t
 
     Args:
         transposed: weight stored as (in, out), as GPT-2's Conv1D.
+        flat: the input has two dimensions; with three its gradient is a view of a product of two.
     """
     owned = modules.owner_of(name)
     matrix = next(weight for _, weight in owned if len(weight.shape) == 2)
@@ -92,12 +98,13 @@ def linear(tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, *, t
     path = f"{name}.base_layer" if adapted else name
     if adapted:
         tape.enter(modules.number(name))
-    out = _matmul(tape, modules, sizes, path, owned, x, in_features, out_features)
+    out = _matmul(tape, modules, sizes, path, owned, x, (in_features, out_features), flat)
     if not adapted:
         return out
-    middle = _matmul(tape, modules, sizes, f"{name}.lora_A.default", adapted, x, in_features, adapted[0][1].shape[0])
+    rank = adapted[0][1].shape[0]
+    middle = _matmul(tape, modules, sizes, f"{name}.lora_A.default", adapted, x, (in_features, rank), flat)
     second = modules.owner_of(f"{name}.lora_B.default")
-    wide = _matmul(tape, modules, sizes, f"{name}.lora_B.default", second, middle, adapted[0][1].shape[0], out_features)
+    wide = _matmul(tape, modules, sizes, f"{name}.lora_B.default", second, middle, (rank, out_features), flat)
     tape.drop(middle)
     scaled = tape.apply(sizes.bytes(out_features), [(wide, sizes.bytes(out_features))])
     tape.drop(wide)
@@ -114,18 +121,20 @@ def _matmul(
     path: str,
     owned: list[tuple[int, Weight]],
     x: Value,
-    in_features: int,
-    out_features: int,
+    features: tuple[int, int],
+    flat: bool,
 ) -> Value:
+    in_features, out_features = features
     number = modules.number(path)
     tape.enter(number)
     dequantised = sum(sizes.itemsize * weight.numel for _, weight in owned if weight.itemsize == 0)
     out = tape.apply(
         sizes.bytes(out_features),
         [(x, sizes.bytes(in_features))],
-        saves=(x,) if any(weight.trainable and len(weight.shape) == 2 for _, weight in owned) else (),
+        saves=(x,) if sizes.partitioned or any(w.trainable and len(w.shape) == 2 for _, w in owned) else (),
         weights=gradients_of(owned),
         temporary=dequantised,
+        viewed=not flat and not sizes.partitioned,
         forward_temporary=dequantised,
     )
     tape.exit(number)

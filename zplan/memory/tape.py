@@ -5,7 +5,7 @@ Python local, a saved tensor and a pending gradient each hold one, and bytes are
 it yields the live bytes around every parameter's gradient.
 
 Source: torch 2.13.0, torch/csrc/autograd/engine.cpp (call_function: saved variables and incoming gradients are released
-after the node ran; InputBuffer::accumulate adds in place when nobody else holds the buffer).
+after the node ran), input_buffer.cpp (can_accumulate_inplace: nobody else holds the gradient or its storage).
 """
 
 from __future__ import annotations
@@ -33,13 +33,15 @@ Step = tuple[int, int, int]
 class Tensor:
     """One storage."""
 
-    __slots__ = ("bytes", "foreign", "refs")
+    __slots__ = ("bytes", "foreign", "refs", "viewed")
 
-    def __init__(self, num_bytes: int, *, foreign: bool = False) -> None:
+    def __init__(self, num_bytes: int, *, foreign: bool = False, viewed: bool = False) -> None:
         self.bytes = num_bytes
         self.refs = 1
         self.foreign = foreign
         """Allocated outside the tape (the block's input)."""
+        self.viewed = viewed
+        """A gradient that is a view of what its node made: a second one is not added into it."""
 
 
 class Value:
@@ -64,6 +66,8 @@ class Operation:
     """(weight index, gradient bytes)."""
     temporary: int
     """Bytes that the node's backward needs besides its results."""
+    viewed: bool
+    """Its results are views."""
 
 
 @dataclass(slots=True)
@@ -192,6 +196,7 @@ class Tape:
         weights: tuple[tuple[int, int], ...] = (),
         temporary: int = 0,
         forward_temporary: int = 0,
+        viewed: bool = False,
     ) -> Value:
         """Run one operation.
 
@@ -199,6 +204,7 @@ class Tape:
             num_bytes: of the output; None for a view of the first input.
             extra_saved: bytes that the operation keeps for backward and nobody else sees (a logsumexp).
             temporary: bytes its backward needs besides its results.
+            viewed: the gradients of its inputs are views.
         """
         self.num_operations += 1
         saved = [value.storage for value in saves] if self.keeps else []
@@ -220,7 +226,7 @@ class Tape:
         if saves_output and self.keeps:
             out.storage.refs += 1
             saved.append(out.storage)
-        self.operations.append(Operation(out, inputs, saved, weights, temporary))
+        self.operations.append(Operation(out, inputs, saved, weights, temporary, viewed))
         if self.stop_at == self.num_operations:
             self._stop(saved)
         return out
@@ -276,7 +282,7 @@ class Tape:
                 results.append(incoming)
             else:
                 self._add(num_bytes)
-                results.append(Tensor(num_bytes))
+                results.append(Tensor(num_bytes, viewed=operation.viewed))
         for _, num_bytes in operation.weights:
             self._add(num_bytes)
         self.touch(operation.temporary)
@@ -301,7 +307,7 @@ class Tape:
         known = value.gradient
         if known is None:
             value.gradient = result
-        elif known.refs == 1:
+        elif known.refs == 1 and not known.viewed:
             self._release(result)
         else:
             self._add(known.bytes)

@@ -28,6 +28,17 @@ class Recorded:
     laid: LaidBlock
     tape: BlockTape | None
     modules: Modules
+    late: BlockTape | None = None
+    """A norm among the embeddings' parameters that runs after the layers (OPT)."""
+
+    @property
+    def embeddings(self) -> tuple[tuple[str, ...], ...]:
+        """Modules of an embedding block that run before the layers, with the kind of each: tables, then a norm."""
+        found: dict[str, str] = {}
+        for weight in self.laid.weights:
+            if weight.module.rpartition(".")[2] != LATE_NORM:
+                found.setdefault(weight.module, "norm" if weight.group else "table")
+        return tuple(found.items())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +52,9 @@ class Recording:
     blocks: tuple[Recorded, ...]
     loss: LossCost
     hidden_bytes: int
+    embedded_bytes: int
+    """Kept between the embeddings and their backward besides the first layer's input: a dropout's mask, a norm's input
+    and statistics."""
     arguments_bytes: int
     """Masks and positions that every layer is given."""
     returned_bytes: int
@@ -59,9 +73,15 @@ class Recording:
 _RECORDINGS: dict[tuple[Any, ...], Recording] = {}
 
 
-def record(shape: ModelShape, recipe: Recipe, layout: Layout, *, micro_batch: int, on_cpu: bool) -> Recording:
-    """Tapes of all blocks for one micro-batch; kept per (layout, recipe, micro-batch)."""
-    key = (id(layout), recipe.attention, recipe.loss, recipe.max_length, recipe.dtype, micro_batch, on_cpu)
+def record(
+    shape: ModelShape, recipe: Recipe, layout: Layout, *, micro_batch: int, on_cpu: bool, partitioned: bool = False
+) -> Recording:
+    """Tapes of all blocks for one micro-batch; kept per (layout, recipe, micro-batch).
+
+    Args:
+        partitioned: stage 3, whose linear modules keep other tensors.
+    """
+    key = (id(layout), recipe.attention, recipe.loss, recipe.max_length, recipe.dtype, micro_batch, on_cpu, partitioned)
     known = _RECORDINGS.get(key)
     if known is not None and known.layout is layout:
         return known
@@ -71,6 +91,7 @@ def record(shape: ModelShape, recipe: Recipe, layout: Layout, *, micro_batch: in
         itemsize=recipe.weight_bytes,
         attention=recipe.attention,
         on_cpu=on_cpu,
+        partitioned=partitioned,
         fp32_norm_weight=shape.model_type.startswith(("olmo2", "gemma")),
         residual_dropout=_rate(shape, "resid_pdrop", "dropout", "hidden_dropout", "residual_dropout"),
         attention_dropout=_rate(shape, "attn_pdrop", "attention_dropout"),
@@ -121,6 +142,7 @@ def _record(shape: ModelShape, recipe: Recipe, layout: Layout, sizes: Sizes) -> 
             on_cpu=sizes.on_cpu,
         ),
         hidden_bytes=hidden,
+        embedded_bytes=_embedded_bytes(shape, layout, sizes),
         arguments_bytes=_arguments_bytes(shape, sizes),
         returned_bytes=_returned_bytes(shape, sizes),
         head_bytes=shape.vocab_size * shape.hidden_size * sizes.itemsize,
@@ -153,6 +175,22 @@ def _arguments_bytes(shape: ModelShape, sizes: Sizes) -> int:
     return INT64 * sizes.length + rotary + masks
 
 
+def _embedded_bytes(shape: ModelShape, layout: Layout, sizes: Sizes) -> int:
+    """T h b + 8 T for a norm behind the embedding (Bloom), a byte an element for a dropout (GPT-2).
+
+    Source: transformers 5.23.0, models/bloom/modeling_bloom.py, models/gpt2/modeling_gpt2.py.
+    """
+    normed = any(
+        weight.group and weight.module.rpartition(".")[2] != LATE_NORM
+        for laid in layout.blocks
+        if laid.block.role == "embedding"
+        for weight in laid.weights
+    )
+    dropped = _rate(shape, "embd_pdrop") > 0
+    mask = sizes.tokens * shape.hidden_size * (sizes.itemsize if sizes.on_cpu else 1)
+    return normed * (sizes.bytes(shape.hidden_size) + 2 * sizes.fp32_bytes(1)) + dropped * mask
+
+
 def _returned_bytes(shape: ModelShape, sizes: Sizes) -> int:
     """B H S S of the training dtype.
 
@@ -171,16 +209,25 @@ def _record_one(laid: LaidBlock, shape: ModelShape, sizes: Sizes, hidden: int) -
         )
     if role in ("final", "head"):
         return Recorded(laid=laid, tape=_record_final(laid, shape, sizes, modules, hidden), modules=modules)
-    return Recorded(laid=laid, tape=None, modules=modules)
+    for weight in laid.weights:
+        modules.number(weight.module)
+    names = [weight.module for weight in laid.weights if weight.module.rpartition(".")[2] == LATE_NORM]
+    late = _record_norm(names[0], shape, sizes, modules, hidden) if names else None
+    return Recorded(laid=laid, tape=None, modules=modules, late=late)
+
+
+LATE_NORM = "final_layer_norm"
+"""transformers 5.23.0, models/opt/modeling_opt.py (OPTDecoder), made before the layers and run after them."""
 
 
 def _record_final(laid: LaidBlock, shape: ModelShape, sizes: Sizes, modules: Modules, hidden: int) -> BlockTape | None:
     names = [weight.module for weight in laid.weights if weight.group == 1]
-    if not names:
-        return None
+    return _record_norm(names[-1], shape, sizes, modules, hidden) if names else None
 
+
+def _record_norm(name: str, shape: ModelShape, sizes: Sizes, modules: Modules, hidden: int) -> BlockTape:
     def forward(tape: Tape, x: Value) -> Value:
-        return norm(tape, modules, sizes, names[-1], x, shape.hidden_size)
+        return norm(tape, modules, sizes, name, x, shape.hidden_size)
 
     return record_block(forward, hidden, hidden)
 
@@ -315,14 +362,18 @@ def fetch_order(recording: Recording, *, checkpointing: bool) -> list[int]:
 
     for index, block in enumerate(recording.blocks):
         if _is_embedding(block):
-            order.append(bases[index])
+            order += [bases[index] + number for number in range(len(block.embeddings))]
         for layer in range(block.laid.repeat if block.tape else 0):
             assert block.tape is not None
             collect(block.tape.forward, index, layer)
+    for index, block in enumerate(recording.blocks):
+        collect(block.late.forward if block.late else (), index, 0)
     if recording.runs_head:
         order += [root + 1, root, root + 1]
     else:
         order.append(root)
+    for index, block in enumerate(recording.blocks):
+        collect(block.late.backward if block.late else (), index, 0)
     for index in reversed(range(len(recording.blocks))):
         tape = recording.blocks[index].tape
         layers = recording.blocks[index].laid
@@ -333,5 +384,7 @@ def fetch_order(recording: Recording, *, checkpointing: bool) -> list[int]:
                     collect(steps, index, layer)
             else:
                 collect(tape.backward, index, layer)
-    order.extend(base for base, block in zip(bases, recording.blocks, strict=True) if _is_embedding(block))
+    for base, block in zip(bases, recording.blocks, strict=True):
+        if _is_embedding(block):
+            order += [base + number for number in reversed(range(len(block.embeddings)))]
     return order
