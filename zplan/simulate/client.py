@@ -35,6 +35,7 @@ class WorkerClient:
         self._process: subprocess.Popen[bytes] | None = None
         self._log: Any = None
         self._buffer = b""
+        self._idle = True
 
     def ask(self, request: SimulationRequest, *, deadline_seconds: float = 600.0) -> SimulationReport:
         """One question.
@@ -45,21 +46,27 @@ class WorkerClient:
             MachineError: the worker does not start.
         """
         process = self._started()
+        self._idle = False
         assert process.stdin is not None
         process.stdin.write(json.dumps(files.to_data(request)).encode() + b"\n")
         process.stdin.flush()
         data = self._read_line(deadline_seconds)
         if data is None:
             raise SimulationError(f"the simulation's worker was lost: {self._log_tail()}", cause="broken")
+        self._idle = True
         if "error" in data:
             raise SimulationError(**data["error"])
         return files.from_data(SimulationReport, data["report"], name="the worker's answer")
 
     def close(self) -> None:
-        """End the worker and whatever it forked."""
+        """End the worker and whatever it forked; an idle one ends by itself when nobody can ask it any more."""
         process, self._process = self._process, None
         if process is None:
             return
+        if self._idle and process.stdin is not None:
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                process.stdin.close()
+                process.wait(timeout=1.0)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

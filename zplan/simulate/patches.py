@@ -112,6 +112,8 @@ def install_deepspeed_patches(patches: Patches, recorder: CollectiveRecorder) ->
     patches.set(builder, "jit_load", lambda self, verbose=True: StandInOp(self.name))
     # the probe of every op starts compilers
     patches.set(importlib.import_module("deepspeed.ops"), "__compatible_ops__", {})
+    # CPU Adam asks for the vendor, to warn of fp16 on AMD; the answer takes three processes
+    patches.set(importlib.import_module("cpuinfo"), "get_cpu_info", dict)
     # marks for a profiler that is not there, around 100,000 calls
     patches.set(importlib.import_module("deepspeed.utils.nvtx"), "enable_nvtx", False)
     # the same parameters of the same modules are listed for each release up to the reuse distance, 700,000 times

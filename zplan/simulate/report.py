@@ -75,6 +75,8 @@ class SimulationReport:
     oom_message: str
     """PyTorch's wording when the simulated card was full; empty when it was not."""
     wall_seconds: float
+    cpu_seconds: float
+    """Of the run alone, in a worker that has imported everything."""
     worker_rss_bytes: int
     num_operations: int
     versions: Mapping[str, str]

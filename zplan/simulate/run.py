@@ -143,6 +143,7 @@ def make_report(
     if gpu.kind == "cuda" and unlimited.peak_reserved_bytes > gpu.free_bytes:
         card = CachingAllocator(capacity_bytes=gpu.free_bytes, total_bytes=gpu.total_bytes, options=options)
         _, oom = analysis.replay(tracker, card)
+    usage = resource.getrusage(resource.RUSAGE_SELF)
     return SimulationReport(
         gpu_allocated_bytes=peaks.gpu_bytes,
         gpu_reserved_bytes=unlimited.peak_reserved_bytes,
@@ -165,7 +166,8 @@ def make_report(
         samples=peaks.samples,
         oom_message=oom,
         wall_seconds=wall_seconds,
-        worker_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        cpu_seconds=usage.ru_utime + usage.ru_stime,
+        worker_rss_bytes=usage.ru_maxrss * 1024,
         num_operations=tracker.num_operations,
         versions=installed_versions(),
         replaced=REPLACED,

@@ -48,9 +48,10 @@ SEAMS = (
     Seam("deepspeed.comm.torch", "TorchBackend.all_reduce", ("self",)),
     Seam("deepspeed.comm.torch", "TorchBackend.broadcast", ("self",)),
     Seam("deepspeed.comm.comm", "cdb"),
-    Seam("deepspeed.ops", "__compatible_ops__"),
+    Seam("deepspeed.ops", "_probe_compatible_ops", ()),  # asking for __compatible_ops__ itself starts a compiler
     Seam("deepspeed.ops.op_builder.builder", "OpBuilder.load", ("self", "verbose")),
     Seam("deepspeed.ops.op_builder.builder", "OpBuilder.jit_load", ("self", "verbose")),
+    Seam("cpuinfo", "get_cpu_info", ()),
     Seam("deepspeed.runtime.zero.utils", "get_lst_from_rank0", ("lst",)),
     Seam("deepspeed.runtime.zero.partition_parameters", "_orig_torch_tensor"),
     Seam("deepspeed.runtime.zero.partition_parameters", "_orig_torch_empty"),
