@@ -159,10 +159,15 @@ def pick(trial: int, *, study: str, out: str) -> None:
 @click.argument("study", default=STUDY)
 @click.option("--out", default="reports/study.html", help="HTML file to write.", show_default=True)
 def report(study: str, *, out: str) -> None:
-    """One self-contained HTML file about STUDY, a journal file or a database URL."""
-    from zplan.report.html import write_report
+    """One self-contained HTML file about STUDY: a journal file, a database URL, or what `simulate --out` wrote."""
+    if study.endswith(".json"):
+        from zplan.report.timeline import write_timeline
 
-    path = write_report(study, Path(out))
+        path = write_timeline(study, Path(out))
+    else:
+        from zplan.report.html import write_report
+
+        path = write_report(study, Path(out))
     _show(f"wrote {path}")
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from tests.simulate.conftest import GIB, TINY_LLAMA, TINY_NUMEL, question
+from zplan.errors import ConfigError
+from zplan.report.timeline import load_answer, write_timeline
 from zplan.simulate.client import SimulationTimeoutError, WorkerClient
 from zplan.simulate.report import SimulationError, SimulationReport
 from zplan.zero_config import OffloadOptimizer
@@ -112,10 +115,35 @@ def test_cpu_ranks_are_simulated_too(worker: WorkerClient) -> None:
 
 def test_the_trace_opens_in_perfetto(worker: WorkerClient, tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
-    worker.ask(question(2, trace=str(path)))
+    report = worker.ask(question(2, config={**TINY_LLAMA, "vocab_size": 20_000}, trace=str(path)))
     events = json.loads(path.read_text())["traceEvents"]
     assert {"M", "X"} <= {event["ph"] for event in events}
     assert {"forward", "backward", "step"} <= {event["name"] for event in events}
+    peak = max(sum(event["args"].values()) for event in events if event["name"] == "gpu bytes")
+    assert peak == pytest.approx(report.gpu_allocated_bytes, abs=2 << 20)  # counters skip changes below 1 MiB
+    assert any("parameters" in event.get("args", ()) for event in events)
+
+
+def test_the_timeline_reaches_the_peak_and_says_what_every_byte_is_for(worker: WorkerClient, tmp_path: Path) -> None:
+    config = {**TINY_LLAMA, "vocab_size": 20_000}
+    report = worker.ask(question(3, config=config))
+    assert max(sample.gpu_bytes for sample in report.samples) == report.gpu_allocated_bytes
+    assert all(sum(sample.categories.values()) == sample.gpu_bytes for sample in report.samples)
+    assert {sample.phase for sample in report.samples} == set(report.allocated_phases)
+    answer = {"model": {"name": "tiny"}, "label": "ZeRO-3", "simulation": asdict(report),
+              "gpu": {"verdict": "fits", "free_bytes": 80 * GIB}}  # fmt: skip
+    (tmp_path / "answer.json").write_text(json.dumps(answer))
+    page = write_timeline(str(tmp_path / "answer.json"), tmp_path / "page.html").read_text()
+    assert "<svg" in page
+    assert report.top_allocations[0].site in page
+    assert all(item.name in page for item in report.collectives if item.bytes)
+
+
+def test_a_file_that_holds_no_simulation_is_refused_with_the_command_that_writes_one(tmp_path: Path) -> None:
+    (tmp_path / "answer.json").write_text(json.dumps({"schema": "zplan.estimate/1", "simulation": None}))
+    with pytest.raises(ConfigError, match="holds no simulation") as caught:
+        load_answer(str(tmp_path / "answer.json"))
+    assert "--out" in str(caught.value.fix)
 
 
 def test_a_deadline_ends_the_worker_and_the_next_question_starts_another() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from io import StringIO
+from typing import Any
 
 import matplotlib
 import pandas as pd
@@ -87,4 +89,28 @@ def accuracy_figure(rows: pd.DataFrame, evidence: str) -> str | None:
     axes.scatter(measured, predicted, color=_OK, zorder=3)
     axes.set(xlabel=f"{evidence} peak, GiB", ylabel="predicted peak, GiB", xlim=(0, limit), ylim=(0, limit))
     axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def timeline_figure(simulation: Mapping[str, Any], *, free_bytes: int | None) -> str:
+    """GPU bytes of a dry run by category over its operations, host and pinned bytes as lines, phases marked."""
+    figure, axes = _axes(9.6, 4.2)
+    samples = simulation["samples"]
+    when = [sample["operation"] for sample in samples]
+    names = [name for name, _ in sorted(simulation["categories"].items(), key=lambda item: -item[1])]
+    names += sorted({name for sample in samples for name in sample["categories"]} - set(names))
+    heights = [[sample["categories"].get(name, 0) / GIB for sample in samples] for name in names]
+    axes.stackplot(when, heights, labels=names, step="post", colors=plt.get_cmap("tab10").colors)
+    for name, style in (("host_bytes", ":"), ("pinned_bytes", "--")):
+        if any(sample[name] for sample in samples):
+            axes.plot(when, [sample[name] / GIB for sample in samples], "k" + style, label=name.removesuffix("_bytes"))
+    if free_bytes is not None and free_bytes < 2 * simulation["gpu_allocated_bytes"]:
+        axes.axhline(free_bytes / GIB, color=_FAILED, linewidth=1, label="free on the card")
+    top = axes.get_ylim()[1]
+    for before, sample in zip([None, *samples], samples, strict=False):
+        if before is None or before["phase"] != sample["phase"]:
+            axes.axvline(sample["operation"], color="#999999", linewidth=0.5)
+            axes.text(sample["operation"], top, sample["phase"], rotation=90, va="top", fontsize=7, color="#666666")
+    axes.set(xlabel="operations", ylabel="GiB of one rank", ylim=(0, top))
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return _svg(figure)

@@ -26,6 +26,7 @@ def render_simulation(
     ]  # fmt: skip
     if report.collectives:
         parts += [_collectives(report), Text()]
+    parts += [_traffic(report), Text()]
     if message:
         parts.append(Text(message, style="red"))
     parts += [Text(f"replaced: {line}", style="dim") for line in report.replaced]
@@ -77,6 +78,17 @@ def _allocations(report: SimulationReport) -> RenderableType:
     for item in report.top_allocations[:_TOP]:
         table.add_row(item.site, format_bytes(item.bytes), str(item.count))
     return table
+
+
+def _traffic(report: SimulationReport) -> RenderableType:
+    table = _table("Copies of one rank, whole run", "", "bytes")
+    for name, value in (
+        ("host to device", report.host_to_device_bytes), ("device to host", report.device_to_host_bytes),
+        ("NVMe read", report.nvme_read_bytes), ("NVMe written", report.nvme_written_bytes),
+    ):  # fmt: skip
+        if value:
+            table.add_row(name, format_bytes(value))
+    return Group(table, Text(f"floating point operations of one rank's step: {format_count(report.flops)}"))
 
 
 def _collectives(report: SimulationReport) -> RenderableType:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from zplan.simulate.allocator import CachingAllocator, CardFullError, Piece
@@ -42,6 +43,7 @@ def phased_events(tracker: Tracker) -> Iterator[tuple[int, str, tuple[int, Block
 def find_peaks(tracker: Tracker) -> Peaks:
     """One pass over the events."""
     current: dict[MemoryKind, int] = dict.fromkeys(KINDS, 0)
+    parts: dict[Category, int] = defaultdict(int)
     phases: dict[MemoryKind, dict[str, int]] = {kind: {} for kind in KINDS}
     peak, peak_index, peak_phase = 0, -1, ""
     samples: list[Sample] = []
@@ -55,6 +57,8 @@ def find_peaks(tracker: Tracker) -> Peaks:
         if block is not None:
             kind = block.kind
             current[kind] += action * block.counted_bytes
+            if kind == "gpu":
+                parts[category_of(block)] += action * block.counted_bytes
             if current[kind] > phases[kind][phase]:
                 phases[kind][phase] = current[kind]
             if kind == "gpu" and current[kind] > peak:
@@ -62,7 +66,7 @@ def find_peaks(tracker: Tracker) -> Peaks:
         if index % stride == 0 or (index == peak_index and block is not None and block.counted_bytes > peak >> 6):
             samples.append(Sample(
                 operation=operation, phase=phase, gpu_bytes=current["gpu"], host_bytes=current["host"],
-                pinned_bytes=current["pinned"],
+                pinned_bytes=current["pinned"], categories={name: size for name, size in parts.items() if size},
             ))  # fmt: skip
     return Peaks(phases, peak, peak_index, peak_phase, tuple(samples))
 
@@ -82,14 +86,17 @@ def alive_at(tracker: Tracker, index: int) -> list[Block]:
 
 def category_of(block: Block) -> Category:
     """What a block was for: what the run said, else what its call site says."""
-    if block.category is not None:
-        return block.category
-    if block.phase in ("load", "init") and block.site.startswith(("transformers/", "peft/")):
+    return block.category or category_of_site(block.phase, block.site)
+
+
+@cache
+def category_of_site(phase: str, site: str) -> Category:
+    if phase in ("load", "init") and site.startswith(("transformers/", "peft/")):
         return "parameters"
     for part, category in SITE_CATEGORIES:
-        if part in block.site:
+        if part in site:
             return category
-    return "activations" if block.phase in ("forward", "backward") else "temporary"
+    return "activations" if phase in ("forward", "backward") else "temporary"
 
 
 SITE_CATEGORIES: tuple[tuple[str, Category], ...] = (

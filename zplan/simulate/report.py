@@ -44,6 +44,8 @@ class Sample:
     gpu_bytes: int
     host_bytes: int
     pinned_bytes: int
+    categories: Mapping[Category, int]
+    """What the GPU's bytes are for; adds up to `gpu_bytes`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The run as a Chrome / Perfetto trace: memory as counters, phases and collectives as slices."""
+"""The run as a Chrome / Perfetto trace: bytes as counters (a GPU's by category), phases and collectives as slices."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from zplan.simulate.analysis import phased_events
+from zplan.simulate.analysis import category_of, phased_events
 from zplan.simulate.collectives import CollectiveRecorder
 from zplan.simulate.report import MemoryKind
 from zplan.simulate.tracker import Tracker
@@ -39,6 +39,7 @@ def _phase_slices(tracker: Tracker) -> list[dict[str, Any]]:
 
 def _memory_counters(tracker: Tracker) -> list[dict[str, Any]]:
     current: dict[MemoryKind, int] = {"gpu": 0, "host": 0, "pinned": 0}
+    parts: dict[str, int] = {}
     written = dict(current)
     counters: list[dict[str, Any]] = []
     for _, _, (action, block, operation) in phased_events(tracker):
@@ -46,11 +47,13 @@ def _memory_counters(tracker: Tracker) -> list[dict[str, Any]]:
             continue
         kind = block.kind
         current[kind] += action * block.counted_bytes
+        if kind == "gpu":
+            category = category_of(block)
+            parts[category] = parts.get(category, 0) + action * block.counted_bytes
         if abs(current[kind] - written[kind]) >= LEAST_CHANGE_BYTES:
             written[kind] = current[kind]
-            counters.append(
-                {"name": f"{kind} bytes", "ph": "C", "ts": operation, "pid": 0, "args": {"bytes": current[kind]}}
-            )
+            values = dict(parts) if kind == "gpu" else {"bytes": current[kind]}
+            counters.append({"name": f"{kind} bytes", "ph": "C", "ts": operation, "pid": 0, "args": values})
     return counters
 
 
