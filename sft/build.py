@@ -31,6 +31,7 @@ from sft.checkpoint import MARK
 from sft.disk import KEPT_CHECKPOINTS
 from sft.meter import Meter
 from sft.order import LongestFirst
+from sft.random_weights import cheap_random_weights
 from zplan.errors import ConfigError, MachineError
 from zplan.hardware import DeviceKind
 from zplan.recipe import Recipe
@@ -228,7 +229,8 @@ def load_model(model_path: str, recipe: Recipe, *, weights: Literal["random", "r
     try:
         if weights == "random":
             config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
-            return AutoModelForCausalLM.from_config(config, **common)
+            with cheap_random_weights():
+                return AutoModelForCausalLM.from_config(config, **common)
         return AutoModelForCausalLM.from_pretrained(
             model_path,
             use_safetensors=True,
