@@ -304,3 +304,28 @@ def test_slower_trials_are_pruned_and_never_win(tmp_path: Path) -> None:
     fastest = max(record.result.tokens_per_second or 0.0 for record in outcome.records)
     assert outcome.best.result.tokens_per_second == fastest
     assert tune(_study(tmp_path), 12, backend=backend).num_resumed == len(outcome.records)
+
+
+@dataclass
+class Cannot:
+    """A simulation that knows nothing about this family; counts how often it is asked."""
+
+    calls: int = 0
+    evidence: Evidence = "simulated"
+
+    def run(self, spec: TrialSpec) -> TrialResult:
+        self.calls += 1
+        return TrialResult(outcome=Outcome.BAD_CONFIG, evidence="simulated", message="no fake kernel")
+
+
+def test_what_cannot_be_simulated_is_still_tried(tmp_path: Path) -> None:
+    simulator = Cannot()
+    outcome = tune(_study(tmp_path), 6, cluster=toy_cluster(gpu_gib=16), simulator=simulator)
+    assert simulator.calls
+    assert len([record for record in outcome.records if record.origin != "confirm"]) == 6
+
+
+def test_nothing_is_simulated_where_memory_is_far_from_full(tmp_path: Path) -> None:
+    simulator = Cannot()
+    tune(_study(tmp_path), 6, cluster=toy_cluster(gpu_gib=4096), simulator=simulator)
+    assert simulator.calls == 0

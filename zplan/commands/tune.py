@@ -13,6 +13,7 @@ from rich.text import Text
 from zplan import files
 from zplan.backends.base import Backend
 from zplan.backends.formula import FormulaBackend
+from zplan.backends.simulated import SimulatedBackend
 from zplan.calibrate import Accuracy
 from zplan.catalog import hub_snapshot
 from zplan.commands import Answer
@@ -60,6 +61,7 @@ def tune(
             recipe=job.recipe, shape=job.shape, cluster=job.cluster, model_path=model_path, backend=runner,
             n_trials=trials, study_path=study, plan_path=plan_path, fixed=job.fixed, observer=observer,
             timeout_seconds=timeout_seconds, seed=seed, timed_steps=timed_steps, objective=as_objective(objective),
+            simulator=SimulatedBackend(job.shape) if backend == "real" and job.shape.config else None,
         )  # fmt: skip
     finally:
         observer.close()
@@ -78,8 +80,6 @@ def make_backend(name: str, job: Job) -> Backend:
 
         return RealBackend(WORK_DIR)
     if name == "simulated":
-        from zplan.backends.simulated import SimulatedBackend
-
         return SimulatedBackend(job.shape)
     if name == "formula":
         return FormulaBackend(job.shape)
