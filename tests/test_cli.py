@@ -173,3 +173,15 @@ def test_when_nothing_fits_the_closest_one_says_what_it_lacks() -> None:
     done = zplan("estimate", "--model", "llama-2-7b", *machine, code=3)
     assert "comes closest" in done.stdout
     assert "--method lora" in done.stdout
+
+
+def test_a_knob_is_narrowed_and_bounded_on_the_command_line(tmp_path: Path) -> None:
+    small = ("--model", "qwen2.5-0.5b", "--gpu", "rtx-4090-24gb", "--gpus-per-node", "4", "--max-length", "512")
+    knobs = ("--set", "world_size=1,2", "--set", "stage=2,3", "--set", "reduce_bucket_size=1e6..2e6")
+    done = answer("tune", *small, *knobs, "--backend", "formula", "--trials", "5", "--out", str(tmp_path / "b.json"),
+                  "--study", str(tmp_path / "s.journal"))  # fmt: skip
+    choices = [trial["choice"] for trial in done["trials"]]
+    assert len(choices) == 5
+    assert all(choice["batch"]["world_size"] in (1, 2) for choice in choices)
+    assert all(choice["zero"]["stage"] in (2, 3) for choice in choices)
+    assert all(1_000_000 <= choice["zero"]["reduce_bucket_size"] <= 2_000_000 for choice in choices)

@@ -7,7 +7,7 @@ import pytest
 from zplan.errors import ConfigError
 from zplan.narrowing import narrow
 from zplan.planner import Fixed
-from zplan.space import Elements, Options
+from zplan.ranges import Elements, Options, Share
 
 
 def test_a_flag_fixes_its_knob() -> None:
@@ -20,11 +20,18 @@ def test_a_flag_fixes_its_knob() -> None:
 
 
 def test_a_setting_narrows_or_bounds() -> None:
-    ranges = narrow(Fixed(settings=("overlap_comm=true", "stage=2,3", "reduce_bucket_size=1e6..1e8"))).ranges
+    ranges = narrow(
+        Fixed(
+            settings=(
+                "overlap_comm=true", "stage=2,3", "reduce_bucket_size=1e6..1e8", "offload_optimizer.ratio=0.3..0.8",
+            )
+        )
+    ).ranges  # fmt: skip
     assert ranges == {
         "overlap_comm": Options((True,)),
         "stage": Options((2, 3)),
         "reduce_bucket_size": Elements(1_000_000, 100_000_000),
+        "offload_optimizer.ratio": Share(0.3, 0.8),
     }
 
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tests.oracle import TOY_RECIPE, toy_cluster, toy_shape
 from zplan.errors import ConfigError
 from zplan.pool import Rolls
+from zplan.ranges import Elements, Options, Range
 from zplan.recipe import Recipe
-from zplan.space import KNOB_NAMES, Elements, Options, Problem, Space, make_knobs, nearest_micro_batch, world_sizes
+from zplan.space import KNOB_NAMES, Problem, Space, make_knobs, nearest_micro_batch, world_sizes
 from zplan.zero_config import Choice, OffloadOptimizer, OffloadParam, ZeroConfig, batch_sizes
 
 SHAPE = toy_shape()
@@ -134,3 +135,25 @@ def test_fewer_gpus_are_tried_whole_nodes_or_a_part_of_one() -> None:
     cluster = replace(toy_cluster(gpus=4), nodes=2)
     assert world_sizes(TOY_RECIPE, cluster) == (1, 2, 4, 8)
     assert world_sizes(Recipe(model="toy", train_batch_size=6), cluster) == (1, 2)
+
+
+def test_a_choice_outside_the_users_ranges_moves_to_the_nearest_one_inside() -> None:
+    narrowing: dict[str, Range] = {
+        "world_size": Options((1, 2)), "reduce_bucket_size": Elements(1_000_000, 2_000_000), "stage": Options((2, 3)),
+    }  # fmt: skip
+    space = Space(PROBLEM, narrowing)
+    outside = Choice(
+        zero=ZeroConfig(stage=1, reduce_bucket_size=500_000_000),
+        batch=batch_sizes(TOY_RECIPE, micro_batch=1, world_size=4),
+    )
+    inside = space.nearest(outside)
+    assert not space.contains(outside)
+    assert space.contains(inside)
+    assert (inside.batch.world_size, inside.zero.stage, inside.zero.reduce_bucket_size) == (2, 2, 2_000_000)
+
+
+def test_offloading_that_is_asked_for_is_not_lost_to_a_stage_that_has_none() -> None:
+    space = Space(PROBLEM, {"offload_optimizer.device": Options(("cpu",))})
+    batch = batch_sizes(TOY_RECIPE, micro_batch=1, world_size=4)
+    assert not space.contains(Choice(zero=ZeroConfig(stage=0), batch=batch))
+    assert space.contains(space.nearest(Choice(zero=ZeroConfig(stage=2), batch=batch)))

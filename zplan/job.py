@@ -22,7 +22,7 @@ from zplan.planner import Fixed, make_choice
 from zplan.probe import describe_cluster
 from zplan.recipe import Recipe
 from zplan.sanity import odd_sizes, refuse_nvme_without_drive, refuse_oversized_buckets
-from zplan.settings import split_setting
+from zplan.settings import gives_one_value, split_setting
 from zplan.units import GIB, parse_size
 from zplan.zero_config import Choice, OffloadDevice, ZeroConfig
 
@@ -86,7 +86,8 @@ def make_job(
     cluster = resolve_cluster(flags, probe_cluster)
     recipe = resolve_recipe(flags, cluster)
     job = Job(shape=shape, recipe=recipe, cluster=cluster, fixed=resolve_fixed(flags), bucket_rule=_bucket_rule(flags))
-    refuse_oversized_buckets((text for text in flags.set_ if not is_choice_setting(text)), shape)
+    single = [text for text in flags.set_ if gives_one_value(text) and not is_choice_setting(text)]
+    refuse_oversized_buckets(single, shape)
     if flags.ds_config is not None:
         return _checked(_described_job(flags, job))
     job = replace(job, origins=_given_keys(job.fixed))

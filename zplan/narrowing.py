@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from zplan.errors import ConfigError
 from zplan.planner import Fixed
-from zplan.settings import apply_settings, split_setting
-from zplan.space import KNOB_NAMES, Elements, Options, Range, Value
+from zplan.ranges import Elements, Options, Range, Share, Value
+from zplan.settings import apply_settings, gives_one_value, split_setting
+from zplan.space import KNOB_NAMES
 from zplan.units import parse_size
 from zplan.zero_config import ZeroConfig
 
@@ -47,7 +48,7 @@ def narrow(fixed: Fixed) -> Narrowed:
     single, untuned = [], []
     for setting in fixed.settings:
         key, text = split_setting(setting)
-        is_single = ".." not in text and "," not in text
+        is_single = gives_one_value(text)
         if key in KNOB_NAMES:
             ranges[key] = _range(key, text)
         elif is_single:
@@ -67,11 +68,13 @@ def narrow(fixed: Fixed) -> Narrowed:
 def _range(key: str, text: str) -> Range:
     if ".." not in text:
         return Options(tuple(_value(key, part.strip()) for part in text.split(",")))
-    low, high = (parse_size(part.strip(), name=key) for part in text.split("..", 1))
-    if not 1 <= low <= high:
-        raise ConfigError(
-            f"--set {key}={text} is no range", because="it needs 1 <= low <= high", fix=f"--set {key}=1e6..1e9"
-        )
+    low, high = (_value(key, part.strip()) for part in text.split("..", 1))
+    if isinstance(low, float) and isinstance(high, float) and 0.0 <= low <= high <= 1.0:
+        return Share(low, high)
+    if isinstance(low, bool | str | float) or isinstance(high, bool | str | float) or not 1 <= low <= high:
+        example = "0.3..0.8" if key.endswith("ratio") else "1e6..1e9"
+        what = f"--set {key}={text} is no range"
+        raise ConfigError(what, because="it needs 1 <= low <= high", fix=f"--set {key}={example}")
     return Elements(low, high)
 
 

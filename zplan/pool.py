@@ -13,7 +13,8 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState, create_trial
 
 from zplan.ledger import Record, has_speed
-from zplan.space import Draft, Elements, Options, Range, Share, Space, Suggester, Value, world_sizes
+from zplan.ranges import Elements, Options, Range, Share, Suggester, Value
+from zplan.space import Draft, Space, world_sizes
 from zplan.trial import Outcome
 from zplan.zero_config import Choice
 

@@ -56,7 +56,8 @@ class Proposer:
         objective: Objective = "speed",
     ) -> None:
         self._screen, self._space = screen, screen.space
-        self._ranking = [screen.look(choice) for choice in ranking]
+        ranking = list(filter(screen.space.contains, map(screen.space.nearest, ranking)))
+        self._ranking = list({item.key: item for item in map(screen.look, ranking)}.values())
         self._baseline = first_fitting(screen, baselines(shape, screen.template.recipe, screen.space))
         self._shape = shape
         self._first_order = tuple(first_order_choices(screen.space, ranking))
@@ -163,7 +164,7 @@ class Proposer:
             yield from map(self._screen.look, self._first_order)
         found = suggestions(self._space, records, self._random, seed=self._seed + len(records))
         pool = {self._space.key(choice): choice for choice in (*self._first_order, *found)}
-        untried = [choice for key, choice in pool.items() if key not in taken]
+        untried = [choice for key, choice in pool.items() if key not in taken and self._space.contains(choice)]
         if not untried:
             return
         points = np.array([features(self._space.knobs, self._space.draft(choice)) for choice in untried])
@@ -208,9 +209,9 @@ def baselines(shape: ModelShape, recipe: Recipe, space: Space) -> list[Choice]:
 
 
 def first_fitting(screen: Screen, choices: Iterable[Choice]) -> Screened | None:
-    """The first that the formula says fits and that the user's narrowing allows."""
-    allowed = (screen.look(choice) for choice in choices if screen.space.contains(choice))
-    return next((item for item in allowed if item.promising), None)
+    """The first that the formula says fits, as near to it as the user's narrowing allows."""
+    allowed = filter(screen.space.contains, map(screen.space.nearest, choices))
+    return next((item for item in map(screen.look, allowed) if item.promising), None)
 
 
 def diverse(ranking: Sequence[Screened], count: int) -> list[Screened]:

@@ -79,6 +79,11 @@ def split_setting(setting: str) -> tuple[str, str]:
     return STAGE3_KEYS.get(key, key), text
 
 
+def gives_one_value(setting: str) -> bool:
+    """`KEY=1e8`, not `KEY=1,2` or `KEY=1e6..1e9`, which leave a choice to the tuner."""
+    return ".." not in setting and "," not in setting
+
+
 def nearest(name: str, names: Iterable[str], *, cutoff: float = 0.5) -> str | None:
     """The most similar of `names`, None if nothing is near (`cutoff` of difflib: 1 is equal)."""
     found = get_close_matches(name, list(names), n=1, cutoff=cutoff)

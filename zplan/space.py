@@ -11,52 +11,18 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from math import isqrt
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 from zplan import files
 from zplan.errors import ConfigError
 from zplan.hardware import Cluster
 from zplan.model_shape import ModelShape
+from zplan.ranges import Elements, Options, Range, Share, Suggester, Value, ask, clamped, is_inside
 from zplan.recipe import Recipe
 from zplan.zero_config import Choice, OffloadOptimizer, OffloadParam, ZeroConfig, batch_sizes
 
-Value: TypeAlias = bool | int | float | str
 Draft: TypeAlias = Mapping[str, Value]
 """Knob -> value for the knobs decided so far; a knob's `acts` looks only at earlier knobs."""
-
-
-class Suggester(Protocol):
-    """The part of `optuna.Trial` that the space needs."""
-
-    def suggest_categorical(self, name: str, choices: Any) -> Any: ...
-    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int: ...
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None) -> float: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """One of a few values."""
-
-    values: tuple[Value, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Elements:
-    """A count between two bounds, searched on a logarithmic scale."""
-
-    low: int
-    high: int
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """A fraction, in steps of a tenth."""
-
-    low: float
-    high: float
-
-
-Range: TypeAlias = Options | Elements | Share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +69,7 @@ class Space:
                 fix="zplan tune --help",
             )
         self.knobs = tuple(replace(knob, range=narrowing.get(knob.name, knob.range)) for knob in knobs)
+        self._must_act = [name for name, allowed in narrowing.items() if _only_offloads(name, allowed)]
         self._untuned = {
             name: value
             for name, value in _zero_draft(base if base is not None else ZeroConfig()).items()
@@ -114,7 +81,7 @@ class Space:
         draft: dict[str, Value] = {}
         for knob in self.knobs:
             if knob.acts(draft):
-                draft[knob.name] = _ask(trial, knob)
+                draft[knob.name] = ask(trial, knob.name, knob.range)
         return self.choice(draft)
 
     def choice(self, draft: Draft) -> Choice:
@@ -129,11 +96,7 @@ class Space:
 
     def draft(self, choice: Choice) -> dict[str, Value]:
         """Knob -> value of a configuration, for the knobs that act in it: what the sampler is told."""
-        values = _zero_draft(choice.zero)
-        values["overlap_comm"] = choice.zero.overlaps_comm
-        values["world_size"] = choice.batch.world_size
-        values["train_micro_batch_size_per_gpu"] = choice.batch.train_micro_batch_size_per_gpu
-        values["gradient_checkpointing"] = choice.gradient_checkpointing
+        values = self._values(choice)
         live: dict[str, Value] = {}
         for knob in self.knobs:
             value = values[knob.name]
@@ -141,14 +104,35 @@ class Space:
                 live[knob.name] = value
         return live
 
+    @staticmethod
+    def _values(choice: Choice) -> dict[str, Value | None]:
+        """Knob -> value, whether it acts or not."""
+        return _zero_draft(choice.zero) | {
+            "overlap_comm": choice.zero.overlaps_comm,
+            "world_size": choice.batch.world_size,
+            "train_micro_batch_size_per_gpu": choice.batch.train_micro_batch_size_per_gpu,
+            "gradient_checkpointing": choice.gradient_checkpointing,
+        }
+
     def canonical(self, choice: Choice) -> Choice:
         """The same configuration with every dead knob at its default."""
         return self.choice(self.draft(choice))
 
+    def nearest(self, choice: Choice) -> Choice:
+        """The configuration with every acting knob moved into its range, where the user has narrowed that."""
+        values = self._values(choice)
+        live: dict[str, Value] = {}
+        for knob in self.knobs:
+            if knob.acts(live):
+                live[knob.name] = clamped(knob.range, values[knob.name])
+        return self.choice(live)
+
     def contains(self, choice: Choice) -> bool:
-        """Whether every acting knob of the configuration lies within its range."""
+        """Whether every acting knob lies within its range, and offloading that the user asks for happens."""
         draft = self.draft(choice)
-        return all(_inside(knob.range, draft[knob.name]) for knob in self.knobs if knob.name in draft)
+        return all(name in draft for name in self._must_act) and all(
+            is_inside(knob.range, draft[knob.name]) for knob in self.knobs if knob.name in draft
+        )
 
     def key(self, choice: Choice) -> str:
         """Equal for two configurations exactly if they run alike."""
@@ -156,21 +140,8 @@ class Space:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _ask(trial: Suggester, knob: Knob) -> Value:
-    match knob.range:
-        case Options(values):
-            value: Value = trial.suggest_categorical(knob.name, values)
-            return value
-        case Elements(low, high):
-            return trial.suggest_int(knob.name, low, high, log=True)
-        case Share(low, high):
-            return round(trial.suggest_float(knob.name, low, high, step=0.1), 1)
-
-
-def _inside(allowed: Range, value: Value) -> bool:
-    if isinstance(allowed, Options):
-        return value in allowed.values
-    return not isinstance(value, str) and allowed.low <= value <= allowed.high
+def _only_offloads(name: str, allowed: Range) -> bool:
+    return name.endswith(".device") and isinstance(allowed, Options) and "none" not in allowed.values
 
 
 def _zero_ge(stage: int) -> Callable[[Draft], bool]:
