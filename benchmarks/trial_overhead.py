@@ -1,0 +1,164 @@
+"""What a trial costs beside its timed steps: the tuner's warm trials against cold ones started by torchrun.
+
+    python -m benchmarks.trial_overhead        # about 10 minutes on two idle cores; writes reports/trial_overhead.md
+
+A real study of the demo model (SmolLM2-135M, fp32, two CPU ranks, 64 tokens) with real trials, as `zplan tune` runs it.
+After every fourth trial the same configuration is run again by `torchrun -m sft.trial`, so both sides see the same
+machine. Overhead is wall time minus the timed steps. Of the study it is everything: the search, the start of the warm
+server, the model, the warm-up step, the end of the processes; of a cold trial it is the wall time of its torchrun.
+Killed and started again, it goes on; a finished run starts anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+import zplan.study
+from benchmarks.measured import FOLDER
+from zplan import files
+from zplan.backends.real import RealBackend, trial_environment
+from zplan.demo import prepare_demo
+from zplan.hardware import Cluster
+from zplan.model_probe import probe_config
+from zplan.probe import probe_hardware
+from zplan.recipe import Recipe
+from zplan.report.labels import choice_label
+from zplan.study import run_study
+from zplan.trial import RESULT_FILE, SPEC_FILE, Outcome, TrialResult, TrialSpec
+
+REPORT = Path(__file__).parents[1] / "reports" / "trial_overhead.md"
+WORK = FOLDER / "trial_overhead"
+ROWS = WORK / "rows.jsonl"
+TRIALS, EVERY, GOAL = 20, 4, 0.25
+
+
+@dataclass(kw_only=True)
+class SideBySide:
+    """Runs every trial warm, and every fourth one cold besides; one line a run is kept."""
+
+    warm: RealBackend
+    evidence: Literal["measured"] = "measured"
+
+    def __post_init__(self) -> None:
+        self._count = sum(row["kind"] == "warm" for row in read_rows())
+        self._mark = time.monotonic()
+
+    def run(self, spec: TrialSpec) -> TrialResult:
+        """The warm trial's answer; its wall time counts from the end of the one before."""
+        result = self.warm.run(spec)
+        self._keep("warm", spec, result, time.monotonic() - self._mark)
+        if self._count % EVERY == 0:
+            started = time.monotonic()
+            cold = run_cold(spec)
+            self._keep("cold", spec, cold, time.monotonic() - started)
+        self._count += 1
+        self._mark = time.monotonic()
+        return result
+
+    def _keep(self, kind: str, spec: TrialSpec, result: TrialResult, wall_seconds: float) -> None:
+        row = {
+            "kind": kind, "trial": self._count, "label": choice_label(spec.choice), "outcome": result.outcome.value,
+            "wall": wall_seconds, "timed": sum(result.timed_step_seconds), "steps": len(result.timed_step_seconds),
+        }  # fmt: skip
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        with ROWS.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(row) + "\n")
+
+
+def read_rows() -> list[dict[str, Any]]:
+    """What was measured so far."""
+    return [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()] if ROWS.exists() else []
+
+
+def run_cold(spec: TrialSpec) -> TrialResult:
+    """The same trial by torchrun: an agent and a fresh interpreter for every rank."""
+    out = WORK / f"cold-{time.monotonic_ns()}"
+    out.mkdir()
+    files.save(spec, out / SPEC_FILE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(spec.choice.batch.world_size)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "sft.trial"]
+    subprocess.run(
+        [*command, str(out / SPEC_FILE), "--out", str(out)], env={**os.environ, **trial_environment(spec.cluster)},
+        check=True, capture_output=True, timeout=spec.deadline_seconds,
+    )  # fmt: skip
+    return files.load(TrialResult, out / RESULT_FILE)
+
+
+def run(trials: int) -> None:
+    """The study, or the rest of it; its early end for want of gain is switched off, so that all trials are run."""
+    assets = prepare_demo()
+    folder = assets.model_dir.resolve()
+    cluster = probe_hardware()
+    recipe = Recipe(
+        model=str(folder), dataset=str(assets.dataset_path.resolve()), dtype="fp32", max_length=64, train_batch_size=2
+    )
+    zplan.study._LEAST_GAIN = 0.0
+    backend = RealBackend(WORK / "trials")
+    try:
+        run_study(
+            recipe=recipe, shape=probe_config(folder / "config.json", name="demo"), cluster=cluster,
+            model_path=str(folder), backend=SideBySide(warm=backend), n_trials=trials, timed_steps=2,
+            study_path=str(WORK / "study.journal"), calibration_dir=WORK,
+        )  # fmt: skip
+    finally:
+        backend.close()
+    REPORT.write_text(render(read_rows(), cluster), encoding="utf-8")
+
+
+def overhead(row: dict[str, Any]) -> float:
+    """Seconds beside the timed steps."""
+    return float(row["wall"] - row["timed"])
+
+
+def render(rows: list[dict[str, Any]], cluster: Cluster) -> str:
+    """The report."""
+    warm = [row for row in rows if row["kind"] == "warm"]
+    cold = {row["trial"]: row for row in rows if row["kind"] == "cold" and row["outcome"] in _RAN}
+    ours, theirs = fmean(overhead(row) for row in warm), fmean(overhead(row) for row in cold.values())
+    same = fmean(overhead(row) for row in warm if row["trial"] in cold)
+    ran = sum(row["outcome"] in _RAN for row in warm)
+    lines = [
+        "# What a trial costs beside its timed steps", "",
+        f"`python -m benchmarks.trial_overhead`: {len(warm)} real trials of the demo model ({ran} ran), "
+        f"{cluster.gpus_per_node} CPU ranks on {cluster.host.num_cpus} cores; seconds, wall minus timed steps.", "",
+        f"- Overhead of a trial of the study: {ours:.1f} s, {ours / theirs:.0%} of a cold torchrun trial's "
+        f"{theirs:.1f} s (goal {GOAL:.0%}); over the same configurations {same:.1f} s, {same / theirs:.0%}.", "",
+        "| trial | configuration | outcome | wall | timed steps | overhead | cold: wall | timed steps | overhead |",
+        "|---" * 9 + "|",
+    ]  # fmt: skip
+    for row in warm:
+        other = cold.get(row["trial"])
+        numbers = f"{other['wall']:.1f} | {other['timed']:.1f} | {overhead(other):.1f}" if other else " | | "
+        lines.append(
+            f"| {row['trial']} | {row['label']} | {row['outcome']} | {row['wall']:.1f} | {row['timed']:.1f} "
+            f"| {overhead(row):.1f} | {numbers} |"
+        )
+    return "\n".join([*lines, "", (__doc__ or "").partition("reports/trial_overhead.md\n")[2].strip(), ""])
+
+
+_RAN = (Outcome.OK.value, Outcome.PRUNED.value)
+
+
+def main() -> None:
+    """Go on with an unfinished run, or begin."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=TRIALS)
+    options = parser.parse_args()
+    if sum(row["kind"] == "warm" for row in read_rows()) >= options.trials:
+        shutil.rmtree(WORK)
+    WORK.mkdir(parents=True, exist_ok=True)
+    run(options.trials)
+
+
+if __name__ == "__main__":
+    main()
