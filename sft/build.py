@@ -116,33 +116,6 @@ def wants_cpu_adam(kind: DeviceKind) -> bool:
     return kind == "cuda"
 
 
-def check_agreement(recipe: Recipe, choice: Choice, deepspeed_config: Mapping[str, Any]) -> None:
-    """Refuse a DeepSpeed configuration that contradicts its recipe and choice, before anything is loaded.
-
-    Raises:
-        ConfigError: naming every key that differs.
-    """
-    batch = choice.batch
-    expected = {
-        "train_batch_size": batch.train_batch_size,
-        "train_micro_batch_size_per_gpu": batch.train_micro_batch_size_per_gpu,
-        "gradient_accumulation_steps": batch.gradient_accumulation_steps,
-        "gradient_clipping": recipe.max_grad_norm,
-    }
-    problems = [
-        f"{key} is {deepspeed_config[key]} in the DeepSpeed configuration and {value} in the recipe"
-        for key, value in expected.items()
-        if key in deepspeed_config and deepspeed_config[key] != value
-    ]
-    if problems:
-        raise ConfigError(
-            "the plan contradicts itself",
-            because="transformers refuses a DeepSpeed configuration that differs from its own arguments",
-            fix="make the plan again: zplan tune (--backend formula needs no GPU)",
-            problems=tuple(problems),
-        )
-
-
 def sft_config(
     recipe: Recipe, choice: Choice, deepspeed_config: Mapping[str, Any], run: Run, kind: DeviceKind
 ) -> SFTConfig:

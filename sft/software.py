@@ -12,6 +12,29 @@ from zplan.zero_config import Choice
 _BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion")
 """Source: transformers 5.23, trainer_optimizer.py (every OptimizerNames entry of bitsandbytes)."""
 
+REPORTERS = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+    "comet_ml": ("comet_ml",),
+    "clearml": ("clearml",),
+    "trackio": ("trackio",),
+    "swanlab": ("swanlab",),
+    "dvclive": ("dvclive",),
+    "codecarbon": ("codecarbon",),
+}
+"""--report-to -> modules, one of which is needed. Source: transformers 5.23, integrations/integration_utils.py."""
+
+
+def check_reporter(name: str) -> None:
+    """Raises ConfigError for a name that transformers does not know, MachineError if its library is not installed."""
+    if name == "none":
+        return
+    if name not in REPORTERS:
+        raise ConfigError(f"--report-to is {name}", fix=f"--report-to none, or one of {', '.join(REPORTERS)}")
+    if all(find_spec(module) is None for module in REPORTERS[name]):
+        _require(REPORTERS[name][0], f"--report-to is {name}", instead="--report-to none", package=name)
+
 
 def check_software(recipe: Recipe, choice: Choice, kind: DeviceKind) -> None:
     """Whether this machine can run what the recipe asks for.
@@ -28,22 +51,29 @@ def check_software(recipe: Recipe, choice: Choice, kind: DeviceKind) -> None:
         )
     if recipe.method == "qlora":
         bits = 8 if recipe.load_in_8bit else 4
-        _require("bitsandbytes", f"qlora loads {bits}-bit weights", instead="--method lora trains beside whole weights")
+        _require(
+            "bitsandbytes",
+            f"qlora loads {bits}-bit weights",
+            instead="a plan with --method lora",
+        )
     if recipe.optimizer in _BITSANDBYTES_OPTIMIZERS:
-        _require("bitsandbytes", f"{recipe.optimizer} is its optimizer", instead="--optimizer adamw")
+        _require("bitsandbytes", f"{recipe.optimizer} is its optimizer", instead="a plan with --optimizer adamw")
     if recipe.loss == "liger":
-        _require("liger_kernel", "the loss is liger", instead="--loss chunked_nll", package="liger-kernel")
+        _require("liger_kernel", "the loss is liger", instead="a plan with --loss chunked_nll", package="liger-kernel")
     if recipe.attention == "flash_attention_2":
         if kind == "cpu":
             raise ConfigError(
                 "flash_attention_2 on CPU ranks", because="its kernels are CUDA's", fix="a plan with --attention sdpa"
             )
-        _require("flash_attn", "the attention is flash_attention_2", instead="--attention sdpa", package="flash-attn")
+        _require(
+            "flash_attn",
+            "the attention is flash_attention_2",
+            instead="a plan with --attention sdpa",
+            package="flash-attn",
+        )
 
 
 def _require(module: str, reason: str, *, instead: str, package: str | None = None) -> None:
     if find_spec(module) is None:
         name = package or module
-        raise MachineError(
-            f"{name} is not installed", because=reason, fix=f"pip install {name}; or a plan with {instead}"
-        )
+        raise MachineError(f"{name} is not installed", because=reason, fix=f"pip install {name}; or {instead}")

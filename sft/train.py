@@ -7,6 +7,7 @@ accelerate or srun it is one of the ranks. argparse, because Typer cannot expres
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -15,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from sft import preflight
+from sft.agreement import check_agreement, check_weights
 from sft.disk import check_adapter, check_disk, weight_shapes
 from sft.failure import save_end
 from sft.launch import PARENT_VARIABLE, launch
 from sft.ranks import adopt_slurm, current_rank, die_with_parent, launched_by, set_environment
 from sft.session import REPORT_FILE, SESSION_FILE, Session, with_resume
-from sft.software import check_software
+from sft.software import check_reporter, check_software
 from zplan import files
 from zplan.errors import ConfigError, ExitCode, ZplanError
 from zplan.plan import Plan
@@ -149,7 +151,7 @@ def _check_values(options: argparse.Namespace, recipe: Recipe) -> None:
             raise ConfigError(f"{flag} is {value}, below 1", fix=f"{flag} 100")
     if not 0 <= options.eval_fraction < 1:
         raise ConfigError(f"--eval-fraction is {options.eval_fraction}, not in [0, 1)", fix="--eval-fraction 0.05")
-    if options.epochs <= 0:
+    if not 0 < options.epochs < math.inf:
         raise ConfigError(f"--epochs is {options.epochs}, not above 0", fix="--epochs 1")
     if options.early_stopping_patience and not options.eval_fraction:
         raise ConfigError(
@@ -185,6 +187,10 @@ def prepare(options: argparse.Namespace) -> Session:
     """Everything that is decided before a rank exists, written to `run.json` in the output folder."""
     session = make_session(options)
     check_software(session.plan.recipe, session.plan.choice, session.plan.cluster.gpu.kind)
+    check_reporter(session.report_to)
+    check_agreement(session.plan.recipe, session.plan.choice, session.plan.deepspeed)
+    if not options.force:
+        check_weights(session.plan)
     check_adapter(session.plan.recipe, weight_shapes(Path(session.plan.model_path)))
     preflight.check_data(
         str(session.plan.recipe.dataset),

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from transformers import EarlyStoppingCallback, set_seed
 
 from sft import build, data, outputs
+from sft.agreement import check_agreement
 from sft.callbacks import GracefulStop, MarkCheckpoints, ProgressLines, StepTimer
 from sft.failure import disk_error, save_failure
 from sft.meter import CudaMeter, measure_pinned_bytes, measure_used_bytes, peak_resident_bytes
@@ -86,7 +87,7 @@ def prepare(session: Session) -> Prepared:
     kind = plan.cluster.gpu.kind
     build.check_world(plan.choice, place.world_size)
     check_software(plan.recipe, plan.choice, kind)
-    build.check_agreement(plan.recipe, plan.choice, plan.deepspeed)
+    check_agreement(plan.recipe, plan.choice, plan.deepspeed)
     build.init_process_group(kind, timeout_seconds=_COLLECTIVE_SECONDS)
     if kind == "cuda":
         torch.cuda.set_device(place.local_rank)

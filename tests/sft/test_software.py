@@ -21,7 +21,7 @@ def check(*, stage: int = 2, kind: DeviceKind = "cuda", **recipe: Any) -> None:
 
 @pytest.fixture
 def without_extras(monkeypatch: pytest.MonkeyPatch) -> None:
-    extras = ("bitsandbytes", "liger_kernel", "flash_attn")
+    extras = ("bitsandbytes", "liger_kernel", "flash_attn", "wandb")
     monkeypatch.setattr(software, "find_spec", lambda name: None if name in extras else find_spec(name))
 
 
@@ -69,3 +69,18 @@ def test_eight_bit_loading_reaches_transformers(tmp_path: Path) -> None:
     assert four is not None
     assert (eight.load_in_8bit, eight.load_in_4bit) == (True, False)
     assert (four.load_in_8bit, four.load_in_4bit) == (False, True)
+
+
+@pytest.mark.usefixtures("without_extras")
+def test_a_reporter_is_known_and_installed_before_the_start() -> None:
+    software.check_reporter("none")
+    with pytest.raises(ConfigError, match="--report-to is nonsense"):
+        software.check_reporter("nonsense")
+    with pytest.raises(MachineError, match="wandb is not installed"):
+        software.check_reporter("wandb")
+
+
+def test_every_reporter_is_one_of_transformers() -> None:
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    assert software.REPORTERS.keys() <= INTEGRATION_TO_CALLBACK.keys()
