@@ -187,3 +187,28 @@ def test_opt_s_last_norm_runs_after_the_layers() -> None:
     (block,) = (block for block in recording.blocks if block.laid.block.role == "embedding")
     assert [name.rpartition(".")[2] for name, _ in block.embeddings] == ["embed_tokens", "embed_positions"]
     assert block.late is not None
+
+
+def test_without_checkpointing_the_first_norm_of_an_adapted_model_keeps_nothing() -> None:
+    """The embedding is frozen and nothing before the first adapter is in the graph."""
+    recipe = Recipe(model="llama-like", method="lora", train_batch_size=1, max_length=128)
+    recording = record(SHAPE, recipe, layout(SHAPE, recipe), micro_batch=1, on_cpu=False)
+    assert recording.first_norm_bytes == 4 * 128 * 256 + 4 * 128
+    gpt2 = find_model("gpt2")
+    assert isinstance(gpt2, ModelShape)
+    recording = record(gpt2, recipe, layout(gpt2, recipe), micro_batch=1, on_cpu=False)
+    assert recording.first_norm_bytes == 2 * 128 * 768 + 8 * 128  # LayerNorm keeps its input, mean and deviation
+
+
+def scaled(model_type: str) -> int:
+    shape = replace(SHAPE, model_type=model_type)
+    recipe = Recipe(model="any", train_batch_size=1, max_length=128)
+    recording = record(shape, recipe, layout(shape, recipe), micro_batch=1, on_cpu=False)
+    (layer,) = (block for block in recording.blocks if block.laid.block.role == "layer")
+    assert layer.tape is not None
+    return sum(step[1] for step in layer.tape.forward if step[0] == 0)
+
+
+def test_granite_keeps_nothing_more_for_its_multipliers_and_phi_3_keeps_its_attention_s_output_twice() -> None:
+    assert scaled("granite") == scaled("llama")
+    assert scaled("phi3") == scaled("llama") + 2 * 128 * 256  # as the kernel gave it, and in the order of positions

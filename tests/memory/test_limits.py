@@ -36,10 +36,11 @@ def test_what_is_not_modelled_is_named_and_never_fits(key: str) -> None:
     assert any(note.startswith("not modelled: ") for note in with_key.notes)
 
 
-def test_latent_attention_is_not_modelled() -> None:
-    shape = find_model("deepseek-v2-lite")
+def test_bloom_has_one_attention_and_others_are_never_called_fitting() -> None:
+    shape = find_model("bloom-560m")
     assert isinstance(shape, ModelShape)
-    assert estimate(ZeroConfig(stage=3), shape=shape).gpu.verdict != "fits"
+    assert estimate(ZeroConfig(stage=3), shape=shape, attention="sdpa").gpu.verdict == "tight"
+    assert estimate(ZeroConfig(stage=3), shape=shape, attention="eager").gpu.verdict == "fits"
 
 
 def test_dora_is_not_modelled_and_rslora_costs_what_lora_costs() -> None:

@@ -17,6 +17,14 @@ _SPLIT_QKV = ("gpt2", "gpt_neox")
 modeling_gpt_neox.py, modeling_phi3.py)."""
 
 
+JOINED_ROTARY = frozenset({"phi3", "gpt_neox", "phi", "stablelm"})
+"""Families that rotate a part of a head and join it with the rest: the joined q puts heads before positions; flash
+attention's output follows it, and is copied for the output projection.
+
+Source: transformers 5.23.0, models/phi3/modeling_phi3.py (apply_rotary_pos_emb: torch.cat), integrations/
+sdpa_attention.py (transpose(1, 2).contiguous())."""
+
+
 def attend(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: Value) -> Value:
     """The attention's module: projections, scores, output, dropout."""
     shape = layer.shape
@@ -30,6 +38,10 @@ def attend(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: V
     else:
         q, k, v = _plain(tape, layer, sizes, modules, x)
     mixed = _mix(tape, shape, sizes, q, k, v, widths)
+    if shape.model_type in JOINED_ROTARY and sizes.attention != "eager" and not is_masked(shape, sizes):
+        joined = tape.apply(sizes.bytes(widths[1]), [(mixed, sizes.bytes(widths[1]))])
+        tape.drop(mixed)
+        mixed = joined
     out = ops.linear(tape, modules, sizes, layer.output, mixed, transposed=layer.is_conv1d)
     tape.drop(q, k, v, mixed)
     tape.exit(container)
@@ -50,8 +62,7 @@ def _mix(
     tape: Tape, shape: ModelShape, sizes: Sizes, q: Value, k: Value, v: Value, widths: tuple[int, int, int, int]
 ) -> Value:
     if sizes.attention != "eager":
-        masked = sizes.attention == "sdpa" and is_windowed(shape, sizes.length)
-        return scores.fused_attention(tape, sizes, q, k, v, *widths, masked=masked)
+        return scores.fused_attention(tape, sizes, q, k, v, *widths, masked=is_masked(shape, sizes))
     if shape.model_type == "falcon":
         return scores.falcon_attention(tape, sizes, q, k, v, *widths)
     if shape.model_type == "bloom":
@@ -147,8 +158,9 @@ def _project(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x:
         whole = sizes.bytes(q_width + 2 * k_width)
         if shape.model_type in _SPLIT_QKV:
             pieces = tape.split(outs[0], 3, whole)
-        else:  # slices, each with a gradient of the whole
-            pieces = tuple(tape.apply(None, [(outs[0], whole)]) for _ in range(3))
+        else:  # slices, each with a gradient of the whole; Falcon's lists of one index copy
+            narrow = sizes.bytes(k_width) if shape.model_type == "falcon" else None
+            pieces = tuple(tape.apply(num_bytes, [(outs[0], whole)]) for num_bytes in (None, narrow, narrow))
         tape.drop(outs[0])
         return pieces[0], pieces[1], pieces[2]
     q = tape.apply(sizes.bytes(q_width), [(out, sizes.bytes(q_width)) for out in outs[:1]])
@@ -156,6 +168,11 @@ def _project(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x:
     v = tape.apply(sizes.bytes(k_width), [(out, sizes.bytes(k_width)) for out in outs[-1:]])
     tape.drop(*outs)
     return q, k, v
+
+
+def is_masked(shape: ModelShape, sizes: Sizes) -> bool:
+    """Whether sdpa gets a mask and leaves flash attention for it."""
+    return sizes.attention == "sdpa" and is_windowed(shape, sizes.length)
 
 
 def is_windowed(shape: ModelShape, length: int) -> bool:

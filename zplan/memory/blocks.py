@@ -47,16 +47,25 @@ def _residual_layer(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modu
         return out
     if before:
         tape.drop(normed)
-    attended = _after(tape, modules, sizes, after, attended, width)
+    attended = _scaled(tape, layer, whole, _after(tape, modules, sizes, after, attended, width))
     middle = tape.apply(whole, [(x, None), (attended, None)])
     tape.drop(attended)
     normed = ops.norm(tape, modules, sizes, before_mlp, middle, width) if before_mlp else middle
     fed = _mlp(tape, layer, sizes, modules, normed)
     if before_mlp:
         tape.drop(normed)
-    fed = _after(tape, modules, sizes, after_mlp, fed, width)
+    fed = _scaled(tape, layer, whole, _after(tape, modules, sizes, after_mlp, fed, width))
     out = tape.apply(whole, [(middle, None), (fed, None)])
     tape.drop(middle, fed)
+    return out
+
+
+def _scaled(tape: Tape, layer: LayerModules, num_bytes: int, x: Value) -> Value:
+    """Times the residual multiplier of Granite (transformers 5.23.0, models/granite/modeling_granite.py)."""
+    if not layer.shape.model_type.startswith("granite"):
+        return x
+    out = tape.apply(num_bytes, [(x, num_bytes)])
+    tape.drop(x)
     return out
 
 
@@ -66,6 +75,11 @@ def _after(tape: Tape, modules: Modules, sizes: Sizes, name: str | None, x: Valu
     out = ops.norm(tape, modules, sizes, name, x, width)
     tape.drop(x)
     return out
+
+
+def first_norm(layer: LayerModules) -> str | None:
+    """The norm before the attention, if the family has one."""
+    return _norm_roles(layer.norms, layer.shape.model_type)[0]
 
 
 def _norm_roles(norms: list[str], model_type: str) -> tuple[str | None, str | None, str | None, str | None]:

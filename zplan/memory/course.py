@@ -122,11 +122,23 @@ class _Walk:
                 self._play(steps, index, layer, loses=self._is_checkpointed(block))
                 if self._is_checkpointed(block):
                     self._return_scores()
+                elif self.starts_without_gradient and self._is_first(index, layer):
+                    self.meter.add(Kind.ACTIVATIONS, -self.recording.first_norm_bytes)
         self.meter.add(Kind.ACTIVATIONS, -self.returned - self.locals)
         self.returned = self.locals = 0
         for index, block in enumerate(self.recording.blocks):
             if block.late:
                 self._play(block.late.forward, index, 0)
+
+    @property
+    def starts_without_gradient(self) -> bool:
+        """Adapters without checkpointing: nothing before the first adapter is in the graph."""
+        return self.recording.reentrant and not self.checkpointing
+
+    def _is_first(self, index: int, layer: int) -> bool:
+        blocks = self.recording.blocks
+        roles = [block.laid.block.role for block in blocks[:index]]
+        return layer == 0 and blocks[index].laid.block.role == "layer" and "layer" not in roles
 
     def _return_scores(self) -> None:
         """The layer's result with its attention's weights stays with the model's loop until the next layer's is there.
@@ -150,7 +162,7 @@ class _Walk:
             meter.add(Kind.ACTIVATIONS, 0 if number else r.hidden_bytes)
             self.post(self.module_base[index] + number)
         meter.add(Kind.ACTIVATIONS, r.embedded_bytes)
-        if len(modules) > 1 and modules[-1][1] == "table":
+        if r.adds_to_embedding:
             is_leaf = r.reentrant and self.checkpointing
             self.locals = 0 if is_leaf else r.hidden_bytes
             meter.add(Kind.ACTIVATIONS, r.hidden_bytes)
@@ -216,6 +228,8 @@ class _Walk:
                     extra = r.hidden_bytes if reentrant else 0
                     meter.add(Kind.ACTIVATIONS, -r.hidden_bytes - extra)
                 else:
+                    if self.starts_without_gradient and self._is_first(index, layer):
+                        meter.add(Kind.ACTIVATIONS, r.first_norm_bytes)
                     self._play(block.tape.backward, index, layer)
         meter.add(Kind.ACTIVATIONS, self._input_bytes() // 2)
         self._embedding_backward()
@@ -237,8 +251,9 @@ class _Walk:
         for local, weight in enumerate(r.blocks[index].laid.weights):
             if weight.trainable and weight.module == module:
                 if r.head_is_embedding and local == 0:
-                    # the head's gradient, the embedding's and their sum
-                    self.meter.touch(Kind.GRADIENTS, 2 * weight.numel * weight.itemsize)
+                    # the head's gradient and the embedding's, which is added into it unless it is a view
+                    viewed = r.runs_head and not self.fetches
+                    self.meter.touch(Kind.GRADIENTS, (1 + viewed) * weight.numel * weight.itemsize)
                     self.meter.add(Kind.GRADIENTS, -r.head_bytes)
                 self.call(Op.GRADIENT, r.items.base[index] + local)
 

@@ -130,11 +130,10 @@ def _weigh(tape: Tape, layer: LayerModules, sizes: Sizes, rows: Value, scores: V
     weighted = tape.apply(
         wide, [(rows, plain), (scores, scores.storage.bytes)], saves=(rows,), temporary=wide if low else 2 * wide
     )
-    tape.drop(rows)
     ordered = tape.apply(wide, [(weighted, wide)])
     tape.drop(weighted)
     summed = tape.apply(whole if low else sizes.fp32_bytes(hidden), [(ordered, None)])
-    tape.drop(ordered)
+    tape.drop(ordered, rows)
     if low or sizes.itemsize == FP32:
         return summed
     cast = tape.apply(whole, [(summed, sizes.fp32_bytes(hidden))])

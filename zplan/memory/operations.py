@@ -245,5 +245,5 @@ def activation(tape: Tape, sizes: Sizes, x: Value, width: int, hidden_act: str) 
         return tape.apply(whole, [(x, whole)], saves_output=True)
     if hidden_act in ("gelu_new", "gelu_fast", "relu2"):
         pieces = 3 if hidden_act != "relu2" else 1
-        return tape.apply(whole, [(x, whole)], saves=(x,), extra_saved=pieces * whole, temporary=2 * whole)
+        return tape.apply(whole, [(x, whole)], saves=(x,), extra_saved=pieces * whole, temporary=whole)
     return tape.apply(whole, [(x, whole)], saves=(x,))

@@ -9,11 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zplan.memory.attention import is_windowed
+from zplan.memory.around import (
+    LATE_NORM,
+    arguments_bytes,
+    dropout_rate,
+    embedded_bytes,
+    first_norm_bytes,
+    returned_bytes,
+)
 from zplan.memory.blocks import build_layer
 from zplan.memory.experts import LEAF, LEAF_FAMILIES
 from zplan.memory.instances import Instances, instances
-from zplan.memory.loss import INT64, LossCost, loss_cost
+from zplan.memory.loss import LossCost, loss_cost
 from zplan.memory.operations import Modules, Sizes, norm
 from zplan.memory.tape import BlockTape, Event, Step, Tape, Value, record_block
 from zplan.memory.trainable import EXPERT_ADAPTERS, LaidBlock, Layout, Weight
@@ -52,6 +59,11 @@ class Recording:
     blocks: tuple[Recorded, ...]
     loss: LossCost
     hidden_bytes: int
+    first_norm_bytes: int
+    """What the first layer's norm keeps; nothing where its input needs no gradient (adapters without checkpointing)."""
+    adds_to_embedding: bool
+    """The first layer's input is not the embedding's output: positions are added (GPT-2, OPT), or it is scaled outside
+    the embedding's module (Granite)."""
     embedded_bytes: int
     """Kept between the embeddings and their backward besides the first layer's input: a dropout's mask, a norm's input
     and statistics."""
@@ -93,29 +105,14 @@ def record(
         on_cpu=on_cpu,
         partitioned=partitioned,
         fp32_norm_weight=shape.model_type.startswith(("olmo2", "gemma")),
-        residual_dropout=_rate(shape, "resid_pdrop", "dropout", "hidden_dropout", "residual_dropout"),
-        attention_dropout=_rate(shape, "attn_pdrop", "attention_dropout"),
+        residual_dropout=dropout_rate(shape, "resid_pdrop", "dropout", "hidden_dropout", "residual_dropout"),
+        attention_dropout=dropout_rate(shape, "attn_pdrop", "attention_dropout"),
     )
     made = _record(shape, recipe, layout, sizes)
     if len(_RECORDINGS) > 4096:
         _RECORDINGS.clear()
     _RECORDINGS[key] = made
     return made
-
-
-DEFAULT_DROPOUT: dict[tuple[str, str], float] = {
-    ("gpt2", "resid_pdrop"): 0.1,
-    ("gpt2", "attn_pdrop"): 0.1,
-    ("gpt2", "embd_pdrop"): 0.1,
-    ("opt", "dropout"): 0.1,
-}
-"""Of a config.json that says nothing; every other family's is 0 (transformers 5.23.0, models/*/configuration_*.py)."""
-
-
-def _rate(shape: ModelShape, *keys: str) -> float:
-    """The dropout rate under the first of the keys that the model's config has."""
-    found = (shape.config.get(key, DEFAULT_DROPOUT.get((shape.model_type, key))) for key in keys)
-    return float(next((rate for rate in found if rate is not None), 0.0))
 
 
 def _record(shape: ModelShape, recipe: Recipe, layout: Layout, sizes: Sizes) -> Recording:
@@ -142,9 +139,11 @@ def _record(shape: ModelShape, recipe: Recipe, layout: Layout, sizes: Sizes) -> 
             on_cpu=sizes.on_cpu,
         ),
         hidden_bytes=hidden,
-        embedded_bytes=_embedded_bytes(shape, layout, sizes),
-        arguments_bytes=_arguments_bytes(shape, sizes),
-        returned_bytes=_returned_bytes(shape, sizes),
+        first_norm_bytes=first_norm_bytes(shape, layout, sizes),
+        adds_to_embedding=shape.model_type.startswith(("gpt2", "opt", "granite")),
+        embedded_bytes=embedded_bytes(shape, layout, sizes),
+        arguments_bytes=arguments_bytes(shape, sizes),
+        returned_bytes=returned_bytes(shape, sizes),
         head_bytes=shape.vocab_size * shape.hidden_size * sizes.itemsize,
         head_trains=head_trains,
         reentrant=recipe.method != "full",
@@ -158,46 +157,6 @@ def is_output(weight: Weight) -> bool:
     return weight.group == 0 or (
         weight.name.endswith("bias") and "norm" not in weight.module and "ln_" not in weight.name
     )
-
-
-def _arguments_bytes(shape: ModelShape, sizes: Sizes) -> int:
-    """Positions (int64), cos and sin of the rotary embedding, masks.
-
-    Source: transformers 5.23.0, masking_utils.py (eager_mask): one B x S x S of the training dtype for each kind of
-    layer (full, sliding).
-    """
-    rotary = 2 * sizes.length * shape.head_dim * sizes.itemsize
-    squares = sizes.micro_batch * sizes.length * sizes.length
-    kinds = max(len(set(shape.layer_types)), 1) if sizes.attention == "eager" else 0
-    masks = kinds * squares * sizes.itemsize
-    if sizes.attention == "sdpa" and is_windowed(shape, sizes.length):
-        masks = squares  # a byte each
-    return INT64 * sizes.length + rotary + masks
-
-
-def _embedded_bytes(shape: ModelShape, layout: Layout, sizes: Sizes) -> int:
-    """T h b + 8 T for a norm behind the embedding (Bloom), a byte an element for a dropout (GPT-2).
-
-    Source: transformers 5.23.0, models/bloom/modeling_bloom.py, models/gpt2/modeling_gpt2.py.
-    """
-    normed = any(
-        weight.group and weight.module.rpartition(".")[2] != LATE_NORM
-        for laid in layout.blocks
-        if laid.block.role == "embedding"
-        for weight in laid.weights
-    )
-    dropped = _rate(shape, "embd_pdrop") > 0
-    mask = sizes.tokens * shape.hidden_size * (sizes.itemsize if sizes.on_cpu else 1)
-    return normed * (sizes.bytes(shape.hidden_size) + 2 * sizes.fp32_bytes(1)) + dropped * mask
-
-
-def _returned_bytes(shape: ModelShape, sizes: Sizes) -> int:
-    """B H S S of the training dtype.
-
-    Source: transformers 5.23.0, models/falcon/modeling_falcon.py, models/bloom/modeling_bloom.py (decoder layers).
-    """
-    returns = sizes.attention == "eager" and shape.model_type in ("falcon", "bloom")
-    return sizes.tokens * sizes.length * shape.num_attention_heads * sizes.itemsize if returns else 0
 
 
 def _record_one(laid: LaidBlock, shape: ModelShape, sizes: Sizes, hidden: int) -> Recorded:
@@ -214,10 +173,6 @@ def _record_one(laid: LaidBlock, shape: ModelShape, sizes: Sizes, hidden: int) -
     names = [weight.module for weight in laid.weights if weight.module.rpartition(".")[2] == LATE_NORM]
     late = _record_norm(names[0], shape, sizes, modules, hidden) if names else None
     return Recorded(laid=laid, tape=None, modules=modules, late=late)
-
-
-LATE_NORM = "final_layer_norm"
-"""transformers 5.23.0, models/opt/modeling_opt.py (OPTDecoder), made before the layers and run after them."""
 
 
 def _record_final(laid: LaidBlock, shape: ModelShape, sizes: Sizes, modules: Modules, hidden: int) -> BlockTape | None:
