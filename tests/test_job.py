@@ -104,6 +104,14 @@ def test_a_batch_flag_that_contradicts_the_file_is_a_mismatch(tmp_path: Path) ->
     assert "train_batch_size is 16, but" in str(refused(ds_config=str(file), micro_batch=4))
 
 
+def test_a_key_that_a_file_has_twice_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"stage": 3, "stage": 2}}')
+    job = ask(ds_config=str(file))
+    assert job.choice_or_refuse().zero.stage == 2
+    assert "stage is written twice: the last one counts" in job.warnings
+
+
 def plan_file(folder: Path) -> str:
     job = ask(stage=2, micro_batch=1)
     plan = Plan(

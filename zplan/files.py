@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,8 +34,11 @@ def _adapter(kind: type[T]) -> TypeAdapter[T]:
     return _adapters[kind]
 
 
-def load_json(path: Path | str) -> Any:
+def load_json(path: Path | str, *, on_duplicate: Callable[[str], None] | None = None) -> Any:
     """Parse a JSON file.
+
+    Args:
+        on_duplicate: called with each key that one object has twice; the last one counts.
 
     Raises:
         ConfigError: missing, unreadable, larger than 8 MiB, not UTF-8, not JSON.
@@ -45,13 +50,23 @@ def load_json(path: Path | str) -> Any:
             raise ConfigError(
                 f"{path} is {size} bytes", because="a configuration file is at most 8 MiB", fix="another file"
             )
-        return json.loads(path.read_text(encoding="utf-8"))
+        pairs = None if on_duplicate is None else partial(_object, on_duplicate)
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=pairs)
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist", fix="check the path") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}", fix="another file") from error
     except (json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}", fix=f"python -m json.tool {path}") from error
+
+
+def _object(on_duplicate: Callable[[str], None], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            on_duplicate(key)
+        seen[key] = value
+    return seen
 
 
 def load(kind: type[T], path: Path | str) -> T:
@@ -71,11 +86,18 @@ def from_data(kind: type[T], data: Any, *, name: str) -> T:
     try:
         value = _adapter(kind).validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        found = [f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()]
-        raise ConfigError(f"{name} is not a valid {kind.__name__}", problems=tuple(unknown + found)) from error
+        found = [f"{'.'.join(map(str, item['loc'])) or 'the top'}: {item['msg']}" for item in error.errors()]
+        raise _not_valid(kind, name, unknown + found) from error
     if unknown:
-        raise ConfigError(f"{name} is not a valid {kind.__name__}", problems=tuple(unknown))
+        raise _not_valid(kind, name, unknown)
     return value
+
+
+def _not_valid(kind: type[Any], name: str, problems: list[str]) -> ConfigError:
+    return ConfigError(
+        f"{name} is not a valid {kind.__name__}", problems=tuple(problems),
+        because="every key is checked, and one too many is an error too", fix="another file, or mend the lines above",
+    )  # fmt: skip
 
 
 def _unknown_keys(kind: type[Any], data: Any) -> list[str]:

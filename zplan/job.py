@@ -140,14 +140,16 @@ def _described_job(flags: Flags, job: Job) -> Job:
 
     assert flags.ds_config is not None
     fixed = lift_settings(job.fixed)
-    data = over_file(load_json(flags.ds_config), fixed, given_recipe(flags))
+    twice: list[str] = []
+    data = over_file(load_json(flags.ds_config, on_duplicate=twice.append), fixed, given_recipe(flags))
     reading = read_ds_config(
         data, recipe=job.recipe, shape=job.shape, cluster=job.cluster, micro_batch=fixed.micro_batch,
         gradient_checkpointing=fixed.gradient_checkpointing, name=flags.ds_config,
     )  # fmt: skip
     return replace(
-        job, recipe=reading.recipe, choice=reading.choice, origins=reading.origins, warnings=reading.warnings
-    )
+        job, recipe=reading.recipe, choice=reading.choice, origins=reading.origins,
+        warnings=(*(f"{key} is written twice: the last one counts" for key in twice), *reading.warnings),
+    )  # fmt: skip
 
 
 def _zero_keys() -> tuple[str, ...]:

@@ -158,12 +158,17 @@ def _rank(candidate: Candidate) -> tuple[int, int, float, int, int]:
 
 
 def smallest_change_that_fits(
-    shape: ModelShape, recipe: Recipe, cluster: Cluster, *, fixed: Fixed | None = None
+    shape: ModelShape,
+    recipe: Recipe,
+    cluster: Cluster,
+    *,
+    fixed: Fixed | None = None,
+    bucket_rule: BucketRule = "engine",
 ) -> tuple[Fix, ...]:
     """When nothing fits: of each kind of change the smallest one that would make something fit."""
     decided = lift_settings(fixed if fixed is not None else Fixed())
 
     def best(shape: ModelShape, recipe: Recipe, cluster: Cluster) -> Candidate:
-        return _best_on(shape, recipe, cluster, decided, world_sizes(cluster, decided)[0], "engine")
+        return _best_on(shape, recipe, cluster, decided, world_sizes(cluster, decided)[0], bucket_rule)
 
     return smallest_changes(shape, recipe, cluster, best)

@@ -76,7 +76,9 @@ def _ranked(job: Job, *, quiet: bool) -> Answer:
     if best is not None:
         body.append(Text(_hint(candidates[best]), style="dim"))
     else:
-        changes = smallest_change_that_fits(job.shape, job.recipe, job.cluster, fixed=job.fixed)
+        changes = smallest_change_that_fits(
+            job.shape, job.recipe, job.cluster, fixed=job.fixed, bucket_rule=job.bucket_rule
+        )
         body += _nothing_fits(candidates[0], changes)
     return Answer(
         data=lambda: candidates_data(

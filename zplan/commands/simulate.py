@@ -62,7 +62,13 @@ def _by_formula(job: Job, candidate: Candidate, error: SimulationError, *, quiet
 
     def data() -> dict[str, Any]:
         answer = estimate_data(
-            candidate, shape=job.shape, recipe=job.recipe, cluster=job.cluster, origins=job.origins, evidence="formula"
+            candidate,
+            shape=job.shape,
+            recipe=job.recipe,
+            cluster=job.cluster,
+            origins=job.origins,
+            warnings=job.warnings,
+            evidence="formula",
         )
         stopped = {"what": error.what, "module": error.module or None, "operation": error.operation or None}
         return {**answer, "simulation": None, "simulation_error": stopped}
@@ -77,7 +83,8 @@ def _by_formula(job: Job, candidate: Candidate, error: SimulationError, *, quiet
 
 
 def _headed(job: Job, body: RenderableType) -> RenderableType:
-    return Group(question_lines(job.shape, job.recipe, job.cluster), Text(), body)
+    warned = [Text(f"warning: {line}", style="yellow") for line in job.warnings]
+    return Group(question_lines(job.shape, job.recipe, job.cluster), Text(), body, *warned)
 
 
 def _data(
@@ -85,7 +92,13 @@ def _data(
 ) -> dict[str, Any]:
     """The estimate's fields with simulated bytes where the engine ran, and the whole report under `simulation`."""
     data = estimate_data(
-        candidate, shape=job.shape, recipe=job.recipe, cluster=job.cluster, origins=job.origins, evidence="simulated"
+        candidate,
+        shape=job.shape,
+        recipe=job.recipe,
+        cluster=job.cluster,
+        origins=job.origins,
+        warnings=job.warnings,
+        evidence="simulated",
     )
     for name, value in (("allocated_bytes", report.gpu_allocated_bytes), ("reserved_bytes", report.gpu_reserved_bytes)):
         data["gpu"][name] = {"low": value, "expected": value, "high": value}

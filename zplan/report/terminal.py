@@ -30,8 +30,14 @@ _OUTCOME_STYLE = {Outcome.OK: "green", Outcome.PRUNED: "yellow"}
 _SEVERITY_STYLE = {"ok": "green", "warning": "yellow", "broken": "red"}
 
 
+RANGE_LEGEND = "low: nothing wasted; expected: as counted; high: what must fit"
+
+
 def _table(title: str | None = None) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    return Table(
+        title=title, title_justify="left", title_style="bold", caption_justify="left", caption_style="dim", box=None,
+        pad_edge=False, header_style="dim",
+    )  # fmt: skip
 
 
 def verdict_text(verdict: str) -> Text:
@@ -122,6 +128,7 @@ def _summary(candidate: Candidate) -> RenderableType:
             f"GPU {name}", format_bytes(value.low), format_bytes(value.expected), format_bytes(value.high),
             format_bytes(gpu.free_bytes) if last else "", verdict_text(gpu.verdict) if last else "",
         )  # fmt: skip
+    table.caption = RANGE_LEGEND
     host, nvme = memory.host, memory.nvme
     free = min((limit.limit_bytes for limit in host.limits if limit.needed_bytes == host.resident_bytes), default=None)
     table.add_row(
