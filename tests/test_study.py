@@ -213,13 +213,15 @@ def test_ctrl_c_leaves_a_study_that_resumes(tmp_path: Path) -> None:
     assert outcome.records[1].key == lines[-1].split()[2]
 
 
-def test_two_tuners_share_one_study(tmp_path: Path) -> None:
-    tuners = [_start(_study(tmp_path), 8, 0.3) for _ in range(2)]
+@pytest.mark.parametrize("place", ["{}/study.journal", "sqlite:///{}/study.db"])
+def test_two_tuners_share_one_study(tmp_path: Path, place: str) -> None:
+    study = place.format(tmp_path)
+    tuners = [_start(study, 8, 0.3) for _ in range(2)]
     outputs = [_finish(tuner) for tuner in tuners]
     assert all(tuner.returncode == 0 for tuner in tuners)
     finished = [[line for line in lines if line.startswith("finished")] for lines in outputs]
     assert all(lines for lines in finished)
-    _, records = load_study(_study(tmp_path))
+    _, records = load_study(study)
     searched = [record.key for record in records if record.origin != "confirm"]
     assert 8 <= len(searched) <= 9  # both may start the last one
     assert len(set(searched)) == len(searched)
@@ -329,3 +331,32 @@ def test_nothing_is_simulated_where_memory_is_far_from_full(tmp_path: Path) -> N
     simulator = Cannot()
     tune(_study(tmp_path), 6, cluster=toy_cluster(gpu_gib=4096), simulator=simulator)
     assert simulator.calls == 0
+
+
+@dataclass
+class AlwaysFails:
+    """Every trial ends for the same reason, told by another rank and with another folder each time."""
+
+    message: str
+    outcome: Outcome = Outcome.BAD_CONFIG
+    calls: int = 0
+    evidence: Evidence = "measured"
+
+    def run(self, spec: TrialSpec) -> TrialResult:
+        self.calls += 1
+        message = f"rank {self.calls % 2}: {self.message} [logs: /tmp/trial-{self.calls}]"
+        return TrialResult(outcome=self.outcome, evidence="measured", message=message)
+
+
+def test_a_fault_that_all_trials_share_ends_the_search_and_is_told(tmp_path: Path) -> None:
+    backend = AlwaysFails("ConfigError: no example of data.jsonl is shorter than 32 tokens")
+    with pytest.raises(ConfigError, match="is shorter than 32 tokens"):
+        tune(_study(tmp_path), 20, backend=backend)
+    assert backend.calls == 3
+    assert len([record for record in tune(_study(tmp_path), 6).records if record.result.tokens_per_second]) >= 3
+
+
+def test_running_out_of_memory_alike_does_not_end_the_search(tmp_path: Path) -> None:
+    backend = AlwaysFails("CUDA out of memory", Outcome.GPU_OOM)
+    tune(_study(tmp_path), 5, backend=backend)
+    assert backend.calls == 5

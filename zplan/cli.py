@@ -119,6 +119,7 @@ def simulate(*, flags: Flags, steps: int, trace: str | None) -> None:
 @click.option("--study", default=STUDY, help="Journal file or database URL; running again resumes.", show_default=True)
 @click.option("--objective", default="speed", help="speed, or pareto: speed, GPU and host memory.", show_default=True)
 @click.option("--timeout", type=float, help="Seconds for the whole search.")
+@click.option("--deadline", default=600.0, help="Seconds for one trial.", show_default=True)
 @click.option("--timed-steps", default=3, help="Timed optimizer steps of each trial.", show_default=True)
 @click.option("--seed", default=0, help="Seed of the search.", show_default=True)
 @shared_flags
@@ -130,6 +131,7 @@ def tune(
     study: str,
     objective: str,
     timeout: float | None,
+    deadline: float,
     timed_steps: int,
     seed: int,
 ) -> None:
@@ -138,8 +140,8 @@ def tune(
 
     answer = run(
         _job(flags), trials=trials, backend=backend, study=study, plan_path=flags.out or BEST_PLAN,
-        timeout_seconds=timeout, timed_steps=timed_steps, seed=seed, console=_errors, quiet=flags.quiet,
-        objective=objective,
+        timeout_seconds=timeout, timed_steps=timed_steps, deadline_seconds=deadline, seed=seed, console=_errors,
+        quiet=flags.quiet, objective=objective,
     )  # fmt: skip
     _finish(Flags(json=flags.json), answer.data, text=answer.text, code=answer.code)
 

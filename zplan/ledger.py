@@ -303,8 +303,18 @@ def load_study(path: str) -> tuple[Question, tuple[Record, ...]]:
 
 def _open_storage(path: str) -> BaseStorage:
     if "://" in path:
-        return _guarded(path, lambda: RDBStorage(path))
+        return _guarded(path, lambda: _open_database(path))
     return _guarded(path, lambda: journal.open_journal(Path(path)))
+
+
+def _open_database(url: str) -> RDBStorage:
+    """Tuners that start together all create the tables; whoever comes second fails, and finds them a moment later."""
+    for pause_seconds in (0.1, 0.3, 1.0):
+        try:
+            return RDBStorage(url)
+        except SQLAlchemyError:
+            time.sleep(pause_seconds)
+    return RDBStorage(url)
 
 
 def _guarded(path: str, action: Callable[[], T]) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from zplan import files
 from zplan.backends.base import Backend
 from zplan.backends.formula import FormulaBackend
 from zplan.calibrate import Accuracy, accuracy, corrections_path, remember
-from zplan.errors import MachineError
+from zplan.errors import ConfigError, MachineError
 from zplan.hardware import Cluster
 from zplan.ledger import Ledger, Objective, Question, Record, Running, has_speed, open_ledger
 from zplan.model_shape import ModelShape
@@ -33,10 +34,16 @@ _PATIENCE = 3
 """Proposals in a row that expect less."""
 _LEAST_TRIALS = 6
 """Trials that ran before the model's expectation is trusted to stop a search."""
+_SAME_FAILURES = 3
+"""Different configurations that fail alike before any has run: the fault is not theirs."""
 _MOST_CONFIRMATIONS = 3
 """Runs that one search spends on confirming; on a noisy machine the lead changes with every run."""
 _CONFIRM_TOLERANCE = 0.10
 """A confirmation this much slower than its first run is told to the user: the machine is not quiet."""
+
+
+_NOT_MEMORY = (Outcome.BAD_CONFIG, Outcome.RANK_LOST, Outcome.TIMED_OUT)
+"""Failures that a smaller configuration need not mend."""
 
 
 class Observer(Protocol):
@@ -200,6 +207,7 @@ class Search:
         )
         self._started = time.monotonic()
         self._durations: list[float] = []
+        self._failures: list[TrialResult] = []
 
     def run(self) -> str:
         """Trial after trial; returns why it ended."""
@@ -262,6 +270,21 @@ class Search:
         record = self.ledger.finish(trial, self._record(trial, proposal, result))
         self._durations.append(record.finished - record.started)
         self.observer.trial_finished(record, self._progress())
+        self._failures.append(result)
+        self._refuse_what_always_fails()
+
+    def _refuse_what_always_fails(self) -> None:
+        """Raises ConfigError when this run's first trials all failed alike: recipe, data or trainer are at fault."""
+        first = self._failures[:_SAME_FAILURES]
+        texts = {_without_rank(result.message) for result in first}
+        if len(first) < _SAME_FAILURES or len(texts) > 1 or any(item.outcome not in _NOT_MEMORY for item in first):
+            return
+        if not any(has_speed(record.result) for record in self.ledger.records()):
+            raise ConfigError(
+                f"every trial fails alike: {first[0].message}",
+                because=f"{_SAME_FAILURES} different configurations did, so the fault is in what they have in common",
+                fix="read that log; mend the recipe, the data or the deadline (--deadline), and run the command again",
+            )
 
     def _to_beat(self, proposal: Proposal) -> tuple[float, ...]:
         """Timed steps of the fastest trial; none for what must run to its end: a confirmation, what may be small."""
@@ -322,6 +345,11 @@ def calibrate_machine(
             because=f"{corrections_path(question.cluster, folder)} cannot be written; the study and the plan are",
             fix="free disk space, or export XDG_CACHE_HOME=ANOTHER-FOLDER",
         ) from error
+
+
+def _without_rank(message: str) -> str:
+    """A failure's text without what differs between trials: the rank that told it, and its folder."""
+    return re.sub(r"^rank \d+: | \[logs: .*\]$", "", message)
 
 
 def _confirmation(runs: Sequence[Record]) -> str:

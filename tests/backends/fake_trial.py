@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,6 +31,18 @@ def sleep_for_ever() -> None:
     """Like a rank in a collective whose peer never comes."""
     while True:
         time.sleep(1)
+
+
+def listen_on_the_rendezvous_port() -> None:
+    """As rank 0 of torch does; the first time another program has it already."""
+    address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    marker = out.parent / "port_was_taken"
+    with socket.socket() as other, socket.socket() as ours:
+        if not marker.exists():
+            marker.write_text("")
+            other.bind(address)
+            other.listen()
+        ours.bind(address)
 
 
 def main() -> None:
@@ -72,10 +86,12 @@ def main() -> None:
             )
             sys.exit(1)
         case "port_once":
-            if not (out.parent / "port_was_taken").exists():
-                (out.parent / "port_was_taken").write_text("")
-                sys.exit("DistNetworkError: port: 29500, EADDRINUSE, Address already in use")
+            if rank == 0:
+                listen_on_the_rendezvous_port()
             result()
+        case "memory_limit":
+            resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))
+            bytearray(1 << 30)
         case "no_ninja":
             sys.exit("RuntimeError: Unable to JIT load the cpu_adam op due to ninja not being installed.")
         case _:

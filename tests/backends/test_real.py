@@ -70,6 +70,7 @@ class TestContract(BackendContract):
         ("error_file", Outcome.BAD_CONFIG, "Check batch related parameters"),
         ("no_result", Outcome.RANK_LOST, "none wrote result.json"),
         ("garbage_result", Outcome.RANK_LOST, "result.json is not readable"),
+        ("memory_limit", Outcome.HOST_OOM, "MemoryError"),
         ("no_ninja", Outcome.ENV_BROKEN, "pip install ninja"),
     ],
 )
@@ -130,6 +131,7 @@ def _command(process: psutil.Process) -> str:
 
 def test_a_port_that_was_taken_is_tried_again(tmp_path: Path) -> None:
     assert _run(tmp_path, "port_once").outcome is Outcome.OK
+    assert (tmp_path / "trials" / "port_was_taken").exists()
 
 
 def test_more_ranks_than_the_node_has_is_refused(tmp_path: Path) -> None:

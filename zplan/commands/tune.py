@@ -40,6 +40,7 @@ def tune(
     plan_path: str,
     timeout_seconds: float | None,
     timed_steps: int,
+    deadline_seconds: float,
     seed: int,
     console: Console,
     quiet: bool,
@@ -60,7 +61,8 @@ def tune(
         outcome = run_study(
             recipe=job.recipe, shape=job.shape, cluster=job.cluster, model_path=model_path, backend=runner,
             n_trials=trials, study_path=study, plan_path=plan_path, fixed=job.fixed, observer=observer,
-            timeout_seconds=timeout_seconds, seed=seed, timed_steps=timed_steps, objective=as_objective(objective),
+            timeout_seconds=timeout_seconds, seed=seed, timed_steps=timed_steps,
+            deadline_seconds=deadline_seconds, objective=as_objective(objective),
             simulator=SimulatedBackend(job.shape) if backend == "real" and job.shape.config else None,
         )  # fmt: skip
     finally:
