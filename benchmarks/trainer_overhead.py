@@ -1,7 +1,7 @@
 """sft.train against a minimal hand-written TRL + DeepSpeed script: tokens/s, start-up, losses, kill and resume.
 
     python -m benchmarks.trainer_overhead                          # about 12 minutes on two idle cores
-    python -m benchmarks.trainer_overhead --stages 2 --methods full --model demo
+    python -m benchmarks.trainer_overhead --cases demo:2:full tiny:3:lora --repetitions 3
 
 The script is what one writes from TRL's documentation. Both sides train the same model on the same data with the same
 DeepSpeed configuration on CPU ranks, fp32, and run alternately (A B B A ...), timed by one stopwatch from outside: the
@@ -67,6 +67,8 @@ trainer.train()
 trainer.save_state()
 torch.distributed.destroy_process_group()
 """
+CASES = [f"tiny:{stage}:{method}" for stage in range(4) for method in ("full", "lora")] + ["demo:2:full", "demo:3:lora"]
+KILLED = ["tiny:2:full", "tiny:3:lora"]
 _STEP_LINE = re.compile(r"step \d+/\d+ +loss|'num_tokens'")
 """Ours, and the dictionary that transformers' PrinterCallback prints of each step with TRL's metrics."""
 _WARM_UP = 2
@@ -260,10 +262,11 @@ HEAD = """# sft.train against a minimal hand-written TRL + DeepSpeed script
 `{command}`
 
 fp32 on {ranks} CPU rank(s), max_length 64, {repetitions} alternating repetitions, medians of each step; the first
-{warm_up} of {steps} steps are not timed. Tokens per second of wall time say what a user sees on an idle machine; tokens
-per CPU second say the same where others work too. The start is from typing the command to the first step's line: ours
-holds the estimate of the plan on this machine and the checks of data and disk. "killed": the largest difference between
-the losses of an unbroken run and those of one that was killed (SIGKILL, all processes) and started again.
+{warm_up} of {steps} steps ({demo_steps} with `demo`) are not timed. Tokens per second of wall time say what a user sees
+on an idle machine; tokens per CPU second say the same where others work too. The start is from typing the command to
+the first step's line: ours holds the estimate of the plan on this machine and the checks of data and disk. "killed":
+the largest difference between the losses of an unbroken run and those of one that was killed (SIGKILL, all processes)
+and started again.
 
 `tiny` is a Llama of 0.2 M parameters, whose step is nearly all overhead of the libraries: a harder test than the demo
 model (`demo`, SmolLM2-135M-Instruct), whose step is arithmetic.
@@ -274,8 +277,9 @@ model (`demo`, SmolLM2-135M-Instruct), whose step is arithmetic.
 """
 
 
-def prepare_case(name: str, stage: int, method: str, options: argparse.Namespace, folder: Path) -> Case:
+def prepare_case(words: str, options: argparse.Namespace, folder: Path) -> Case:
     """Model and data as both sides read them: `messages`, with a system turn, so that no template adds its own."""
+    name, stage, method = words.split(":")
     if name == "demo":
         demo = prepare_demo(Path(__file__).parents[1] / ".cache" / "demo", observer=lambda said: None)
         model, rows = demo.model_dir, [json.loads(line) for line in demo.dataset_path.read_text().splitlines()]
@@ -293,7 +297,7 @@ def prepare_case(name: str, stage: int, method: str, options: argparse.Namespace
         model=model,
         data=assets.write_jsonl(turns, folder / "train.jsonl"),
         method=method,
-        stage=stage,
+        stage=int(stage),
         steps=steps,
         ranks=options.ranks,
         train_batch_size=2 if name == "demo" else 8,
@@ -301,30 +305,26 @@ def prepare_case(name: str, stage: int, method: str, options: argparse.Namespace
 
 
 def main() -> None:
-    """Append one row per model, stage and method to the report as it is done."""
+    """Append one row per case to the report as it is done."""
     line = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    line.add_argument("--models", nargs="+", choices=("tiny", "demo"), default=["tiny"])
-    line.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
-    line.add_argument("--methods", nargs="+", default=["full", "lora"])
+    line.add_argument("--cases", nargs="+", default=CASES, metavar="tiny|demo:STAGE:full|lora")
+    line.add_argument("--killed", nargs="*", default=KILLED, metavar="CASE", help="also killed and started again")
     line.add_argument("--ranks", type=int, default=1)
     line.add_argument("--steps", type=int, default=42)
     line.add_argument("--demo-steps", type=int, default=8)
     line.add_argument("--repetitions", type=int, default=2)
-    line.add_argument("--no-killed", action="store_true")
     line.add_argument("--out", type=Path, default=REPORT)
     options = line.parse_args()
     command = " ".join(["python -m benchmarks.trainer_overhead", *sys.argv[1:]])
     text = HEAD.format(command=command, warm_up=_WARM_UP, **vars(options))
     options.out.write_text(text)
-    for name in options.models:
-        for stage in options.stages:
-            for method in options.methods:
-                with tempfile.TemporaryDirectory() as folder:
-                    case = prepare_case(name, stage, method, options, Path(folder))
-                    row = row_of(case, compare(case, options.repetitions, Path(folder), killed=not options.no_killed))
-                with options.out.open("a") as report:
-                    report.write(row)
-                print(row, end="", flush=True)
+    for words in options.cases:
+        with tempfile.TemporaryDirectory() as folder:
+            case = prepare_case(words, options, Path(folder))
+            figures = compare(case, options.repetitions, Path(folder), killed=words in options.killed)
+        with options.out.open("a") as report:
+            report.write(row_of(case, figures))
+        print(row_of(case, figures), end="", flush=True)
 
 
 if __name__ == "__main__":

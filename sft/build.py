@@ -72,7 +72,7 @@ def quiet_libraries() -> None:
     disable_progress_bar()
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|transformers).*")
 
 
 def init_process_group(kind: DeviceKind, *, timeout_seconds: float) -> None:
@@ -305,9 +305,14 @@ class PlanTrainer(SFTTrainer):  # type: ignore[misc]
         return loss
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """One that is written anew, after going back to an older one, is not whole until it is whole again."""
+        """One that is written anew, after going back to an older one, is not whole until it is whole again.
+
+        The folder is there before any rank goes on: each looks whether it exists to learn which checkpoint is the best
+        one (transformers 5.23, trainer.py, _save_checkpoint), and where nothing is gathered nobody has made it yet.
+        """
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
             (folder / MARK).unlink(missing_ok=True)
         dist.barrier()
         super()._save_checkpoint(*args, **kwargs)

@@ -288,6 +288,9 @@ def print_summary(report: dict[str, Any], session: Session) -> None:
             f"  held-out loss {held_out['before']:.4f} before, {held_out['after']:.4f} after "
             f"({held_out['examples']} examples)"
         )
+    host = f"host memory {_against(report['host'], 'resident_bytes')}"
+    gpu = f"GPU memory {_against(report['gpu'], 'allocated_bytes')}, "
+    console.print(f"  peaks: {gpu if session.plan.cluster.gpu.kind == 'cuda' else ''}{host}")
     for sample in report.get("samples", []):
         for name in ("prompt", "before", "after"):
             console.print(f"  {name + ':':8} {sample[name]}", markup=False)

@@ -140,6 +140,8 @@ def test_early_stopping_ends_a_run_that_gets_worse_and_keeps_the_best_weights(
     )  # fmt: skip
     report = train(warm, session)
     found = report["early_stopping"]
+    best = tmp_path / f"checkpoint-{found['best_step']}"
+    assert files.load_json(best / "trainer_state.json")["best_model_checkpoint"] == str(best)  # so it is kept
     assert found["stopped_early"]
     assert report["steps"] == found["best_step"] + 2
     assert report["held_out_loss"]["after"] == pytest.approx(found["best_held_out_loss"], rel=1e-6)
