@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import sub
 
 from zplan.memory.coordinator import Action, Coordinator, Limits, Schedule
 from zplan.memory.instances import Instances
 from zplan.memory.memo import Memo
-from zplan.memory.meter import Meter
+from zplan.memory.meter import Gauge
 from zplan.memory.script import Call, Op, Script
 from zplan.memory.stage3 import Shards, Stage3Engine, shard
 from zplan.zero_config import Choice
@@ -41,6 +42,7 @@ class Gathering:
     itemsize: int
     _schedules: dict[frozenset[int], list[tuple[Coordinator, Schedule]]] = field(default_factory=dict)
     _gathered: dict[tuple[object, ...], tuple[Schedule, Gathered]] = field(default_factory=dict)
+    _either: dict[tuple[int, int, int], tuple[Gathered, Gathered, Gathered]] = field(default_factory=dict)
 
     def bytes_of(self, choice: Choice) -> Gathered:
         """What a choice holds in any step: in the first one, before there is a trace, if that is more.
@@ -58,10 +60,13 @@ class Gathering:
         absent = shards.persistent_bytes + (0 if zero.offloads_optimizer else ADAM_STATES * shards.trainable_numel)
         untraced = replace(shards, persistent=frozenset(), persistent_bytes=0)
         first = self._bytes(choice, untraced, self.first_schedule)
-        if all(early - absent <= late for early, late in zip(first.moments, later.moments, strict=True)):
-            return later
-        pairs = zip(first.moments, later.moments, strict=True)
-        return Gathered(tuple(max(early - absent, late) for early, late in pairs))
+        key = (id(first), id(later), absent)
+        known = self._either.get(key)
+        if known is None or known[:2] != (first, later):
+            if len(self._either) >= MOST_KEPT:
+                self._either.clear()
+            known = self._either[key] = (first, later, larger(first, later, absent))
+        return known[2]
 
     def _bytes(self, choice: Choice, shards: Shards, schedule: Schedule) -> Gathered:
         """What a schedule holds. Choices whose schedules turn out alike share it."""
@@ -117,9 +122,16 @@ class Gathering:
         return tuple(act[op](module) for op, module in calls if op in act)
 
 
+def larger(first: Gathered, later: Gathered, absent: int) -> Gathered:
+    """The larger of two steps at every moment; the first does not hold the absent bytes yet."""
+    if max(map(sub, first.moments, later.moments)) <= absent:
+        return later
+    return Gathered(tuple(max(early - absent, late) for early, late in zip(first.moments, later.moments, strict=True)))
+
+
 def follow_hooks(of: Gathering, choice: Choice, shards: Shards, schedule: Schedule) -> Gathered:
     """Run the engine through the hooks of a step."""
-    meter = Meter()
+    meter = Gauge()
     engine = Stage3Engine(
         meter, of.items, shards, choice.zero, num_ranks=choice.batch.world_size, itemsize=of.itemsize, schedule=schedule
     )

@@ -32,7 +32,8 @@ from zplan.memory.host import estimate_host
 from zplan.memory.instances import instances
 from zplan.memory.limits import not_modelled
 from zplan.memory.memo import Memo
-from zplan.memory.replay import Held, Replay, replay_of
+from zplan.memory.meter import Gauge
+from zplan.memory.replay import Replay, follow_gradients, replay_of
 from zplan.memory.resident import Resident
 from zplan.memory.script import STEP_PHASES, Course, Reduction, StepPhase
 from zplan.memory.terms import PHASES, VERDICTS, ByteRange, Phase
@@ -183,6 +184,12 @@ class Estimator:
             moments = np.maximum.reduceat(moments + self._array(replay.gathered(choice)), replay.cuts[:-1])
         return _Base(replay, moments)
 
+    def _held_by(self, replay: Replay, choice: Choice) -> Ints:
+        held = follow_gradients(
+            Gauge(), replay.script.reduction, replay.items, choice, itemsize=replay.itemsize, rank=self.rank
+        )
+        return np.array(held.moments, dtype=np.int64)
+
     def _array(self, source: Course | Gathered) -> Ints:
         known = self._arrays.get(id(source))
         if known is None:
@@ -203,7 +210,7 @@ class Estimator:
     def _peaks_of(self, bases: npt.NDArray[np.intp], choices: Sequence[Choice]) -> dict[StepPhase, Ints]:
         """Peaks of choices with the same gradients in the same order; every pair of tables is added once."""
         replay = self._bases.rows[bases[0]].replay
-        held = self._held.setdefault(replay.script.reduction, _Table(lambda choice: _as_array(replay.held(choice))))
+        held = self._held.setdefault(replay.script.reduction, _Table(lambda choice: self._held_by(replay, choice)))
         pairs, pair_of = np.unique(np.stack([bases, held.numbers(choices)]), axis=1, return_inverse=True)
         peaks: dict[StepPhase, list[Ints]] = {phase: [] for phase in STEP_PHASES}
         for first in range(0, pairs.shape[1], CHUNK):
@@ -213,7 +220,3 @@ class Estimator:
             for phase, moments in replay.phases.items():
                 peaks[phase].append(totals[:, moments].max(axis=1))
         return {phase: np.concatenate(parts)[pair_of] for phase, parts in peaks.items()}
-
-
-def _as_array(held: Held) -> Ints:
-    return np.array(held.moments, dtype=np.int64)

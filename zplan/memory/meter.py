@@ -61,3 +61,22 @@ class Meter:
             self.add(kind, num_bytes)
             self.by_kind[kind] -= num_bytes
             self.total_bytes -= num_bytes
+
+
+class Gauge(Meter):
+    """A meter that remembers how large the largest moment was, not what it was made of."""
+
+    __slots__ = ()
+
+    def mark(self) -> None:
+        self.peak_bytes = self.total_bytes
+
+    def add(self, kind: int, num_bytes: int) -> None:
+        self.by_kind[kind] += num_bytes
+        self.total_bytes += num_bytes
+        if self.total_bytes > self.peak_bytes:
+            self.peak_bytes = self.total_bytes
+
+    def touch(self, kind: int, num_bytes: int) -> None:
+        if self.total_bytes + num_bytes > self.peak_bytes:
+            self.peak_bytes = self.total_bytes + num_bytes

@@ -136,7 +136,7 @@ def held_by(reduction: Reduction, items: Instances, itemsize: int, rank: int | N
     """What the engine holds for gradients, by what it reads of a choice."""
 
     def follow(choice: Choice) -> Held:
-        return follow_gradients(reduction, items, choice, itemsize=itemsize, rank=rank)
+        return follow_gradients(Meter(), reduction, items, choice, itemsize=itemsize, rank=rank)
 
     key = (id(reduction), itemsize, rank)
     known = _HELD.get(key)
@@ -148,10 +148,9 @@ def held_by(reduction: Reduction, items: Instances, itemsize: int, rank: int | N
 
 
 def follow_gradients(
-    reduction: Reduction, items: Instances, choice: Choice, *, itemsize: int, rank: int | None
+    meter: Meter, reduction: Reduction, items: Instances, choice: Choice, *, itemsize: int, rank: int | None
 ) -> Held:
     """Run the engine through the gradients of a step."""
-    meter = Meter()
     engine = _engine(meter, items, choice, itemsize=itemsize, rank=rank)
     act: dict[int, Callable[[int], None]] = {
         Op.NOTHING: lambda _: None,

@@ -30,21 +30,6 @@ class Stage0Engine:
                 for number in group:
                     self.gradient(number)
 
-    def pre_module(self, module: int) -> None:
-        """Parameters are whole all the time."""
-
-    def post_module(self, module: int) -> None:
-        """Nothing to give back."""
-
-    def recomputed_module(self, module: int) -> None:
-        """Nothing to gather."""
-
-    def end_recomputed(self) -> None:
-        """Nothing to give back."""
-
-    def read_head(self, numbers: tuple[int, ...]) -> None:
-        """It is there."""
-
     def gradient(self, number: int) -> None:
         num_bytes = self.itemsize * self.items.numel[number]
         if number in self.own:

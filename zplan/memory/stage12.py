@@ -6,6 +6,7 @@ Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py; line numbers at each ru
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
@@ -35,6 +36,10 @@ class Partitions:
     """Largest piece of one parameter within the partition, in elements."""
     largest_numel: int
     """Largest trainable parameter, in elements."""
+    pieces: tuple[tuple[tuple[int, int], ...], ...]
+    """(rank, elements) of the pieces into which each parameter is cut; none for a frozen one."""
+    mine: Mapping[int, int]
+    """Parameter -> elements within this rank's partition."""
 
     @property
     def touched_numel(self) -> int:
@@ -58,37 +63,40 @@ def partition(items: Instances, num_ranks: int, rank: int | None = None) -> Part
     sizes = tuple(
         ceil(sum(items.numel[p] for p in group) / (ALIGNMENT * num_ranks)) * ALIGNMENT for group in items.groups
     )
-    touched = [0] * num_ranks
+    pieces: list[tuple[tuple[int, int], ...]] = [()] * len(items.numel)
     for size, group in zip(sizes, items.groups, strict=True):
         for number in group:
-            for owner in owners(items, number, size):
-                touched[owner] += items.numel[number]
+            pieces[number] = _pieces(items.offset[number], items.numel[number], size)
+    touched = _touched(items, pieces, num_ranks)
     if rank is None:
         rank = max(range(num_ranks), key=touched.__getitem__)
-    fragments = [
-        _fragment(items, number, size, rank)
-        for size, group in zip(sizes, items.groups, strict=True)
-        for number in group
-    ]
+    mine = {number: numel for number, cut in enumerate(pieces) for owner, numel in cut if owner == rank}
     return Partitions(
         sizes=sizes,
         padded=tuple(size * num_ranks for size in sizes),
         rank=rank,
-        touched_by_rank=tuple(touched),
-        largest_fragment=max(fragments),
+        touched_by_rank=touched,
+        largest_fragment=max(mine.values(), default=0),
         largest_numel=max(items.numel[number] for group in items.groups for number in group),
+        pieces=tuple(pieces),
+        mine=mine,
     )
 
 
-def owners(items: Instances, number: int, size: int) -> range:
-    """Ranks whose partition overlaps the parameter."""
-    offset = items.offset[number]
-    return range(offset // size, (offset + items.numel[number] - 1) // size + 1)
+def _pieces(offset: int, numel: int, size: int) -> tuple[tuple[int, int], ...]:
+    """Elements of one parameter in each partition that it overlaps."""
+    end = offset + numel
+    owners = range(offset // size, (end - 1) // size + 1)
+    return tuple((owner, min(end, (owner + 1) * size) - max(offset, owner * size)) for owner in owners)
 
 
-def _fragment(items: Instances, number: int, size: int, rank: int) -> int:
-    offset = items.offset[number]
-    return max(0, min(offset + items.numel[number], (rank + 1) * size) - max(offset, rank * size))
+def _touched(items: Instances, pieces: Sequence[tuple[tuple[int, int], ...]], num_ranks: int) -> tuple[int, ...]:
+    """Elements of the parameters that touch each rank's partitions, whole parameters counted."""
+    touched = [0] * num_ranks
+    for number, cut in enumerate(pieces):
+        for owner, _ in cut:
+            touched[owner] += items.numel[number]
+    return tuple(touched)
 
 
 class Stage12Engine:
@@ -113,12 +121,6 @@ class Stage12Engine:
         self.has_partition_buffer = False
         self.has_buckets = False
         self.waiting: list[int] = []
-
-    def size_of(self, number: int) -> int:
-        return self.cut.sizes[min(self.items.group[number], len(self.cut.sizes) - 1)]
-
-    def is_mine(self, number: int) -> bool:
-        return self.cut.rank in owners(self.items, number, self.size_of(number))
 
     def begin_micro_step(self) -> None:
         """What earlier micro-steps left: stage 2 its own gradients (on the host under offload); stage 1, which reduces
@@ -160,21 +162,6 @@ class Stage12Engine:
     def _free(self, number: int) -> None:
         self.meter.add(Kind.GRADIENTS, -self.own.pop(number, 0))
 
-    def pre_module(self, module: int) -> None:
-        """Parameters are whole all the time."""
-
-    def post_module(self, module: int) -> None:
-        """Nothing to give back."""
-
-    def recomputed_module(self, module: int) -> None:
-        """Nothing to gather."""
-
-    def end_recomputed(self) -> None:
-        """Nothing to give back."""
-
-    def read_head(self, numbers: tuple[int, ...]) -> None:
-        """It is there."""
-
     def gradient(self, number: int) -> None:
         """AccumulateGrad ran: keep the gradient, or add it to the one of earlier micro-steps, then maybe reduce."""
         if number in self.own:
@@ -211,7 +198,7 @@ class Stage12Engine:
             self._free(number)
         self.waiting = []
         for number in list(self.own):
-            if self.contiguous or not self.is_mine(number):
+            if self.contiguous or number not in self.cut.mine:
                 self._free(number)
         if self.stage == 2 and self.partial and not self.zero.offloads_optimizer:
             # this micro-step's gradients were added to the earlier ones (stage_1_and_2.py:1043)
@@ -259,24 +246,21 @@ class Stage12Engine:
         """(owner, elements) in the order of the bucket, neighbours of one owner as one slice."""
         found: list[tuple[int, int]] = []
         for number in self.bucket:
-            size = self.size_of(number)
-            for owner in owners(self.items, number, size):
-                numel = _fragment(self.items, number, size, owner)
+            for owner, numel in self.cut.pieces[number]:
                 if found and found[-1][0] == owner:
                     numel += found.pop()[1]
                 found.append((owner, numel))
         return found
 
     def _after_reduction(self, number: int) -> None:
-        if self.stage == 2 and not self.is_mine(number):
+        if self.stage == 2 and number not in self.cut.mine:
             if self.zero.overlaps_comm and not self.contiguous:
                 self.waiting.append(number)
             else:
                 self._free(number)
-        elif self.contiguous and self.is_mine(number):
+        elif self.contiguous and number in self.cut.mine:
             if self.zero.offloads_optimizer:
-                fragment = _fragment(self.items, number, self.size_of(number), self.cut.rank)
-                self.meter.touch(Kind.TEMPORARIES, 2 * FP32 * fragment)
+                self.meter.touch(Kind.TEMPORARIES, 2 * FP32 * self.cut.mine[number])
             elif not self.has_partition_buffer:
                 self.meter.add(Kind.GRADIENTS, self.itemsize * self.cut.touched_numel)
                 self.has_partition_buffer = True

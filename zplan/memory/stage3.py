@@ -124,6 +124,7 @@ class Stage3Engine:
         self.actions = iter(schedule)
         self.held = [0] * len(items.numel)
         self.kept: dict[int, int] = {}
+        self.bytes = [b * numel for b, numel in zip(items.itemsize, items.numel, strict=True)]
         self.padded_bytes = [b * part * num_ranks for b, part in zip(items.itemsize, shards.partition, strict=True)]
         self.act: tuple[Callable[[tuple[int, ...]], None], ...] = (
             self._gather, self._arrive, self._settle, self._release, self._keep, self._forget
@@ -173,7 +174,7 @@ class Stage3Engine:
         """One rank has nothing to gather; it copies what is on the host."""
         if self.num_ranks > 1:
             return self.padded_bytes[number]
-        return self.items.itemsize[number] * self.items.numel[number] if self.zero.offloads_param else 0
+        return self.bytes[number] if self.zero.offloads_param else 0
 
     def _staged_bytes(self, numbers: Sequence[int]) -> int:
         """Partitions copied from the host before the gather."""
@@ -188,7 +189,7 @@ class Stage3Engine:
     def _arrive(self, numbers: tuple[int, ...]) -> None:
         if self._is_coalesced(numbers):
             for number in numbers:
-                self._hold(number, self.items.itemsize[number] * self.items.numel[number])
+                self._hold(number, self.bytes[number])
 
     def _settle(self, numbers: tuple[int, ...]) -> None:
         if self._is_coalesced(numbers):
@@ -218,7 +219,7 @@ class Stage3Engine:
         few_states = self.zero.offloads_optimizer or not self.items.trainable[numbers[0]]
         if self.num_ranks > 1 or self.zero.offloads_param or not few_states:
             return
-        size = sum(self.items.itemsize[p] * self.items.numel[p] for p in numbers if p not in self.shards.persistent)
+        size = sum(self.bytes[p] for p in numbers if p not in self.shards.persistent)
         self.meter.add(Kind.GATHERED_PARAMETERS, -size if self.reads_head else size)
         self.reads_head = not self.reads_head
 
@@ -235,10 +236,9 @@ class Stage3Engine:
 
     def gradient(self, number: int) -> None:
         """AccumulateGrad ran: into the bucket, or alone if the parameter is larger than the bucket."""
-        num_bytes = self.items.itemsize[number] * self.items.numel[number]
+        numel, num_bytes = self.items.numel[number], self.bytes[number]
         self.own[number] = num_bytes
         self.meter.add(Kind.GRADIENTS, num_bytes)
-        numel = self.items.numel[number]
         if self.bucket and self.bucket_numel + numel > self.zero.reduce_bucket_size:
             self._reduce()
         if self.zero.contiguous_gradients and self.bucket_numel + numel <= self.zero.reduce_bucket_size:
@@ -255,8 +255,7 @@ class Stage3Engine:
         if not self.bucket:
             return
         self.meter.touch(Kind.TEMPORARIES, self._reduction_bytes() + self._offload_bytes())
-        for number in self.bucket:
-            self.meter.add(Kind.GRADIENTS, -self.own.pop(number, 0))
+        self.meter.add(Kind.GRADIENTS, -sum(self.own.pop(number, 0) for number in self.bucket))
         self.bucket, self.bucket_numel = [], 0
 
     def _reduction_bytes(self) -> int:
