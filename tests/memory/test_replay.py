@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from tests.memory.choices import BATCH, FULL_ON_SMOLLM, LORA_ON_SMOLLM, SMOLLM, choices
 from zplan.memory.coordinator import Coordinator, Limits
 from zplan.memory.course import course
+from zplan.memory.gather import Gathering
 from zplan.memory.instances import instances
 from zplan.memory.memo import Memo
 from zplan.memory.meter import Kind, Meter
-from zplan.memory.replay import replay_of
+from zplan.memory.replay import Replay, replay_of
 from zplan.memory.script import STEP_PHASES, Course, Op
 from zplan.memory.stage3 import Stage3Engine, shard
 from zplan.memory.timeline import record
@@ -76,7 +77,9 @@ def test_gathered_parameters_and_gradients_followed_apart_add_up_to_one_engine(r
         SMOLLM, recipe, layout(SMOLLM, recipe), micro_batch=choice.batch.train_micro_batch_size_per_gpu, on_cpu=False
     )
     walked = course(recording, checkpointing=choice.gradient_checkpointing, fetches=True)
-    apart = replay_of(walked.script, recording.items, recipe.weight_bytes, None).peaks(walked, choice)
+    replay = Replay(walked.script, recording.items, recipe.weight_bytes, None)
+    replay.gathered = Gathering(walked.script, recording.items, recipe.weight_bytes).of_later_steps
+    apart = replay.peaks(walked, choice)
     whole = whole_engine_peaks(walked, recipe, choice)
     assert {phase: sum(kinds) for phase, kinds in apart.items()} == whole
 

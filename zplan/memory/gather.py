@@ -56,7 +56,7 @@ class Gathering:
         """
         zero = choice.zero
         shards = shard(self.items, zero, choice.batch.world_size)
-        later = self._bytes(choice, shards, self.schedule(Limits.of(zero), shards.persistent))
+        later = self.of_later_steps(choice)
         absent = shards.persistent_bytes + (0 if zero.offloads_optimizer else ADAM_STATES * shards.trainable_numel)
         untraced = replace(shards, persistent=frozenset(), persistent_bytes=0)
         first = self._bytes(choice, untraced, self.first_schedule)
@@ -67,6 +67,11 @@ class Gathering:
                 self._either.clear()
             known = self._either[key] = (first, later, larger(first, later, absent))
         return known[2]
+
+    def of_later_steps(self, choice: Choice) -> Gathered:
+        """When the trace is known."""
+        shards = shard(self.items, choice.zero, choice.batch.world_size)
+        return self._bytes(choice, shards, self.schedule(Limits.of(choice.zero), shards.persistent))
 
     def _bytes(self, choice: Choice, shards: Shards, schedule: Schedule) -> Gathered:
         """What a schedule holds. Choices whose schedules turn out alike share it."""
