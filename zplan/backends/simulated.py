@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,7 @@ def simulate(
         cluster=cluster,
         steps=steps,
         trace=str(Path(trace).absolute()) if trace is not None else None,
+        alloc_conf=os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
     )
     return (worker or shared_worker()).ask(request, deadline_seconds=deadline_seconds)
 
@@ -120,6 +122,7 @@ def as_result(report: SimulationReport, spec: TrialSpec) -> TrialResult:
         message=message,
         gpu_allocated_bytes=report.gpu_allocated_bytes,
         gpu_reserved_bytes=report.gpu_reserved_bytes,
+        gpu_used_bytes=report.gpu_used_bytes,
         host_resident_bytes=resident,
         host_pinned_bytes=max(report.pinned_phases.values(), default=0) * ranks,
         phases=dict(report.allocated_phases),

@@ -54,7 +54,7 @@ def _verdict(result: TrialResult, job: Job) -> Verdict:
     """Tight: the allocator gets through only by giving its cache back, again and again."""
     if result.outcome is not Outcome.OK:
         return "does_not_fit"
-    return "fits" if (result.gpu_reserved_bytes or 0) <= job.cluster.gpu.free_bytes else "tight"
+    return "fits" if (result.gpu_used_bytes or 0) <= job.cluster.gpu.free_bytes else "tight"
 
 
 def _by_formula(job: Job, candidate: Candidate, error: SimulationError, *, quiet: bool) -> Answer:
@@ -100,12 +100,12 @@ def _data(
         warnings=job.warnings,
         evidence="simulated",
     )
-    for name, value in (("allocated_bytes", report.gpu_allocated_bytes), ("reserved_bytes", report.gpu_reserved_bytes)):
-        data["gpu"][name] = {"low": value, "expected": value, "high": value}
+    for name in ("allocated_bytes", "reserved_bytes", "used_bytes"):
+        data["gpu"][name] = dict.fromkeys(("low", "expected", "high"), getattr(report, f"gpu_{name}"))
     gpu, host = job.cluster.gpu, job.cluster.host
     data["gpu"]["phases"] = {**data["gpu"]["phases"], **report.allocated_phases}
     data["gpu"]["verdict"] = verdict if result.outcome is not Outcome.HOST_OOM else "fits"
-    data["gpu"]["short_bytes"] = max(0, report.gpu_reserved_bytes - gpu.free_bytes)
+    data["gpu"]["short_bytes"] = max(0, report.gpu_used_bytes - gpu.free_bytes)
     resident = result.host_resident_bytes or 0
     short = max(0, resident - host.available_bytes)
     data["host"] |= {

@@ -26,7 +26,10 @@ def render_simulation(
     ]  # fmt: skip
     if report.collectives:
         parts += [_collectives(report), Text()]
-    parts += [_traffic(report), Text()]
+    used = (
+        f"{format_bytes(report.gpu_reserved_bytes)} reserved, {format_bytes(report.gpu_used_bytes)} used (nvidia-smi)"
+    )
+    parts += [_traffic(report), Text(), Text(f"GPU peak: {used}; context and NCCL by formula"), Text()]
     if message:
         parts.append(Text(message, style="red"))
     parts += [Text(f"replaced: {line}", style="dim") for line in report.replaced]

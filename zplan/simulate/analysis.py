@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from zplan.simulate.allocator import CachingAllocator, CardFullError, Piece
+from zplan.simulate.allocator import CachingAllocator, CardFullError
+from zplan.simulate.blocks import Block as CacheBlock
 from zplan.simulate.report import Allocation, Category, MemoryKind, Sample
 from zplan.simulate.tracker import ALLOCATE, EMPTY_CACHE, Block, Tracker
 
@@ -145,7 +146,7 @@ def top_allocations(blocks: list[Block]) -> tuple[Allocation, ...]:
 def replay(tracker: Tracker, allocator: CachingAllocator) -> tuple[Mapping[str, int], str]:
     """Peak reserved bytes per phase, and PyTorch's out-of-memory message if the card was full."""
     phases: dict[str, int] = {}
-    pieces: dict[int, Piece] = {}
+    pieces: dict[int, CacheBlock] = {}
     for _, phase, (action, block, _operation) in phased_events(tracker):
         if action == EMPTY_CACHE:
             allocator.empty_cache()

@@ -56,6 +56,8 @@ class SimulationReport:
     """Whole-run peak, as torch.cuda.max_memory_allocated counts (512-byte blocks)."""
     gpu_reserved_bytes: int
     """Whole-run peak of the replayed caching allocator, as torch.cuda.max_memory_reserved."""
+    gpu_used_bytes: int
+    """As nvidia-smi shows it: reserved, and the CUDA context and NCCL's buffers as the formula estimates them."""
     allocated_phases: Mapping[str, int]
     """Phase -> peak allocated bytes: load, init, forward, backward, step."""
     reserved_phases: Mapping[str, int]

@@ -29,7 +29,8 @@ class SimulationRequest:
     """Optimizer offload runs DeepSpeedCPUAdam; False keeps torch's AdamW on the host."""
     cuda_answers: bool = False
     """CPU ranks answer DeepSpeed's questions about asynchrony as CUDA does."""
-    expandable_segments: bool = False
+    alloc_conf: str = ""
+    """As PYTORCH_CUDA_ALLOC_CONF: the options that the replayed allocator runs under."""
     initialise: bool = False
     """Fill the weights as from_config does; from_pretrained does not, and neither does a simulation unless asked."""
 

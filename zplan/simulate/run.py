@@ -17,9 +17,10 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator, set_accelerator
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from zplan.memory.runtime import overheads
 from zplan.simulate import analysis, trainer
 from zplan.simulate.accelerator import SimulatedCpuAccelerator, SimulatedGpuAccelerator
-from zplan.simulate.allocator import AllocatorOptions, CachingAllocator
+from zplan.simulate.allocator import CachingAllocator, parse_options
 from zplan.simulate.collectives import CollectiveRecorder, join_fake_group
 from zplan.simulate.device import DEVICE, register_device
 from zplan.simulate.errors import explained
@@ -129,6 +130,13 @@ def leave_group() -> None:
         dist.destroy_process_group()
 
 
+def bytes_beside_tensors(request: SimulationRequest) -> int:
+    """CUDA context and NCCL buffers of one rank: the formula's, since nothing simulates them."""
+    ranks = request.choice.batch.world_size
+    extra = overheads(on_cpu=request.cluster.gpu.kind != "cuda", num_ranks=ranks, num_communicators=1)
+    return extra.context.expected + extra.nccl.expected
+
+
 def make_report(
     request: SimulationRequest, tracker: Tracker, recorder: CollectiveRecorder, *, wall_seconds: float
 ) -> SimulationReport:
@@ -136,17 +144,24 @@ def make_report(
     gc.collect()
     peaks = analysis.find_peaks(tracker)
     alive = analysis.alive_at(tracker, peaks.gpu_index)
-    options = AllocatorOptions(expandable_segments=request.expandable_segments)
+    options = parse_options(request.alloc_conf)
     unlimited = CachingAllocator(options=options)
     reserved, _ = analysis.replay(tracker, unlimited)
     gpu, oom = request.cluster.gpu, ""
-    if gpu.kind == "cuda" and unlimited.peak_reserved_bytes > gpu.free_bytes:
-        card = CachingAllocator(capacity_bytes=gpu.free_bytes, total_bytes=gpu.total_bytes, options=options)
+    other = bytes_beside_tensors(request)
+    if gpu.kind == "cuda" and unlimited.peak_reserved_bytes + other > gpu.free_bytes:
+        card = CachingAllocator(
+            capacity_bytes=max(0, gpu.free_bytes - other),
+            total_bytes=gpu.total_bytes,
+            other_bytes=other,
+            options=options,
+        )
         _, oom = analysis.replay(tracker, card)
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return SimulationReport(
         gpu_allocated_bytes=peaks.gpu_bytes,
         gpu_reserved_bytes=unlimited.peak_reserved_bytes,
+        gpu_used_bytes=unlimited.peak_reserved_bytes + other,
         allocated_phases=peaks.phases["gpu"],
         reserved_phases=reserved,
         host_phases=peaks.phases["host"],
@@ -171,4 +186,7 @@ def make_report(
         num_operations=tracker.num_operations,
         versions=installed_versions(),
         replaced=REPLACED,
+        notes=(f"the allocator is replayed under PYTORCH_CUDA_ALLOC_CONF={request.alloc_conf}",)
+        if request.alloc_conf
+        else (),
     )
