@@ -99,6 +99,11 @@ def test_an_impossible_config_is_refused(change: dict[str, Any], message: str) -
         shape_of_config({**TINY, **change}, name="bad")
 
 
+def test_a_model_without_attention_is_refused_as_such() -> None:
+    with pytest.raises(ConfigError, match="only attention is modelled"):
+        shape_of_config({"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2}, name="state space")
+
+
 def test_a_key_that_a_custom_model_does_not_have_is_named_with_the_nearest() -> None:
     with pytest.raises(ConfigError) as caught:
         shape_of_config({**TINY, "hiden_size": 64, "rope_theta": 1e6}, name="custom")

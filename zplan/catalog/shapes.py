@@ -50,8 +50,8 @@ def make_shape(
     if min(hidden, heads, layers) < 1:
         raise ConfigError(
             f"{name}: hidden_size {hidden}, num_hidden_layers {layers}, num_attention_heads {heads}",
-            because="a language model has at least one of each",
-            fix="mend config.json",
+            because=f"{architecture} has none of one of them, or another name for it: only attention is modelled",
+            fix="--model mistral-7b",
         )
     return ModelShape(
         name=name,
