@@ -6,6 +6,7 @@ import contextlib
 import gc
 import importlib.metadata
 import logging
+import os
 import resource
 import tempfile
 import time
@@ -94,8 +95,8 @@ def simulated_machine(request: SimulationRequest, tracker: Tracker, recorder: Co
     cluster = request.cluster
     world_size = request.choice.batch.world_size
     gpu = cluster.gpu.kind == "cuda"
-    before = get_accelerator()
-    with Patches() as patches, warnings.catch_warnings():
+    before, silenced = get_accelerator(), logging.root.manager.disable
+    with Patches() as patches, warnings.catch_warnings(), restored_environment():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         if gpu:
@@ -118,7 +119,18 @@ def simulated_machine(request: SimulationRequest, tracker: Tracker, recorder: Co
         finally:
             leave_group()
             set_accelerator(before)
-            logging.disable(logging.NOTSET)
+            logging.disable(silenced)
+
+
+@contextlib.contextmanager
+def restored_environment() -> Iterator[None]:
+    """Ranks and addresses are told by variables; afterwards they are what they were."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def leave_group() -> None:
