@@ -10,10 +10,11 @@ from typing import Any
 from zplan.candidates import Candidate
 from zplan.fixes import Fix
 from zplan.hardware import Cluster
-from zplan.memory.terms import ByteRange, Term
+from zplan.memory.terms import ByteRange, MemoryEstimate, Term
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.settings import hf_auto_bucket_sizes
+from zplan.speed.types import SpeedEstimate
 from zplan.zero_config import Choice, zero_section
 
 _VERSIONS = ("zplan", "deepspeed", "torch", "transformers", "trl", "peft")
@@ -53,7 +54,6 @@ def estimate_data(
             fills in is `auto`, any other `default`.
         calibration: what trials on this machine have corrected the candidate by; None is not at all.
     """
-    memory, speed = candidate.memory, candidate.speed
     return {
         "schema": "zplan.estimate/1",
         **_question(shape, recipe, cluster),
@@ -61,6 +61,20 @@ def estimate_data(
         "zero": _zero(candidate.choice, origins or {}, shape),
         "batch": {**asdict(candidate.choice.batch), "train_batch_size": candidate.choice.batch.train_batch_size},
         "gradient_checkpointing": candidate.choice.gradient_checkpointing,
+        **_memory(candidate.memory),
+        "speed": _speed(candidate.speed),
+        "fixes": [fix_data(fix) for fix in fixes],
+        "notes": list(candidate.memory.notes),
+        "warnings": list(warnings),
+        "evidence": evidence if calibration is None else "calibrated",
+        "calibration": calibration,
+        "versions": package_versions(),
+    }
+
+
+def _memory(memory: MemoryEstimate) -> dict[str, Any]:
+    """`gpu`, `host` and `nvme`."""
+    return {
         "gpu": {
             "allocated_bytes": _range(memory.gpu.allocated),
             "reserved_bytes": _range(memory.gpu.reserved),
@@ -88,19 +102,16 @@ def estimate_data(
             "verdict": memory.nvme.verdict,
             "short_bytes": memory.nvme.short_bytes,
         },
-        "speed": {
-            "step_seconds": speed.step_seconds,
-            "tokens_per_second": speed.tokens_per_second,
-            "tokens_per_second_per_gpu": speed.tokens_per_second_per_gpu,
-            "bound_by": speed.bound_by,
-            "parts": dict(speed.parts),
-        },
-        "fixes": [fix_data(fix) for fix in fixes],
-        "notes": list(memory.notes),
-        "warnings": list(warnings),
-        "evidence": evidence if calibration is None else "calibrated",
-        "calibration": calibration,
-        "versions": package_versions(),
+    }
+
+
+def _speed(speed: SpeedEstimate) -> dict[str, Any]:
+    return {
+        "step_seconds": speed.step_seconds,
+        "tokens_per_second": speed.tokens_per_second,
+        "tokens_per_second_per_gpu": speed.tokens_per_second_per_gpu,
+        "bound_by": speed.bound_by,
+        "parts": dict(speed.parts),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from zplan.hardware import Cluster
-from zplan.memory.terms import HostLimit, Verdict
+from zplan.memory.terms import HostLimit, LimitName, Verdict
 from zplan.units import MIB, format_bytes
 
 ROOM = 1.1
@@ -44,34 +44,19 @@ def host_limits(
     Source: deepspeed 0.19.8, csrc/pin_memory/page_alloc.cpp:24 (mlock), swap_tensor/utils.py:192.
     """
     host, on_cpu = cluster.host, cluster.gpu.kind == "cpu"
-    found = [
+    rows: tuple[tuple[LimitName, int, int | None, str], ...] = (
+        ("available memory", resident_bytes, host.available_bytes, "less offload, fewer GPUs a node, or more RAM"),
+        ("cgroup", resident_bytes, host.cgroup_limit_bytes, "a larger --memory of docker or --mem of srun"),
+        ("memlock", locked_bytes_of_a_rank, host.memlock_bytes, "ulimit -l unlimited"),
+        ("/dev/shm", shm_bytes(ranks, on_cpu=on_cpu), host.shm_bytes, "docker run --shm-size=1g"),
+    )
+    return tuple(
         HostLimit(
-            name="available memory", needed_bytes=resident_bytes, limit_bytes=host.available_bytes,
-            fix="fewer --gpus-per-node, less offload, or more RAM",
+            name=name, needed_bytes=needed, limit_bytes=limit, fix=fix, is_certain=name != "/dev/shm" or on_cpu
         )
-    ]  # fmt: skip
-    if host.cgroup_limit_bytes is not None:
-        found.append(
-            HostLimit(
-                name="cgroup", needed_bytes=resident_bytes, limit_bytes=host.cgroup_limit_bytes,
-                fix="a larger --memory of docker or --mem of srun",
-            )
-        )  # fmt: skip
-    if host.memlock_bytes is not None and locked_bytes_of_a_rank:
-        found.append(
-            HostLimit(
-                name="memlock", needed_bytes=locked_bytes_of_a_rank, limit_bytes=host.memlock_bytes,
-                fix="ulimit -l unlimited",
-            )
-        )  # fmt: skip
-    if host.shm_bytes is not None and (needed := shm_bytes(ranks, on_cpu=on_cpu)):
-        found.append(
-            HostLimit(
-                name="/dev/shm", needed_bytes=needed, limit_bytes=host.shm_bytes, is_certain=on_cpu,
-                fix="docker run --shm-size=1g",
-            )
-        )  # fmt: skip
-    return tuple(found)
+        for name, needed, limit, fix in rows
+        if limit is not None and needed
+    )  # fmt: skip
 
 
 def verdict_of(limits: Sequence[HostLimit]) -> tuple[Verdict, int]:

@@ -8,6 +8,7 @@ from typing import Literal
 
 Phase = Literal["load", "init", "forward", "backward", "step", "save"]
 PHASES: tuple[Phase, ...] = ("load", "init", "forward", "backward", "step", "save")
+LimitName = Literal["available memory", "cgroup", "memlock", "/dev/shm"]
 Verdict = Literal["fits", "tight", "does_not_fit"]
 VERDICTS: tuple[Verdict, ...] = ("fits", "tight", "does_not_fit")
 """From good to bad."""
@@ -65,7 +66,7 @@ class GpuEstimate:
 class HostLimit:
     """One limit of a node, and what the run needs of it."""
 
-    name: Literal["available memory", "cgroup", "memlock", "/dev/shm"]
+    name: LimitName
     needed_bytes: int
     limit_bytes: int
     fix: str
