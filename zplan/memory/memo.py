@@ -27,10 +27,10 @@ class _Reader:
 
     def __getattr__(self, name: str) -> Any:
         value, path = getattr(self._value, name), self._path + name
-        if is_dataclass(value) or isinstance(value, _Reader):
-            value = _Reader(value, f"{path}.", self._reads)
-        else:
+        if isinstance(value, int | str | None) or not (is_dataclass(value) or isinstance(value, _Reader)):
             self._reads.append((path, value))
+        else:
+            value = _Reader(value, f"{path}.", self._reads)
         self.__dict__[name] = value
         return value
 
