@@ -8,7 +8,7 @@ from typing import Literal
 
 from zplan.errors import ConfigError
 from zplan.hardware import Cluster
-from zplan.memory.estimate import BucketRule, estimate_memory
+from zplan.memory.estimate import BucketRule, cannot_fit, estimate_memory
 from zplan.memory.terms import MemoryEstimate
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
@@ -211,6 +211,8 @@ def best_micro_batch(
         return evaluate(shape, recipe, choices[index], cluster, bucket_rule=bucket_rule)
 
     low, high = 0, len(choices) - 1
+    if cannot_fit(shape, recipe, choices[low], cluster):
+        return ask(low)
     best = ask(high)
     if best.tier == 0 or high == 0:
         return best

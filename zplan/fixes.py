@@ -119,22 +119,26 @@ def _offload_changes(zero: ZeroConfig, cluster: Cluster) -> Iterator[tuple[str, 
 
 Change = tuple[str, Recipe, Cluster]
 """What to type, and the question it makes."""
-Rank = Callable[[ModelShape, Recipe, Cluster], Candidate]
-"""The best candidate for a question; `planner` passes its own ranking."""
+Search = Callable[[ModelShape, Recipe, Cluster], Candidate | None]
+"""The best candidate that fits, None if there is none; `planner` passes its own ranking."""
 
 
-def smallest_changes(shape: ModelShape, recipe: Recipe, cluster: Cluster, best: Rank) -> tuple[Fix, ...]:
+def smallest_changes(
+    before: Candidate, shape: ModelShape, recipe: Recipe, cluster: Cluster, search: Search
+) -> tuple[Fix, ...]:
     """Of each kind of change the smallest one with which something fits; empty if nothing here helps.
 
     Kinds, in this order: an optimizer with smaller states, shorter sequences, LoRA or QLoRA, more host memory, a drive
     where there is none, more GPUs.
+
+    Args:
+        before: the candidate that comes closest without a change.
     """
-    before = best(shape, recipe, cluster)
 
     def fit(change: Change) -> Fix | None:
         flags, changed, larger = change
-        after = _try(shape, changed, larger, best)
-        return measure_fix(before, flags, after) if after is not None and after.tier == 0 else None
+        after = _try(shape, changed, larger, search)
+        return measure_fix(before, flags, after) if after is not None else None
 
     found = [
         next((fix for change in ladder if (fix := fit(change)) is not None), None)
@@ -156,10 +160,10 @@ def _if_the_last_helps(fit: Callable[[Change], Fix | None], ladder: Iterable[Cha
     return steps if steps and fit(steps[-1]) is not None else ()
 
 
-def _try(shape: ModelShape, recipe: Recipe, cluster: Cluster, best: Rank) -> Candidate | None:
+def _try(shape: ModelShape, recipe: Recipe, cluster: Cluster, search: Search) -> Candidate | None:
     """A change that is itself malformed (LoRA targets that the model lacks) is no fix."""
     try:
-        return best(shape, recipe, cluster)
+        return search(shape, recipe, cluster)
     except ConfigError:
         return None
 

@@ -19,7 +19,7 @@ from zplan.candidates import (
 from zplan.errors import ConfigError
 from zplan.fixes import Fix, quantify_fixes, smallest_changes
 from zplan.hardware import Cluster
-from zplan.memory.estimate import BucketRule
+from zplan.memory.estimate import BucketRule, cannot_fit
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.settings import apply_settings
@@ -105,28 +105,39 @@ def rank_candidates(
 def _best_on(
     shape: ModelShape, recipe: Recipe, cluster: Cluster, fixed: Fixed, world_size: int, bucket_rule: BucketRule
 ) -> Candidate:
-    """The fastest strategy that fits on fewer GPUs; if none does, the one that is least short.
+    """The fastest strategy that fits on fewer GPUs; if none does, the one that is least short."""
+    fastest = _fastest_on(shape, recipe, cluster, fixed, world_size, bucket_rule)
+    if fastest is not None:
+        return fastest
+    smallest = (ladder[0] for ladder in _ladders(shape, recipe, cluster, fixed, world_size))
+    return min((evaluate(shape, recipe, choice, cluster, bucket_rule=bucket_rule) for choice in smallest), key=_rank)
 
-    Speed costs microseconds and memory much more, so memory is asked from the fastest down until something fits.
+
+def _fastest_on(
+    shape: ModelShape, recipe: Recipe, cluster: Cluster, fixed: Fixed, world_size: int, bucket_rule: BucketRule
+) -> Candidate | None:
+    """The fastest strategy that fits; None if none does.
+
+    Speed costs microseconds and memory much more, so memory is asked from the fastest down until something fits, and
+    not where the model's states alone are too much, or where the smallest micro-batch did not fit.
     """
     ladders = list(_ladders(shape, recipe, cluster, fixed, world_size))
     by_speed = sorted(
         ((choice, ladder) for ladder in ladders for choice in ladder),
         key=lambda item: -(estimate_speed(shape, recipe, item[0], cluster).tokens_per_second or 0.0),
     )
-    smallest: dict[Choice, Candidate] = {}
+    smallest_fits: dict[Choice, bool] = {}
     for choice, ladder in by_speed:
         first = ladder[0]
-        if first in smallest and smallest[first].tier > 0:
+        if not smallest_fits.get(first, True) or cannot_fit(shape, recipe, choice, cluster):
             continue
         tried = evaluate(shape, recipe, choice, cluster, bucket_rule=bucket_rule)
         if tried.tier == 0:
             return tried
-        if first not in smallest:
-            smallest[first] = (
-                tried if choice == first else evaluate(shape, recipe, first, cluster, bucket_rule=bucket_rule)
-            )
-    return min(smallest.values(), key=_rank)
+        if first not in smallest_fits:
+            alone = tried if choice == first else evaluate(shape, recipe, first, cluster, bucket_rule=bucket_rule)
+            smallest_fits[first] = alone.tier == 0
+    return None
 
 
 def _strategies(
@@ -171,4 +182,7 @@ def smallest_change_that_fits(
     def best(shape: ModelShape, recipe: Recipe, cluster: Cluster) -> Candidate:
         return _best_on(shape, recipe, cluster, decided, world_sizes(cluster, decided)[0], bucket_rule)
 
-    return smallest_changes(shape, recipe, cluster, best)
+    def fitting(shape: ModelShape, recipe: Recipe, cluster: Cluster) -> Candidate | None:
+        return _fastest_on(shape, recipe, cluster, decided, world_sizes(cluster, decided)[0], bucket_rule)
+
+    return smallest_changes(best(shape, recipe, cluster), shape, recipe, cluster, fitting)

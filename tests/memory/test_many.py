@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.memory.choices import FULL_ON_SMOLLM, GPT2, LORA_ON_SMOLLM, SMOLLM, choices
 from zplan.hardware import Cluster, Gpu, Host
-from zplan.memory.estimate import estimate_memory
+from zplan.memory.estimate import cannot_fit, estimate_memory
 from zplan.memory.many import Estimates, Estimator
 from zplan.memory.terms import PHASES, VERDICTS, MemoryEstimate
 from zplan.model_shape import ModelShape
@@ -71,6 +71,17 @@ def test_every_column_is_the_estimate_of_one_choice_to_the_byte(
     many = Estimator(shape, recipe, cluster).estimate(asked)
     for index, choice in enumerate(asked):
         assert row(many, index) == alone(estimate_memory(shape, recipe, choice, cluster))
+
+
+@pytest.mark.parametrize(("shape", "recipe", "cluster"), QUESTIONS.values(), ids=QUESTIONS)
+@settings(max_examples=20, deadline=None)
+@given(choice=choices())
+def test_what_cannot_fit_by_its_states_alone_is_never_said_to_fit(
+    shape: ModelShape, recipe: Recipe, cluster: Cluster, choice: Choice
+) -> None:
+    estimate = estimate_memory(shape, recipe, choice, cluster)
+    verdicts = {estimate.gpu.verdict, estimate.host.verdict, estimate.nvme.verdict}
+    assert not (cannot_fit(shape, recipe, choice, cluster) and verdicts == {"fits"})
 
 
 @settings(max_examples=20, deadline=None)

@@ -69,6 +69,25 @@ def estimate_memory(
     )
 
 
+def cannot_fit(shape: ModelShape, recipe: Recipe, choice: Choice, cluster: Cluster) -> bool:
+    """Whether the verdict cannot be `fits`, from what is held all the time alone: a step only adds to it.
+
+    False says nothing. A tenth of the cost of an estimate, and a search asks about many that are far too large.
+    """
+    if not_modelled(shape, recipe, choice):
+        return True
+    on_cpu, laid = cluster.gpu.kind == "cpu", layout(shape, recipe)
+    still = standing(laid, recipe, choice, cluster, None)
+    peak = max(phase_bytes(still.terms).values())
+    if gpu_ranges(peak, 0, outside_allocator(choice, cluster), on_cpu=on_cpu).used.high > cluster.gpu.free_bytes:
+        return True
+    host, nvme = estimate_host(
+        laid, recipe, choice, cluster, partition_numel=still.partition_numel, rank_bytes=peak if on_cpu else 0,
+        touched_numel=still.node_touched_numel,
+    )  # fmt: skip
+    return host.verdict != "fits" or nvme.verdict != "fits"
+
+
 def standing(laid: Layout, recipe: Recipe, choice: Choice, cluster: Cluster, rank: int | None) -> Resident:
     """What a rank holds all the time. Below stage 3 the weights are loaded in host memory and reach a GPU at init.
 
