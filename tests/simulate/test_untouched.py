@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.simulate.conftest import question
+from tests.simulate.conftest import TINY_LLAMA, question
 from zplan import files
 from zplan.simulate.worker import ENVIRONMENT
 from zplan.zero_config import OffloadOptimizer, OffloadParam
@@ -66,7 +66,8 @@ def test_a_run_with_nvme_touches_no_file_no_network_no_gpu_and_leaves_no_patch(t
         "offload_optimizer": OffloadOptimizer(device="nvme", nvme_path=str(tmp_path)),
         "offload_param": OffloadParam(device="cpu"),
     }
-    request = json.dumps(files.to_data(question(3, world_size=2, zero=zero)))
+    config = {**TINY_LLAMA, "vocab_size": 20_000}  # large enough to be swapped
+    request = json.dumps(files.to_data(question(3, world_size=1, config=config, zero=zero)))
     done = subprocess.run(
         [sys.executable, "-c", RUN, request, json.dumps(ENVIRONMENT)],
         capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "HOME": str(tmp_path)},
