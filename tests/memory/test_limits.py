@@ -27,10 +27,9 @@ def estimate(zero: ZeroConfig, shape: ModelShape = SHAPE, **recipe: Any) -> Memo
     return estimate_memory(shape, Recipe(**values), Choice(zero=zero, batch=batch), cluster(8))
 
 
-@pytest.mark.parametrize("key", ["zero_quantized_weights", "zero_quantized_gradients", "zero_hpz_partition_size"])
+@pytest.mark.parametrize("key", ["zero_quantized_weights", "zero_quantized_gradients"])
 def test_what_is_not_modelled_is_named_and_never_fits(key: str) -> None:
-    value = 2 if key == "zero_hpz_partition_size" else True
-    plain, with_key = estimate(ZeroConfig(stage=3)), estimate(replace(ZeroConfig(stage=3), **{key: value}))
+    plain, with_key = estimate(ZeroConfig(stage=3)), estimate(replace(ZeroConfig(stage=3), **{key: True}))
     assert plain.gpu.verdict == "fits"
     assert with_key.gpu.verdict == "tight"
     assert any(note.startswith("not modelled: ") for note in with_key.notes)
@@ -54,10 +53,16 @@ def test_dora_is_not_modelled_and_rslora_costs_what_lora_costs() -> None:
     assert estimate(ZeroConfig(stage=2), method="lora", use_rslora=True) == lora
 
 
-def test_hpz_keeps_a_second_copy_of_the_weights() -> None:
+def test_hpz_keeps_a_second_copy_of_the_weights_between_their_release_and_the_update() -> None:
+    """Eight ranks, groups of two: half of every parameter, padded to a multiple of eight."""
     found = estimate(ZeroConfig(stage=3, zero_hpz_partition_size=2))
-    copies = [term.bytes for term in found.gpu.terms if term.name == "secondary partitions (hpZ)"]
-    assert copies == [2 * sum(-(-parameter.numel // 2) for _, parameter in SHAPE.parameters())]
+    copies = {term.phases: term.bytes for term in found.gpu.terms if term.name == "secondary partitions (hpZ)"}
+    copy = 2 * sum(-(-parameter.numel // 8) * 8 // 2 for _, parameter in SHAPE.parameters())
+    assert copies == {("load", "init", "step"): copy}
+    adapted = estimate(ZeroConfig(stage=3, zero_hpz_partition_size=2), method="lora")
+    phases = [set(term.phases) for term in adapted.gpu.terms if term.name == "secondary partitions (hpZ)"]
+    assert {"forward", "backward"} <= phases[0]  # the frozen weights' copy stays
+    assert estimate(ZeroConfig(stage=3, zero_hpz_partition_size=2)).gpu.verdict == "fits"
 
 
 def test_what_no_simulation_confirmed_is_a_note_and_may_fit() -> None:

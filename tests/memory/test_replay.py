@@ -56,6 +56,8 @@ def whole_engine_peaks(walked: Course, recipe: Recipe, choice: Choice) -> dict[s
         Op.STEP: lambda _: engine.step(),
         Op.END_STEP: lambda _: engine.end_step(),
     }
+    if choice.batch.gradient_accumulation_steps > 1:
+        engine.cut_all_again()
     peaks = dict.fromkeys(STEP_PHASES, 0)
     firsts = (*script.phases, len(script.calls))
     for number, (op, argument) in enumerate(script.calls):

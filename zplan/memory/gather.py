@@ -59,7 +59,7 @@ class Gathering:
         later = self.of_later_steps(choice)
         absent = shards.persistent_bytes + (0 if zero.offloads_optimizer else ADAM_STATES * shards.trainable_numel)
         untraced = replace(shards, persistent=frozenset(), persistent_bytes=0)
-        first = self._bytes(choice, untraced, self.first_schedule)
+        first = self._bytes(choice, untraced, self.first_schedule, has_copies=True)
         key = (id(first), id(later), absent)
         known = self._either.get(key)
         if known is None or known[:2] != (first, later):
@@ -69,16 +69,17 @@ class Gathering:
         return known[2]
 
     def of_later_steps(self, choice: Choice) -> Gathered:
-        """When the trace is known."""
+        """When the trace is known. hpZ's second copies are there from loading on, and after the first micro-step."""
+        again = choice.batch.gradient_accumulation_steps > 1
         shards = shard(self.items, choice.zero, choice.batch.world_size)
-        return self._bytes(choice, shards, self.schedule(Limits.of(choice.zero), shards.persistent))
+        return self._bytes(choice, shards, self.schedule(Limits.of(choice.zero), shards.persistent), has_copies=again)
 
-    def _bytes(self, choice: Choice, shards: Shards, schedule: Schedule) -> Gathered:
+    def _bytes(self, choice: Choice, shards: Shards, schedule: Schedule, *, has_copies: bool) -> Gathered:
         """What a schedule holds. Choices whose schedules turn out alike share it."""
         zero, ranks = choice.zero, choice.batch.world_size
         key = (
             id(schedule), zero.stage3_allgather_sequential, zero.offloads_param,
-            ranks == 1, ranks == 1 and zero.offloads_optimizer,
+            ranks == 1, ranks == 1 and zero.offloads_optimizer, zero.zero_hpz_partition_size, has_copies,
             # a parameter that every rank can cut evenly weighs the same for any number of ranks
             *((ranks,) if zero.offloads_param else (part * ranks for part in shards.partition)),
         )  # fmt: skip
@@ -86,7 +87,7 @@ class Gathering:
         if known is None or known[0] is not schedule:
             if len(self._gathered) >= MOST_KEPT:
                 self._gathered.clear()
-            known = self._gathered[key] = (schedule, follow_hooks(self, choice, shards, schedule))
+            known = self._gathered[key] = (schedule, follow_hooks(self, choice, shards, schedule, has_copies))
         return known[1]
 
     def schedule(self, limits: Limits, persistent: frozenset[int]) -> Schedule:
@@ -134,7 +135,7 @@ def larger(first: Gathered, later: Gathered, absent: int) -> Gathered:
     return Gathered(tuple(max(early - absent, late) for early, late in zip(first.moments, later.moments, strict=True)))
 
 
-def follow_hooks(of: Gathering, choice: Choice, shards: Shards, schedule: Schedule) -> Gathered:
+def follow_hooks(of: Gathering, choice: Choice, shards: Shards, schedule: Schedule, has_copies: bool) -> Gathered:
     """Run the engine through the hooks of a step."""
     meter = Gauge()
     engine = Stage3Engine(
@@ -151,6 +152,8 @@ def follow_hooks(of: Gathering, choice: Choice, shards: Shards, schedule: Schedu
         Op.END_BACKWARD: lambda _: engine.end_backward(),
         Op.END_STEP: lambda _: engine.end_step(),
     }
+    if has_copies:
+        engine.cut_all_again()
     moments: list[int] = []
     for op, number in of.script.calls:
         meter.mark()

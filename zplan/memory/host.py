@@ -162,8 +162,8 @@ def _optimizer(
 ) -> tuple[list[Term], int, int]:
     """Offloaded master weights, gradients and states of all ranks of the node.
 
-        stages 1, 2:  ranks * (4 S + 4 S + 8 S + b S + b largest)
-        stage 3:      ranks * (4 S + 4 S + 8 S + b S)
+        stages 1, 2:  ranks * (4 S + 4 S + b S + b largest), and 8 S from the first step
+        stage 3:      ranks * (4 S + 4 S + b S), and 8 S from the first step
 
     Source: deepspeed 0.19.8, stage_1_and_2.py:463 (cpu_offload buffers), stage3.py (_create_fp32_partitions).
     """
@@ -174,9 +174,13 @@ def _optimizer(
     source = "deepspeed 0.19.8, stage_1_and_2.py, stage3.py"
     if zero.offload_optimizer.device == "nvme" and zero.stage == 3:
         return _optimizer_on_nvme(layout, recipe, choice, ranks, numel, low, master + states + gradients)
-    total = ranks * (master + gradients + states + low + extra)
-    formula = f"{ranks} ranks x (4 S + 4 S + states + {b} S), S = {numel}"
-    terms = [_term("offloaded optimizer", total, STEADY, formula, source)]
+    total = ranks * (master + gradients + low + extra)
+    formula = f"{ranks} ranks x (4 S + 4 S + {b} S), S = {numel}"
+    made = f"{recipe.optimizer} on {numel} elements, from the first step"
+    terms = [
+        _term("offloaded optimizer", total, STEADY, formula, source),
+        _term("offloaded optimizer states", ranks * states, STEPS, made, source),
+    ]
     pinned = ranks * (master + gradients + low + extra) if zero.offload_optimizer.pin_memory and not on_cpu else 0
     if pinned:
         doubled = ranks * FP32 * numel

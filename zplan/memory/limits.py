@@ -54,8 +54,8 @@ def _of_zero(choice: Choice) -> list[str]:
     if zero.stage != 3:
         return []
     lines = []
-    if zero.zero_hpz_partition_size > 1:
-        lines.append("buffers while hpZ's second copy is made; the copy itself is counted")
+    if zero.zero_hpz_partition_size > 1 and zero.offloads_param:
+        lines.append("hpZ's second copy in host memory (offload_param)")
     for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
         if getattr(zero, name):
             lines.append(f"{name}: the int8 or int4 buffers and their scales; bytes are those of plain collectives")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from zplan.memory.instances import instances
-from zplan.memory.stage3 import Shards, sub_groups
+from zplan.memory.stage3 import Shards, secondary_group, sub_groups
 from zplan.memory.stage12 import Partitions
 from zplan.memory.states import FP32, optimizer_state_bytes, step_temporary_bytes
 from zplan.memory.terms import Phase, Term
@@ -115,6 +115,31 @@ def _stage12(laid: Layout, recipe: Recipe, choice: Choice, cut: Partitions) -> R
     return Resident(terms=(*terms, *after, _term(name, extra, ("init",), formula, source)), partition_numel=numel)
 
 
+def _secondary(laid: Layout, choice: Choice) -> list[Term]:
+    """hpZ's second copy, cut over fewer ranks: of frozen parameters for good, of trained ones from their release
+    (Stage3Engine) to the end of the update, and from loading to the first update.
+
+        b * ceil(n / N) * N / group     per parameter
+
+    Limits: with offload_param the copies lie in host memory and are not counted.
+    Source: deepspeed 0.19.8, runtime/zero/partition_parameters.py (_partition_param_sec).
+    """
+    ranks = choice.batch.world_size
+    group = secondary_group(choice.zero, ranks)
+    if group == 1 or choice.zero.offloads_param:
+        return []
+    copies = {True: 0, False: 0}
+    for block in laid.blocks:
+        for weight in block.weights:
+            copies[weight.trainable] += block.repeat * weight.itemsize * -(-weight.numel // ranks) * ranks // group
+    name, formula = "secondary partitions (hpZ)", f"a second copy cut over {group} ranks"
+    source = "deepspeed 0.19.8, runtime/zero/partition_parameters.py (ds_secondary_tensor)"
+    return [
+        _term(name, copies[False], ("load", *AFTER_LOAD), f"{formula}, of frozen parameters", source),
+        _term(name, copies[True], ("load", "init", "step"), f"{formula}, of trained parameters", source),
+    ]
+
+
 def _stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards) -> Resident:
     """b P + 4 P + states(P) + b P gradients + the bucket + persistent parameters, less what is offloaded.
 
@@ -169,22 +194,7 @@ def _stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards) -> Res
     )
     if bucket:
         terms.append(_term("reduce bucket", bucket, STEPS, f"{b} x {zero.reduce_bucket_size}", source))
-    group = min(zero.zero_hpz_partition_size, choice.batch.world_size)
-    if group > 1:
-        copy = sum(
-            block.repeat * weight.itemsize * -(-weight.numel // group)
-            for block in laid.blocks
-            for weight in block.weights
-        )
-        terms.append(
-            _term(
-                "secondary partitions (hpZ)",
-                copy,
-                STEPS,
-                f"a second copy cut over {group} ranks",
-                "deepspeed 0.19.8, runtime/zero/partition_parameters.py (ds_secondary_tensor)",
-            )
-        )
+    terms += _secondary(laid, choice)
     kept = "gathered for good, but for the update itself (Stage3Engine.end_step)"
     terms.append(_term("persistent parameters", shards.persistent_bytes, ("forward", "backward", "save"), kept, source))
     optimizer = 0 if zero.offloads_optimizer else step_temporary_bytes(recipe.optimizer, max(groups))

@@ -101,6 +101,11 @@ def sub_groups(items: Instances, num_ranks: int, sub_group_size: int) -> SubGrou
     return SubGroups(tuple(totals), tuple(counts))
 
 
+def secondary_group(zero: ZeroConfig, num_ranks: int) -> int:
+    """Ranks that share hpZ's second copy; 1 without it."""
+    return max(1, min(zero.zero_hpz_partition_size, num_ranks))
+
+
 class Stage3Engine:
     """The bytes of a schedule of the parameter coordinator, and the gradient path of one micro-step.
 
@@ -125,6 +130,7 @@ class Stage3Engine:
         self.held = [0] * len(items.numel)
         self.kept: dict[int, int] = {}
         self.bytes = [b * numel for b, numel in zip(items.itemsize, items.numel, strict=True)]
+        self.secondary: set[int] = set()
         self.padded_bytes = [b * part * num_ranks for b, part in zip(items.itemsize, shards.partition, strict=True)]
         self.act: tuple[Callable[[tuple[int, ...]], None], ...] = (
             self._gather, self._arrive, self._settle, self._release, self._keep, self._forget
@@ -195,12 +201,32 @@ class Stage3Engine:
         if self._is_coalesced(numbers):
             self.meter.add(Kind.GATHERED_PARAMETERS, -sum(self.padded_bytes[number] for number in numbers))
 
+    def cut_all_again(self) -> None:
+        """Every trained parameter has its second copy (hpZ)."""
+        self._cut_again(tuple(number for group in self.items.groups for number in group))
+
+    def _cut_again(self, numbers: tuple[int, ...]) -> None:
+        """hpZ: the second copy of a trained parameter is made when it is first released after an update.
+
+        Source: deepspeed 0.19.8, partition_parameters.py (_partition_param_sec), stage3.py
+        (invalidate_secondary_tensor).
+        """
+        group = secondary_group(self.zero, self.num_ranks)
+        if group == 1 or self.zero.offloads_param:
+            return
+        for number in numbers:
+            if self.items.trainable[number] and number not in self.secondary:
+                self.secondary.add(number)
+                self.meter.add(Kind.GATHERED_PARAMETERS, self.padded_bytes[number] // group)
+
     def _release(self, numbers: tuple[int, ...]) -> None:
+        self._cut_again(numbers)
         for number in numbers:
             self._hold(number, -self.held[number])
             self.held[number] = 0
 
     def _keep(self, numbers: tuple[int, ...]) -> None:
+        self._cut_again(numbers)
         for number in numbers:
             self.kept[number], self.held[number] = self.held[number], 0
 
