@@ -97,11 +97,11 @@ def parser() -> argparse.ArgumentParser:
     return line
 
 
-def make_session(options: argparse.Namespace) -> Session:
-    """Plan and command line together.
+def asked_plan(options: argparse.Namespace) -> Plan:
+    """The plan, with what the command line puts over its recipe.
 
     Raises:
-        ConfigError: no plan, no data, no weights, or values that mean nothing.
+        ConfigError: no plan, no data, no weights.
     """
     if options.plan is None:
         raise ConfigError("no plan", fix="--plan profiles/best.json")
@@ -121,9 +121,23 @@ def make_session(options: argparse.Namespace) -> Session:
             f"the plan's model folder {plan.model_path} does not exist",
             fix="download the model there, or make a new plan",
         )
-    _check_values(options, recipe)
+    deepspeed = dict(plan.deepspeed)
+    if options.learning_rate is not None and "optimizer" in deepspeed:
+        params = {**deepspeed["optimizer"]["params"], "lr": recipe.learning_rate}
+        deepspeed["optimizer"] = {**deepspeed["optimizer"], "params": params}
+    return replace(plan, recipe=recipe, deepspeed=deepspeed)
+
+
+def make_session(options: argparse.Namespace) -> Session:
+    """Plan and command line together.
+
+    Raises:
+        ConfigError: no plan, no data, no weights, or values that mean nothing.
+    """
+    plan = asked_plan(options)
+    _check_values(options, plan.recipe)
     return Session(
-        plan=replace(plan, recipe=recipe),
+        plan=plan,
         output_dir=str((options.output_dir or Path("runs") / options.plan.stem).resolve()),
         max_steps=options.max_steps or -1,
         num_train_epochs=options.epochs,

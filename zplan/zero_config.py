@@ -174,13 +174,15 @@ def zero_section(zero: ZeroConfig) -> dict[str, Any]:
 def deepspeed_config(recipe: Recipe, choice: Choice, *, cpu_adam: bool) -> dict[str, Any]:
     """The complete DeepSpeed configuration of a run, as the trainer hands it to the engine.
 
-    The optimizer is transformers' (no "optimizer" section), so every optimizer of the Trainer works. With offload,
+    The optimizer is transformers' (no "optimizer" section), so every optimizer of the Trainer works; Muon, which
+    transformers has not, is DeepSpeed's, and at stage 3 that one refuses reduce_scatter. With offload,
     `zero_force_ds_cpu_optimizer` decides whether accelerate replaces it by DeepSpeedCPUAdam.
 
     Args:
         cpu_adam: use DeepSpeedCPUAdam under offload (needs a compiled op); False keeps torch's AdamW on the host.
     """
-    return {
+    zero = zero_section(choice.zero)
+    config: dict[str, Any] = {
         "train_batch_size": choice.batch.train_batch_size,
         "train_micro_batch_size_per_gpu": choice.batch.train_micro_batch_size_per_gpu,
         "gradient_accumulation_steps": choice.batch.gradient_accumulation_steps,
@@ -189,5 +191,10 @@ def deepspeed_config(recipe: Recipe, choice: Choice, *, cpu_adam: bool) -> dict[
         "fp16": {"enabled": recipe.dtype == "fp16"},
         "zero_force_ds_cpu_optimizer": cpu_adam and choice.zero.offloads_optimizer,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": zero_section(choice.zero),
+        "zero_optimization": zero,
     }
+    if recipe.optimizer == "muon":
+        config["optimizer"] = {"type": "Muon", "params": {"lr": recipe.learning_rate}}
+        if choice.zero.stage == 3:
+            zero["reduce_scatter"] = False
+    return config

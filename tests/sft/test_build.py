@@ -72,9 +72,13 @@ def test_every_optimizer_of_the_table_is_one_of_transformers() -> None:
     assert set(build.OPTIM.values()) <= {item.value for item in OptimizerNames}
 
 
-def test_an_optimizer_that_transformers_has_not_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="optimizer is muon"):
-        config(make_plan(make_recipe(tmp_path, None, optimizer="muon")), tmp_path)
+def test_muon_is_deepspeed_s_and_needs_no_optimizer_of_transformers(tmp_path: Path) -> None:
+    plan = make_plan(make_recipe(tmp_path, None, optimizer="muon"), stage=2)
+    args = config(plan, tmp_path)
+    assert args.hf_deepspeed_config.config["optimizer"] == {"type": "Muon", "params": {"lr": 1e-3}}
+    assert (
+        make_plan(plan.recipe, stage=3).deepspeed["zero_optimization"]["reduce_scatter"] is False
+    )  # stage3.py refuses
 
 
 def test_lora_targets_are_all_linear_or_names() -> None:

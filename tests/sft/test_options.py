@@ -12,6 +12,7 @@ from rich.console import Console
 
 from sft import build
 from sft import train as command_line
+from sft.agreement import check_agreement
 from sft.session import Session
 from tests.sft.test_training import losses, make_session, train
 from tests.sft.warm import WarmServer, make_plan, make_recipe
@@ -67,6 +68,16 @@ def test_what_is_asked_of_zplan_reaches_the_run_unchanged(
 def test_a_response_template_is_typed_as_in_a_file(tiny_model_dir: Path, tiny_dataset: Path, tmp_path: Path) -> None:
     session = parsed(tiny_model_dir, tiny_dataset, tmp_path, "--response-template", r"\n\n### Response:")
     assert session.response_template == "\n\n### Response:"
+
+
+def test_another_learning_rate_reaches_deepspeed_s_own_optimizer(
+    tiny_model_dir: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    files.save(make_plan(make_recipe(tiny_model_dir, tiny_dataset, optimizer="muon")), tmp_path / "plan.json")
+    line = ["--plan", str(tmp_path / "plan.json"), "--learning-rate", "0.5"]
+    plan = command_line.make_session(command_line.parser().parse_args(line)).plan
+    assert plan.deepspeed["optimizer"]["params"]["lr"] == 0.5
+    check_agreement(plan.recipe, plan.choice, plan.deepspeed)
 
 
 @pytest.mark.parametrize(
