@@ -168,10 +168,10 @@ def _checkpointing_kwargs(recipe: Recipe, choice: Choice) -> dict[str, bool] | N
     return {"use_reentrant": recipe.method != "full" and choice.zero.stage == 3}
 
 
-def load_tokenizer(model_path: str) -> Any:
+def load_tokenizer(model_path: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of the model folder; pad falls back to eos, as TRL does it."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"no tokenizer can be loaded from {model_path}: {str(error).splitlines()[0]}",
@@ -188,7 +188,9 @@ def load_tokenizer(model_path: str) -> Any:
     return tokenizer
 
 
-def load_model(model_path: str, recipe: Recipe, *, weights: Literal["random", "real"]) -> Any:
+def load_model(
+    model_path: str, recipe: Recipe, *, weights: Literal["random", "real"], trust_remote_code: bool = False
+) -> Any:
     """The causal LM in the training dtype; call it after `sft_config`, which is what makes zero.Init partition it.
 
     Source: transformers 5.23, integrations/deepspeed.py (is_deepspeed_zero3_enabled looks for a live config).
@@ -202,15 +204,18 @@ def load_model(model_path: str, recipe: Recipe, *, weights: Literal["random", "r
         return AutoModelForCausalLM.from_pretrained(
             model_path,
             use_safetensors=True,
-            trust_remote_code=False,
+            trust_remote_code=trust_remote_code,
             quantization_config=_quantization(recipe),
             **common,
         )
     except (OSError, ValueError) as error:
+        own_code = "trust_remote_code" in str(error)
         raise ConfigError(
             f"no model can be loaded from {model_path}: {str(error).splitlines()[0]}",
-            because="a folder with config.json and *.safetensors is needed; pickled weights are not loaded",
-            fix="check --model",
+            because="its folder holds Python code of its own, which is not run unasked"
+            if own_code
+            else "a folder with config.json and *.safetensors is needed; pickled weights are not loaded",
+            fix="read that code, then --trust-remote-code" if own_code else "check the plan's model_path",
         ) from error
 
 

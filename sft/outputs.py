@@ -225,7 +225,9 @@ def sample_before_and_after(session: Session, tokenizer: Any, question: str) -> 
 def _saved_model(session: Session, which: str, dtype: torch.dtype) -> Any:
     full = session.plan.recipe.method == "full"
     source = session.output_dir if which == "after" and full else session.plan.model_path
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, use_safetensors=True, trust_remote_code=session.trust_remote_code
+    )
     return PeftModel.from_pretrained(model, session.output_dir) if which == "after" and not full else model
 
 

@@ -45,6 +45,8 @@ class Session:
     """Evaluate at every checkpoint; stop after so many without a lower held-out loss, and keep the best weights."""
     merge: bool = False
     """Also write the adapter merged into the base weights."""
+    trust_remote_code: bool = False
+    """Run Python code that the model folder holds."""
     resume: str | None = None
     """Checkpoint to continue from."""
     universal: bool = False

@@ -91,6 +91,9 @@ def parser() -> argparse.ArgumentParser:
         "in step 1",
     )
     line.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that the model folder holds; default: never"
+    )
+    line.add_argument(
         "--report-to", default="none", help="none, tensorboard, wandb, mlflow, as transformers offers them"
     )
     line.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -154,6 +157,7 @@ def make_session(options: argparse.Namespace) -> Session:
         data_order=options.data_order,
         early_stopping_patience=options.early_stopping_patience,
         merge=options.merge,
+        trust_remote_code=options.trust_remote_code,
     )
 
 

@@ -93,7 +93,8 @@ def prepare(session: Session) -> Prepared:
         torch.cuda.set_device(place.local_rank)
     session = _share(session)
     recipe = session.plan.recipe
-    tokenizer = build.load_tokenizer(session.plan.model_path)
+    model_path, trusted = session.plan.model_path, session.trust_remote_code
+    tokenizer = build.load_tokenizer(model_path, trust_remote_code=trusted)
     loaded = _load_data(session, tokenizer)
     if place.is_first:
         outputs.print_data_report(loaded)
@@ -101,7 +102,7 @@ def prepare(session: Session) -> Prepared:
     save_steps = session.save_steps or min(_MAX_SAVE_STEPS, max(1, -(-total_steps // _SAVES_PER_RUN)))
     args = build.sft_config(recipe, session.plan.choice, session.deepspeed, _run(session, save_steps, loaded), kind)
     set_seed(recipe.seed)
-    model = build.load_model(session.plan.model_path, recipe, weights="real")
+    model = build.load_model(model_path, recipe, weights="real", trust_remote_code=trusted)
     timer, stop = StepTimer(), GracefulStop()
     trainer = build.build_trainer(
         recipe,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,3 +100,27 @@ def test_a_model_folder_without_weights_is_refused(tmp_path: Path) -> None:
         build.load_model(str(tmp_path), make_recipe(tmp_path, None), weights="real")
     with pytest.raises(ConfigError, match="no tokenizer can be loaded"):
         build.load_tokenizer(str(tmp_path))
+
+
+def test_code_of_the_model_folder_runs_only_when_asked(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    (folder / "own.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+        "from transformers import LlamaConfig as OwnConfig, LlamaForCausalLM as OwnModel\n"
+    )
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError) as caught:
+        build.load_model(str(folder), make_recipe(folder, None), weights="real")
+    assert "--trust-remote-code" in str(caught.value.fix)
+    assert not (tmp_path / "ran").exists()
+    build.load_model(str(folder), make_recipe(folder, None), weights="real", trust_remote_code=True)
+    assert (tmp_path / "ran").exists()
