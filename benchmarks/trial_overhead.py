@@ -1,11 +1,13 @@
 """What a trial costs beside its timed steps: the tuner's warm trials against cold ones started by torchrun.
 
-    python -m benchmarks.trial_overhead        # about 10 minutes on two idle cores; writes reports/trial_overhead.md
+    python -m benchmarks.trial_overhead        # about 8 minutes on two idle cores; writes reports/trial_overhead.md
 
-A real study of the demo model (SmolLM2-135M, fp32, two CPU ranks, 64 tokens) with real trials, as `zplan tune` runs it.
-After every fourth trial the same configuration is run again by `torchrun -m sft.trial`, so both sides see the same
-machine. Overhead is wall time minus the timed steps. Of the study it is everything: the search, the start of the warm
-server, the model, the warm-up step, the end of the processes; of a cold trial it is the wall time of its torchrun.
+A real study of the demo model (SmolLM2-135M, fp32, two CPU ranks, 64 tokens) with real trials, as `zplan tune` runs it;
+with `--methods full lora` another one of its adapters. After every fifth trial the same configuration is run again by
+`torchrun -m sft.trial`, so that both sides see the same machine. Overhead is wall time minus the timed steps. Of a
+study it is everything: the search, the start of the warm server, the model, the warm-up step, the end of the processes;
+of a cold trial it is the wall time of its torchrun. The warm-up step is the same on both sides; of full fine-tuning it
+is most of a warm trial's overhead.
 Killed and started again, it goes on; a finished run starts anew.
 """
 
@@ -31,7 +33,7 @@ from zplan.demo import prepare_demo
 from zplan.hardware import Cluster
 from zplan.model_probe import probe_config
 from zplan.probe import probe_hardware
-from zplan.recipe import Recipe
+from zplan.recipe import Method, Recipe
 from zplan.report.labels import choice_label
 from zplan.study import run_study
 from zplan.trial import RESULT_FILE, SPEC_FILE, Outcome, TrialResult, TrialSpec
@@ -39,18 +41,20 @@ from zplan.trial import RESULT_FILE, SPEC_FILE, Outcome, TrialResult, TrialSpec
 REPORT = Path(__file__).parents[1] / "reports" / "trial_overhead.md"
 WORK = FOLDER / "trial_overhead"
 ROWS = WORK / "rows.jsonl"
-TRIALS, EVERY, GOAL = 20, 4, 0.25
+TRIALS, EVERY, GOAL = 20, 5, 0.25
+METHODS: tuple[Method, ...] = ("full", "lora")
 
 
 @dataclass(kw_only=True)
 class SideBySide:
-    """Runs every trial warm, and every fourth one cold besides; one line a run is kept."""
+    """Runs every trial warm, and every fifth one cold besides; one line a run is kept."""
 
     warm: RealBackend
+    method: Method
     evidence: Literal["measured"] = "measured"
 
     def __post_init__(self) -> None:
-        self._count = sum(row["kind"] == "warm" for row in read_rows())
+        self._count = len(warm_rows(read_rows(), self.method))
         self._mark = time.monotonic()
 
     def run(self, spec: TrialSpec) -> TrialResult:
@@ -67,7 +71,8 @@ class SideBySide:
 
     def _keep(self, kind: str, spec: TrialSpec, result: TrialResult, wall_seconds: float) -> None:
         row = {
-            "kind": kind, "trial": self._count, "label": choice_label(spec.choice), "outcome": result.outcome.value,
+            "method": self.method, "kind": kind, "trial": self._count, "label": choice_label(spec.choice),
+            "outcome": result.outcome.value,
             "wall": wall_seconds, "timed": sum(result.timed_step_seconds), "steps": len(result.timed_step_seconds),
         }  # fmt: skip
         print(json.dumps(row), file=sys.stderr, flush=True)
@@ -78,6 +83,11 @@ class SideBySide:
 def read_rows() -> list[dict[str, Any]]:
     """What was measured so far."""
     return [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()] if ROWS.exists() else []
+
+
+def warm_rows(rows: list[dict[str, Any]], method: Method) -> list[dict[str, Any]]:
+    """Those of the study of one method."""
+    return [row for row in rows if row["kind"] == "warm" and row["method"] == method]
 
 
 def run_cold(spec: TrialSpec) -> TrialResult:
@@ -94,25 +104,24 @@ def run_cold(spec: TrialSpec) -> TrialResult:
     return files.load(TrialResult, out / RESULT_FILE)
 
 
-def run(trials: int) -> None:
-    """The study, or the rest of it; its early end for want of gain is switched off, so that all trials are run."""
+def run(method: Method, trials: int, cluster: Cluster) -> None:
+    """A study, or the rest of it; its early end for want of gain is switched off, so that all trials are run."""
     assets = prepare_demo()
     folder = assets.model_dir.resolve()
-    cluster = probe_hardware()
     recipe = Recipe(
-        model=str(folder), dataset=str(assets.dataset_path.resolve()), dtype="fp32", max_length=64, train_batch_size=2
-    )
+        model=str(folder), dataset=str(assets.dataset_path.resolve()), dtype="fp32", max_length=64, train_batch_size=2,
+        method=method,
+    )  # fmt: skip
     zplan.study._LEAST_GAIN = 0.0
     backend = RealBackend(WORK / "trials")
     try:
         run_study(
             recipe=recipe, shape=probe_config(folder / "config.json", name="demo"), cluster=cluster,
-            model_path=str(folder), backend=SideBySide(warm=backend), n_trials=trials, timed_steps=2,
-            study_path=str(WORK / "study.journal"), calibration_dir=WORK,
+            model_path=str(folder), backend=SideBySide(warm=backend, method=method), n_trials=trials, timed_steps=2,
+            study_path=str(WORK / f"{method}.journal"), calibration_dir=WORK,
         )  # fmt: skip
     finally:
         backend.close()
-    REPORT.write_text(render(read_rows(), cluster), encoding="utf-8")
 
 
 def overhead(row: dict[str, Any]) -> float:
@@ -122,28 +131,35 @@ def overhead(row: dict[str, Any]) -> float:
 
 def render(rows: list[dict[str, Any]], cluster: Cluster) -> str:
     """The report."""
-    warm = [row for row in rows if row["kind"] == "warm"]
-    cold = {row["trial"]: row for row in rows if row["kind"] == "cold" and row["outcome"] in _RAN}
-    ours, theirs = fmean(overhead(row) for row in warm), fmean(overhead(row) for row in cold.values())
-    same = fmean(overhead(row) for row in warm if row["trial"] in cold)
-    ran = sum(row["outcome"] in _RAN for row in warm)
     lines = [
         "# What a trial costs beside its timed steps", "",
-        f"`python -m benchmarks.trial_overhead`: {len(warm)} real trials of the demo model ({ran} ran), "
-        f"{cluster.gpus_per_node} CPU ranks on {cluster.host.num_cpus} cores; seconds, wall minus timed steps.", "",
-        f"- Overhead of a trial of the study: {ours:.1f} s, {ours / theirs:.0%} of a cold torchrun trial's "
-        f"{theirs:.1f} s (goal {GOAL:.0%}); over the same configurations {same:.1f} s, {same / theirs:.0%}.", "",
-        "| trial | configuration | outcome | wall | timed steps | overhead | cold: wall | timed steps | overhead |",
-        "|---" * 9 + "|",
+        f"`python -m benchmarks.trial_overhead`: real trials of the demo model, {cluster.gpus_per_node} CPU ranks on "
+        f"{cluster.host.num_cpus} cores; seconds, wall minus timed steps.", "",
     ]  # fmt: skip
-    for row in warm:
-        other = cold.get(row["trial"])
-        numbers = f"{other['wall']:.1f} | {other['timed']:.1f} | {overhead(other):.1f}" if other else " | | "
+    table = [
+        "| method | trial | configuration | outcome | wall | timed | overhead | cold: wall | timed | overhead |",
+        "|---" * 10 + "|",
+    ]
+    for method in METHODS:
+        warm = warm_rows(rows, method)
+        cold = {r["trial"]: r for r in rows if (r["kind"], r["method"]) == ("cold", method) and r["outcome"] in _RAN}
+        if not cold:
+            continue
+        ours, theirs = fmean(map(overhead, warm)), fmean(map(overhead, cold.values()))
         lines.append(
-            f"| {row['trial']} | {row['label']} | {row['outcome']} | {row['wall']:.1f} | {row['timed']:.1f} "
-            f"| {overhead(row):.1f} | {numbers} |"
+            f"- {method}: overhead of a trial {ours:.1f} s over {len(warm)} trials of a study, "
+            f"{ours / theirs:.0%} of a cold torchrun trial's {theirs:.1f} s over {len(cold)} (goal {GOAL:.0%})."
         )
-    return "\n".join([*lines, "", (__doc__ or "").partition("reports/trial_overhead.md\n")[2].strip(), ""])
+        table += [_line(method, row, cold.get(row["trial"])) for row in warm]
+    return "\n".join([*lines, "", *table, "", (__doc__ or "").partition("reports/trial_overhead.md\n")[2].strip(), ""])
+
+
+def _line(method: Method, row: dict[str, Any], other: dict[str, Any] | None) -> str:
+    cold = f"{other['wall']:.1f} | {other['timed']:.1f} | {overhead(other):.1f}" if other else " | | "
+    return (
+        f"| {method} | {row['trial']} | {row['label']} | {row['outcome']} | {row['wall']:.1f} | {row['timed']:.1f} "
+        f"| {overhead(row):.1f} | {cold} |"
+    )
 
 
 _RAN = (Outcome.OK.value, Outcome.PRUNED.value)
@@ -153,11 +169,15 @@ def main() -> None:
     """Go on with an unfinished run, or begin."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=TRIALS)
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=["full"])
     options = parser.parse_args()
-    if sum(row["kind"] == "warm" for row in read_rows()) >= options.trials:
+    if all(len(warm_rows(read_rows(), method)) >= options.trials for method in options.methods):
         shutil.rmtree(WORK)
     WORK.mkdir(parents=True, exist_ok=True)
-    run(options.trials)
+    cluster = probe_hardware()
+    for method in options.methods:
+        run(method, options.trials, cluster)
+    REPORT.write_text(render(read_rows(), cluster), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -150,6 +150,8 @@ def test_a_study_by_formula_is_tuned_reported_and_exported(tmp_path: Path) -> No
     small = ("--model", "qwen2.5-0.5b", "--gpu", "rtx-4090-24gb", "--host-ram", "64GiB", "--max-length", "512")
     done = zplan("tune", *small, "--backend", "formula", "--trials", "4", cwd=tmp_path)
     assert "profiles/best.json" in done.stdout
+    assert "Trials by formula: nothing was measured" in done.stdout
+    assert max(map(len, (done.stdout + done.stderr).splitlines())) <= 80
     again = zplan("tune", *small, "--backend", "formula", "--trials", "4", cwd=tmp_path)
     assert "4 trials are done" in again.stdout
     zplan("report", cwd=tmp_path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from rich.console import Group, RenderableType
@@ -15,7 +15,7 @@ from zplan.memory.terms import MemoryEstimate, Term
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.report.labels import STRATEGY_LEGEND, strategy_code
-from zplan.trial import Outcome, TrialResult
+from zplan.trial import Evidence, Outcome, TrialResult
 from zplan.units import format_bytes, format_bytes_short, format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -242,11 +242,19 @@ def outcome_text(outcome: Outcome) -> Text:
     return Text(outcome.value, style=_OUTCOME_STYLE.get(outcome, "red"))
 
 
+_TRIALS: Mapping[Evidence, str] = {
+    "measured": "Trials, measured",
+    "simulated": "Trials on simulated memory with predicted seconds: nothing was measured",
+    "formula": "Trials by formula: nothing was measured",
+    "calibrated": "Trials by formula, calibrated: nothing was measured",
+}
+
+
 def render_records(
     records: Sequence[Record], *, best: Record | None, world_size: int, front: Sequence[Record] = ()
 ) -> RenderableType:
     """The trials of a study, fastest first; it fits 80 columns. An asterisk marks the front."""
-    table = _table("Trials")
+    table = _table(_TRIALS[records[0].result.evidence] if records else "Trials")
     table.padding = (0, 1, 0, 0)
     for heading in ("", "#", "configuration", "outcome", "GPU", "predicted", "host", "tokens/s"):
         justify: Literal["left", "right"] = "left" if heading in ("", "configuration", "outcome") else "right"
