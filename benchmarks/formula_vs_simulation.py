@@ -251,10 +251,8 @@ def render(rows: list[Row]) -> str:
         "- Out of memory in the simulated allocator on the smallest card of which the formula says `fits`:"
         f" {sum(row.unsafe for row in done)} configurations (goal 0).",
         "",
-        "Errors are formula / simulation - 1; bytes in GiB. Rows of adapters beside experts, of latent attention and of"
-        " ALiBi are those that the estimate itself calls `not modelled`. While a simulation (or a tracked real run)"
-        " watches, autograd adds gradients of one tensor out of place; unwatched it adds them in place, and so does the"
-        " formula: some adapter rows are lower for it.",
+        "Errors are formula / simulation - 1; bytes in GiB. The formula was written against these very rows; the same"
+        " mechanisms elsewhere (other families, more layers) rest on the sources that its docstrings name.",
         "",
         "| stage | method | model | layers | ranks | mb x acc | length | ckpt | loss | attention | knobs | formula |"
         " simulated | peak | init | forward | backward | step | host |",

@@ -9,10 +9,12 @@ from zplan.catalog.find import find_model
 from zplan.memory import operations as ops
 from zplan.memory import scores
 from zplan.memory.coordinator import Act, Coordinator, Fetches, Limits
+from zplan.memory.course import course
 from zplan.memory.estimate import estimate_memory
 from zplan.memory.operations import Sizes
+from zplan.memory.script import Op
 from zplan.memory.tape import Tape, Tensor, Value, record_block
-from zplan.memory.timeline import record
+from zplan.memory.timeline import record, root_module
 from zplan.memory.trainable import layout
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
@@ -212,3 +214,22 @@ def scaled(model_type: str) -> int:
 def test_granite_keeps_nothing_more_for_its_multipliers_and_phi_3_keeps_its_attention_s_output_twice() -> None:
     assert scaled("granite") == scaled("llama")
     assert scaled("phi3") == scaled("llama") + 2 * 128 * 256  # as the kernel gave it, and in the order of positions
+
+
+def test_peft_s_own_modules_prefetch_before_the_model_is_entered() -> None:
+    recipe = Recipe(model="llama-like", method="lora", train_batch_size=1, max_length=128)
+    for method, entered in (("full", 1), ("lora", 2)):
+        asked = replace(recipe, method=method)  # type: ignore[arg-type]
+        recording = record(SHAPE, asked, layout(SHAPE, asked), micro_batch=1, on_cpu=False, partitioned=True)
+        calls = course(recording, checkpointing=True, fetches=True).script.calls
+        first = next(number for number, (op, _) in enumerate(calls) if op == Op.PRE_MODULE)
+        modules = [number for op, number in calls[first : first + entered]]
+        assert modules[-1] == root_module(recording)
+        assert len(set(modules)) == entered
+
+
+def test_zero_3_keeps_a_norm_on_the_gpu_for_every_offloaded_gradient() -> None:
+    zero = ZeroConfig(stage=3, offload_optimizer=OffloadOptimizer(device="cpu"))
+    count = sum(1 for _ in SHAPE.parameters())
+    assert term_bytes(estimate(zero), "gradient norms", "step") == 512 * count
+    assert term_bytes(estimate(ZeroConfig(stage=3)), "gradient norms", "step") == 0

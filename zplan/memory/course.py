@@ -17,6 +17,7 @@ from zplan.memory.script import HOOKS, Call, Course, Kinds, Op, Reduction, Scrip
 from zplan.memory.strip import Strip, strip
 from zplan.memory.tape import Event, Step
 from zplan.memory.timeline import (
+    WRAPPER,
     Recorded,
     Recording,
     external_numbers,
@@ -59,7 +60,7 @@ class _Walk:
         meter, r = self.meter, self.recording
         self.call(Op.BEGIN)
         meter.add(Kind.ACTIVATIONS, r.arguments_bytes)
-        self.pre(self.root)
+        self._enter_model()
         self._forward()
         self._loss_forward()
         self._next_phase()
@@ -72,6 +73,11 @@ class _Walk:
         if self.fetches:
             self.call(Op.END_STEP)
         self.call(Op.NOTHING)
+
+    def _enter_model(self) -> None:
+        if self.recording.reentrant:
+            self.pre(self.root + WRAPPER)
+        self.pre(self.root)
 
     def _input_bytes(self) -> int:
         """Adapters under checkpointing make the embedding's output a leaf: it and its gradient stay with the loss,
@@ -186,7 +192,7 @@ class _Walk:
     # -- backward ------------------------------------------------------------------------------------------------
     def _loss_backward(self) -> None:
         meter, r = self.meter, self.recording
-        self.pre(self.root)
+        self._enter_model()
         meter.touch(Kind.LOSS, r.loss.backward)
         meter.add(Kind.LOSS, -r.loss.kept)
         if r.runs_head:
@@ -350,6 +356,7 @@ def _script(walk: _Walk) -> Script:
             fetches=Fetches.of(order, modules, recording.items.numel, *leaf_modules(recording)),
             external=external_numbers(recording) if walk.fetches else (),
             head=output_numbers(recording),
+            root=walk.root,
             viewed=walk.viewed,
         )
     return known

@@ -105,10 +105,12 @@ class Gathering:
     @cached_property
     def first_schedule(self) -> Schedule:
         """Of the first step, whose forward begins with a model that does not own its output projection yet."""
-        calls = self.script.calls
-        root = next((number for number, (op, _) in enumerate(calls) if op == Op.PRE_MODULE), 0)
-        decided = self._decide(self._coordinator(NO_TRACE, frozenset()), (*calls[:root], *calls[root + 1 :]))
-        return ((), *decided)
+        hooks = [number for number, (op, _) in enumerate(self.script.calls) if op == Op.PRE_MODULE]
+        first = next((number for number in hooks if self.script.calls[number][1] == self.script.root), 0)
+        calls = (*self.script.calls[:first], *self.script.calls[first + 1 :])
+        decided = self._decide(self._coordinator(NO_TRACE, frozenset()), calls)
+        before = sum(number < first for number in hooks)
+        return (*decided[:before], (), *decided[before:])
 
     def _coordinator(self, limits: Limits, persistent: frozenset[int]) -> Coordinator:
         return Coordinator(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from zplan.memory.instances import instances
+from zplan.memory.runtime import ALLOCATOR_ROUNDING
 from zplan.memory.stage3 import Shards, secondary_group, sub_groups
 from zplan.memory.stage12 import Partitions
 from zplan.memory.states import FP32, optimizer_state_bytes, step_temporary_bytes
@@ -37,7 +38,19 @@ def resident(laid: Layout, recipe: Recipe, choice: Choice, cut: Partitions | Non
         found = _stage12(laid, recipe, choice, cut)
     else:
         found = _stage0(laid, recipe)
-    return replace(found, terms=(*found.terms, _batches(recipe, choice)))
+    return replace(found, terms=(*found.terms, _batches(recipe, choice), _norms(laid, choice)))
+
+
+def _norms(laid: Layout, choice: Choice) -> Term:
+    """A scalar on the GPU for every offloaded gradient of ZeRO-3; each takes an allocator's block.
+
+    Source: deepspeed 0.19.8, runtime/zero/stage3.py (norm_for_param_grads).
+    """
+    offloads = choice.zero.stage == 3 and choice.zero.offloads_optimizer
+    count = sum(block.repeat * sum(weight.trainable for weight in block.weights) for block in laid.blocks)
+    formula = f"{ALLOCATOR_ROUNDING} x {count} trained parameters"
+    num_bytes = ALLOCATOR_ROUNDING * count if offloads else 0
+    return _term("gradient norms", num_bytes, STEPS, formula, "deepspeed 0.19.8, runtime/zero/stage3.py")
 
 
 def _batches(recipe: Recipe, choice: Choice) -> Term:

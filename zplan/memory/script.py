@@ -79,6 +79,8 @@ class Script:
     """Parameters that DeepSpeed registers as external; they are not released."""
     head: tuple[int, ...]
     """Parameters of the output projection."""
+    root: int = 0
+    """Number of the model itself among the modules."""
     viewed: frozenset[int] = frozenset()
     """Stacked weights of experts that are used as they are: their product keeps a view of the gathered tensor."""
 

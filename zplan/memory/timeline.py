@@ -196,6 +196,10 @@ def module_bases(recording: Recording) -> tuple[int, ...]:
     return tuple(bases)
 
 
+WRAPPER = 2
+"""Added to the model's number: PEFT's modules around it, which own nothing, but whose hooks prefetch before it."""
+
+
 def root_module(recording: Recording) -> int:
     """The number of the model itself.
 
@@ -308,7 +312,8 @@ def _is_embedding(block: Recorded) -> bool:
 def fetch_order(recording: Recording, *, checkpointing: bool) -> list[int]:
     """Modules in the order in which a step's trace fetches them."""
     root = root_module(recording)
-    order: list[int] = [root]
+    start = [root + WRAPPER, root] if recording.reentrant else [root]
+    order: list[int] = list(start)
     bases = module_bases(recording)
 
     def collect(steps: Sequence[Step], index: int, layer: int) -> None:
@@ -324,9 +329,9 @@ def fetch_order(recording: Recording, *, checkpointing: bool) -> list[int]:
     for index, block in enumerate(recording.blocks):
         collect(block.late.forward if block.late else (), index, 0)
     if recording.runs_head:
-        order += [root + 1, root, root + 1]
+        order += [root + 1, *start, root + 1]
     else:
-        order.append(root)
+        order += start
     for index, block in enumerate(recording.blocks):
         collect(block.late.backward if block.late else (), index, 0)
     for index in reversed(range(len(recording.blocks))):
