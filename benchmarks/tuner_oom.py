@@ -36,7 +36,7 @@ from zplan.trial import Outcome, TrialResult, TrialSpec
 from zplan.units import MIB
 
 REPORT = Path(__file__).parents[1] / "reports" / "tuner_oom.md"
-LIMITS_MIB = (24, 48, 80, 160, 320)
+LIMITS_MIB = (40, 48, 80, 160, 320)
 TRIALS = 8
 
 

@@ -19,12 +19,11 @@ from zplan.catalog import hub_snapshot
 from zplan.commands import Answer
 from zplan.errors import ConfigError, ExitCode
 from zplan.job import Job
-from zplan.ledger import Objective, Record, Running, load_study
+from zplan.ledger import Objective, Record, Running, has_speed, load_study
 from zplan.propose import Proposal
 from zplan.report.labels import QUANTITY_NAMES, choice_label
 from zplan.report.terminal import progress_heading, progress_line, render_front, render_records
 from zplan.study import Progress, StudyOutcome, run_study
-from zplan.trial import Outcome
 from zplan.winner import make_plan
 
 WORK_DIR = Path(".zplan/trials")
@@ -142,7 +141,7 @@ class Screen:
             record, best=progress.best, remaining_seconds=progress.remaining_seconds, world_size=self._world_size
         )
         self._console.print(line, soft_wrap=True)
-        if record.result.message and record.result.outcome is not Outcome.OK:
+        if record.result.message and not has_speed(record.result):
             self._console.print(f"    {record.result.message}", style="yellow", markup=False)
 
     def message(self, text: str) -> None:
@@ -187,8 +186,9 @@ def _answer(outcome: StudyOutcome, plan_path: str, study: str, *, world_size: in
 
 def _accuracy_line(item: Accuracy) -> str:
     """`GPU bytes: the formula was 12.0% off here (8 trials), calibrated 1.3%`."""
+    before = f"{item.before:.1%} off" if item.before < 1 else f"{item.before + 1:.0f} times too high"
     name = QUANTITY_NAMES[item.quantity]
-    return f"{name}: the formula was {item.before:.1%} off here ({item.num_trials} trials), calibrated {item.after:.1%}"
+    return f"{name}: the formula was {before} here ({item.num_trials} trials), calibrated {item.after:.1%}"
 
 
 def pick(trial: int, *, study: str, plan_path: str) -> str:
