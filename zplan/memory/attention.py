@@ -5,6 +5,9 @@ Legend: H heads, n and r the straight and the rotated part of a head, v the widt
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from zplan.memory import operations as ops
 from zplan.memory import scores
 from zplan.memory.layer_modules import LayerModules
@@ -12,6 +15,8 @@ from zplan.memory.operations import Modules, Sizes
 from zplan.memory.tape import Tape, Value
 from zplan.model_shape import ModelShape
 
+Names = Mapping[str, str]
+"""Last part of a module's name -> the name."""
 _SPLIT_QKV = ("gpt2", "gpt_neox")
 """Fused q, k, v taken apart by torch.split or torch.chunk; others slice (transformers 5.23.0, modeling_gpt2.py,
 modeling_gpt_neox.py, modeling_phi3.py)."""
@@ -103,12 +108,7 @@ def _latent(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: 
     straight = heads * config["qk_nope_head_dim"]
     norms = {name.rpartition(".")[2]: name for name in layer.latent_norms}
     by_name = {name.rpartition(".")[2]: name for name in layer.projections}
-    q = ops.linear(tape, modules, sizes, by_name.get("q_proj") or by_name["q_a_proj"], x)
-    if "q_b_proj" in by_name:
-        normed = ops.norm(tape, modules, sizes, norms["q_a_layernorm"], q, config["q_lora_rank"])
-        tape.drop(q)
-        q = ops.linear(tape, modules, sizes, by_name["q_b_proj"], normed)
-        tape.drop(normed)
+    q = _latent_queries(tape, sizes, modules, by_name, norms, config, x)
     q_straight, q_rotated = tape.split(q, 2, sizes.bytes(wide))
     tape.drop(q)
     narrow = ops.linear(tape, modules, sizes, by_name["kv_a_proj_with_mqa"], x)
@@ -130,6 +130,20 @@ def _latent(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: 
     )
     tape.drop(written, k_straight, turned_k, q_straight, turned_q)
     return queries, keys, v
+
+
+def _latent_queries(
+    tape: Tape, sizes: Sizes, modules: Modules, by_name: Names, norms: Names, config: Mapping[str, Any], x: Value
+) -> Value:
+    """One projection, or two with a norm between them."""
+    if "q_b_proj" not in by_name:
+        return ops.linear(tape, modules, sizes, by_name["q_proj"], x)
+    narrow = ops.linear(tape, modules, sizes, by_name["q_a_proj"], x)
+    normed = ops.norm(tape, modules, sizes, norms["q_a_layernorm"], narrow, config["q_lora_rank"])
+    tape.drop(narrow)
+    out = ops.linear(tape, modules, sizes, by_name["q_b_proj"], normed)
+    tape.drop(normed)
+    return out
 
 
 def _complex_rotary(tape: Tape, sizes: Sizes, x: Value, width: int) -> Value:

@@ -128,6 +128,33 @@ def _stage12(laid: Layout, recipe: Recipe, choice: Choice, cut: Partitions) -> R
     return Resident(terms=(*terms, *after, _term(name, extra, ("init",), formula, source)), partition_numel=numel)
 
 
+def _initialising(
+    laid: Layout, recipe: Recipe, choice: Choice, numel: int, bucket: int, largest_group: int
+) -> list[Term]:
+    """What comes and goes while the optimizer is built, beside parameters and masters.
+
+        max(4 * largest sub-group, gradients + bucket + largest parameter, adapters before they are cut)
+
+    Each trained parameter is gathered once. PEFT puts whole adapters beside the base weights; the engine cuts them.
+
+    Args:
+        numel: trained elements of one rank.
+    """
+    b, zero = recipe.weight_bytes, choice.zero
+    staged = -(-laid.largest_trainable // choice.batch.world_size) if zero.offloads_param else 0
+    buffers = bucket + b * (laid.largest_trainable + staged)
+    if not zero.offloads_optimizer:
+        buffers = max(FP32 * largest_group, b * numel + buffers)
+    uncut = b * laid.trainable_numel - (0 if zero.offloads_param else b * numel) if recipe.method != "full" else 0
+    masters = 0 if zero.offloads_optimizer else FP32 * numel
+    formula = "max(4 x largest sub-group, gradients + bucket + largest parameter, adapters not yet cut)"
+    source = "deepspeed 0.19.8, runtime/zero/stage3.py (_setup_for_real_optimizer)"
+    return [
+        _term("buffers at initialize", max(buffers, uncut - masters), ("init",), formula, source),
+        _term("adapters before they are cut", uncut, ("load",), f"{b} x {laid.trainable_numel}, less the cut", PEFT),
+    ]
+
+
 def _secondary(laid: Layout, choice: Choice) -> list[Term]:
     """hpZ's second copy, cut over fewer ranks: of frozen parameters for good, of trained ones from their release
     (Stage3Engine) to the end of the update, and from loading to the first update.
@@ -183,28 +210,7 @@ def _stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards) -> Res
             _term("gradient partitions", b * numel, STEPS, f"{b} x {numel}", source),
         ]
     bucket = b * zero.reduce_bucket_size if zero.contiguous_gradients else 0
-    staged = -(-laid.largest_trainable // choice.batch.world_size) if zero.offloads_param else 0
-    gathered = b * (
-        laid.largest_trainable + staged
-    )  # each trainable parameter is gathered once while the optimizer is built
-    buffers = bucket + gathered
-    if not zero.offloads_optimizer:
-        buffers = max(FP32 * max(groups), b * numel + bucket + gathered)
-    if recipe.method != "full":
-        whole = b * laid.trainable_numel
-        own = b * numel if not zero.offloads_param else 0
-        made = sum(term.bytes for term in terms if term.name == "master weights")
-        buffers = max(buffers, whole - own - made)
-        terms.append(_term("adapters before they are cut", whole - own, ("load",), f"{whole} - {own}", PEFT))
-    terms.append(
-        _term(
-            "buffers at initialize",
-            buffers,
-            ("init",),
-            "max(4 x largest sub-group, gradients + bucket + largest parameter, adapters not yet cut)",
-            source,
-        )
-    )
+    terms += _initialising(laid, recipe, choice, numel, bucket, max(groups))
     if bucket:
         terms.append(_term("reduce bucket", bucket, STEPS, f"{b} x {zero.reduce_bucket_size}", source))
     terms += _secondary(laid, choice)

@@ -217,12 +217,7 @@ class Tape:
         out = self._output(num_bytes, inputs)
         self.touch(forward_temporary)
         if extra_saved:
-            self._add(extra_saved)
-            extra = Tensor(extra_saved)
-            if self.keeps:
-                saved.append(extra)
-            else:
-                self._release(extra)
+            saved += self._keep_extra(extra_saved)
         if saves_output and self.keeps:
             out.storage.refs += 1
             saved.append(out.storage)
@@ -230,6 +225,15 @@ class Tape:
         if self.stop_at == self.num_operations:
             self._stop(saved)
         return out
+
+    def _keep_extra(self, num_bytes: int) -> list[Tensor]:
+        """Bytes that only the operation knows; gone at once where nothing is kept."""
+        self._add(num_bytes)
+        extra = Tensor(num_bytes)
+        if self.keeps:
+            return [extra]
+        self._release(extra)
+        return []
 
     def _stop(self, saved: list[Tensor]) -> None:
         """The frames unwind: what only Python locals held is freed."""
