@@ -20,6 +20,7 @@ from zplan import files
 from zplan.errors import ConfigError, MachineError
 from zplan.ledger import load_study
 from zplan.plan import Plan
+from zplan.planner import Fixed
 from zplan.trial import Evidence, Outcome, TrialResult, TrialSpec, clearly_slower
 
 ROOT = Path(__file__).parents[1]
@@ -360,3 +361,17 @@ def test_running_out_of_memory_alike_does_not_end_the_search(tmp_path: Path) -> 
     backend = AlwaysFails("CUDA out of memory", Outcome.GPU_OOM)
     tune(_study(tmp_path), 5, backend=backend)
     assert backend.calls == 5
+
+
+def test_a_study_goes_on_when_knobs_are_narrowed_and_writes_only_what_is_asked_for(tmp_path: Path) -> None:
+    wide = tune(_study(tmp_path), 5)
+    stages = {record.choice.zero.stage for record in wide.records}
+    wanted = next(
+        stage for stage in (2, 1, 3) if wide.best and stage != wide.best.choice.zero.stage and stage in stages
+    )
+    narrow = tune(_study(tmp_path), 8, fixed=Fixed(stage=wanted, settings=("world_size=2,4",)), plan_path=None)
+    assert narrow.num_resumed == len(wide.records)
+    assert {record.choice.zero.stage for record in narrow.records[len(wide.records) :]} == {wanted}
+    assert narrow.plan is not None
+    assert narrow.plan.choice.zero.stage == wanted
+    assert tune(_study(tmp_path), 9).best is not None  # and widened again

@@ -40,6 +40,8 @@ STUDY_NAME = "zplan"
 _LOST_OWNER_SECONDS = 6 * 3600.0
 """A trial of another host that runs longer than this is taken for lost: its tuner cannot be looked up from here."""
 _MOST_ATTEMPTS = 2
+_LARGEST_INT = 1 << 53
+"""Optuna keeps integers as floats."""
 T = TypeVar("T")
 Origin = Literal["baseline", "ranking", "search", "confirm"]
 Objective = Literal["speed", "pareto"]
@@ -174,7 +176,15 @@ class Ledger:
             owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": psutil.Process().create_time()}
             story = {"key": key, "origin": origin, "choice": files.to_data(choice), "started": started, "owner": owner}
             trial.set_user_attr("started", story)
-            space.suggest(trial)
+            try:
+                _store_knobs(trial, draft)
+            except ValueError as error:  # Optuna: another distribution under the same name
+                self._study.tell(trial.number, state=TrialState.FAIL)
+                raise ConfigError(
+                    f"the study {self._path} keeps its knobs in another way",
+                    because="another version of zplan wrote it",
+                    fix="--study another-file",
+                ) from error
             return Running(number=trial.number, key=key, origin=origin, choice=choice, started=started)
 
         return _guarded(self._path, write)
@@ -357,6 +367,21 @@ def _owner_lives(trial: optuna.trial.FrozenTrial) -> bool:
         return bool(abs(psutil.Process(owner["pid"]).create_time() - owner["since"]) < 1.0)
     except psutil.NoSuchProcess:
         return False
+
+
+def _store_knobs(trial: optuna.Trial, draft: Draft) -> None:
+    """Every knob as an Optuna parameter, in ranges that never change: a study takes no other choices later, but users
+    narrow and widen, and a drive appears."""
+    for name, value in draft.items():
+        match value:
+            case bool():
+                trial.suggest_categorical(name, (False, True))
+            case str():
+                trial.suggest_categorical(name, ("none", "cpu", "nvme"))
+            case int():
+                trial.suggest_int(name, 0, _LARGEST_INT)
+            case float():
+                trial.suggest_float(name, 0.0, 1.0)
 
 
 def _scripted(draft: Draft) -> optuna.samplers.BaseSampler:

@@ -169,16 +169,16 @@ def run_study(
     num_resumed = len(ledger.records())
     stop_reason = search.run()
     confirmed = search.confirm_winner()
-    records = ledger.records()
-    plan = make_plan(question, records, model_path=model_path, study_path=study_path)
+    records, allowed = ledger.records(), search.allowed_records()
+    plan = make_plan(question, allowed, model_path=model_path, study_path=study_path)
     if plan is not None and plan_path is not None:
         files.save(plan, plan_path)
-    ranked = rank_records(records)
+    ranked = rank_records(allowed)
     return StudyOutcome(
         records=records, best=ranked[0] if ranked else None, plan=plan,
         accuracy=calibrate_machine(question, records, study_path, calibration_dir),
         stop_reason="; ".join(text for text in (stop_reason, confirmed) if text), num_resumed=num_resumed,
-        objective=objective, front=tuple(front_records(records)),
+        objective=objective, front=tuple(front_records(allowed)),
     )  # fmt: skip
 
 
@@ -228,6 +228,10 @@ class Search:
                 return f"the best untried configuration promises only {promised}, {_PATIENCE} times in a row"
             self._start_and_run(proposal)
 
+    def allowed_records(self) -> tuple[Record, ...]:
+        """The trials within the user's ranges; earlier runs of the study may have had wider ones."""
+        return tuple(record for record in self.ledger.records() if self.space.contains(record.choice))
+
     def _budget_ends(self) -> str:
         finished = sum(record.origin != "confirm" for record in self.ledger.records())
         if finished + len(self.ledger.running()) >= self.effort.n_trials:
@@ -241,7 +245,7 @@ class Search:
         return sum(self._durations) / len(self._durations) if self._durations else 0.0
 
     def _next(self) -> Proposal | None:
-        interrupted = self.ledger.interrupted()
+        interrupted = [choice for choice in self.ledger.interrupted() if self.space.contains(choice)]
         if interrupted:
             self.observer.message("a trial that was interrupted is run again")
             return self._proposer.propose(interrupted[0], "search")
@@ -289,7 +293,7 @@ class Search:
     def _to_beat(self, proposal: Proposal) -> tuple[float, ...]:
         """Timed steps of the fastest trial; none for what must run to its end: a confirmation, what may be small."""
         must_end = proposal.origin == "confirm" or self.question.objective == "pareto"
-        ranked = [] if must_end else rank_records(self.ledger.records())
+        ranked = [] if must_end else rank_records(self.allowed_records())
         return ranked[0].result.timed_step_seconds if ranked else ()
 
     def _record(self, trial: Running, proposal: Proposal, result: TrialResult) -> Record:
@@ -299,8 +303,8 @@ class Search:
         )  # fmt: skip
 
     def _progress(self) -> Progress:
-        records = self.ledger.records()
-        finished = sum(record.origin != "confirm" for record in records)
+        records = self.allowed_records()
+        finished = sum(record.origin != "confirm" for record in self.ledger.records())
         left = max(0, self.effort.n_trials - finished)
         ranked = rank_records(records)
         return Progress(
@@ -312,7 +316,7 @@ class Search:
     def confirm_winner(self) -> str:
         """Run the fastest once more. If it fails, or its mean falls behind, the next one is confirmed instead."""
         for attempt in range(_MOST_CONFIRMATIONS + 1):
-            records = self.ledger.records()
+            records = self.allowed_records()
             ranked = rank_records(records)
             if not ranked or self.question.evidence != "measured":
                 return ""
