@@ -108,9 +108,21 @@ def _resumed(session: Session, found: Path) -> tuple[Session, list[str]]:
         notes.append("warning: that checkpoint was made with another plan, data or length")
     universal = False
     if mark.world_size != session.plan.choice.batch.world_size:
+        _require_adam(session.plan, mark)
         notes.append(f"converting it from {mark.world_size} to {session.plan.choice.batch.world_size} ranks")
         universal = checkpoints.make_universal(found, zero_stage=session.plan.choice.zero.stage)
     return replace(session, resume=str(found), universal=universal), notes
+
+
+def _require_adam(plan: Plan, mark: checkpoints.Mark) -> None:
+    """Source: deepspeed 0.19.8, checkpoint/ds_to_universal.py:154 and :196 (extract_zero_shards, and of stage 3)."""
+    if mark.zero_stage > 0 and plan.recipe.optimizer != "adamw":
+        raise ConfigError(
+            f"the checkpoint is of {mark.world_size} ranks, the plan for {plan.choice.batch.world_size}, and its "
+            f"optimizer is {plan.recipe.optimizer}",
+            because="DeepSpeed's conversion for another number of ranks reads Adam's exp_avg and exp_avg_sq only",
+            fix=f"resume with {mark.world_size} ranks",
+        )
 
 
 def _unfinished(output_dir: Path) -> str | None:

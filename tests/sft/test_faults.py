@@ -25,7 +25,8 @@ from tests.sft.warm import WarmServer, make_plan, make_recipe, rank_pids
 from zplan import files
 from zplan.errors import MachineError
 
-PATIENCE = 60.0
+PATIENCE = 180.0
+"""Seconds; the first test to use the warm process waits for its imports too."""
 
 
 def begin(warm: WarmServer, session: Session) -> None:

@@ -16,7 +16,7 @@ from sft.session import Session, with_resume
 from tests.sft.test_checkpoint import make_checkpoint
 from tests.sft.warm import make_plan, make_recipe
 from zplan import files
-from zplan.errors import DoesNotFitError
+from zplan.errors import ConfigError, DoesNotFitError
 from zplan.plan import Plan, Rung
 
 
@@ -67,6 +67,15 @@ def test_asking_to_resume_without_a_checkpoint_starts_at_the_beginning(session: 
     resumed, notes = with_resume(session, "newest")
     assert resumed.resume is None
     assert "starting at step 0" in notes[0]
+
+
+def test_only_adam_s_states_are_converted_for_another_number_of_ranks(session: Session) -> None:
+    checkpoint = begin(session, outcome=None)  # of two ranks
+    recipe = replace(session.plan.recipe, optimizer="adafactor")
+    alone = replace(session, plan=make_plan(recipe, ranks=1))
+    with pytest.raises(ConfigError, match="optimizer is adafactor"):
+        with_resume(alone, str(checkpoint))
+    assert with_resume(replace(session, plan=make_plan(recipe, ranks=2)), str(checkpoint))[0].resume == str(checkpoint)
 
 
 def fitting_only(stage: int) -> object:
