@@ -7,10 +7,11 @@ import sys
 
 import pytest
 import torch
+from deepspeed.comm.torch import TorchBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from zplan.simulate import selfcheck
-from zplan.simulate.collectives import CollectiveRecorder
+from zplan.simulate.collectives import COLLECTIVES, CollectiveRecorder
 from zplan.simulate.errors import explained
 from zplan.simulate.patches import (
     Patches,
@@ -45,6 +46,20 @@ def test_every_patch_is_undone_on_exit() -> None:
 
 def test_the_installed_libraries_have_every_seam() -> None:
     selfcheck.check_seams()
+
+
+def test_what_a_patch_replaces_in_deepspeed_is_a_seam_that_is_checked() -> None:
+    names = {seam.attribute.split(".")[-1] for seam in selfcheck.SEAMS}
+    with Patches() as patches:
+        install_deepspeed_patches(patches, CollectiveRecorder())
+        replaced = {name for _, name in patches.applied}
+    assert replaced - names - set(COLLECTIVES) == {"__compatible_ops__"}  # asking for it starts a compiler
+
+
+def test_a_collective_that_nobody_counts_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TorchBackend, "all_to_all_v", lambda self: None, raising=False)
+    with pytest.raises(SimulationError, match=r"TorchBackend\.all_to_all_v is new"):
+        selfcheck.check_seams()
 
 
 def test_another_version_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
