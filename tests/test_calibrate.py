@@ -166,3 +166,13 @@ def test_estimates_show_what_a_study_taught(tmp_path: Path, monkeypatch: pytest.
     console = Console(width=80, file=StringIO(), record=True)
     console.print(answer.text)
     assert "calibrated by" in console.export_text()
+
+
+def test_studies_of_the_same_name_in_two_folders_both_teach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        outcome = tune("study.journal", 3, calibration_dir=tmp_path)
+    known = known_corrections(toy_cluster(), tmp_path)
+    assert known is not None
+    assert len(known.samples) == 2 * len(outcome.records)

@@ -30,9 +30,9 @@ def _mean_speed(runs: Sequence[Record]) -> float:
 
 
 def compared(records: Sequence[Record], study_path: str) -> dict[str, tuple[TrialResult, TrialResult]]:
-    """Trial -> what the formula said and what was measured."""
+    """Trial -> what the formula said and what was measured; its start tells studies of the same name apart."""
     return {
-        f"{study_path}#{record.number}": (record.predicted, record.result)
+        f"{study_path}#{record.number}@{record.started:.3f}": (record.predicted, record.result)
         for record in records
         if record.predicted is not None and record.predicted.evidence == "formula"
     }
