@@ -137,6 +137,17 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}}, "refuses it at stage 0"),
     ({"bf16": {"enabled": True, "bf16_optimizer_states": True}, "zero_optimization": {"stage": 1}}, "set both"),
     ({"wandb": {"enabled": True, "name": "x"}}, "wandb.name: DeepSpeed has no such key"),
+    ({"fp16": {"enabled": True, "hysteresis": "two"}}, "fp16.hysteresis is 'two', not a number"),
+    ({"compile": {"deepcompile": 3}}, "compile.deepcompile is 3, not true or false"),
+    ({"tensorboard": {"job_name": 7}}, "tensorboard.job_name is 7, not a text"),
+    ({"comms_logger": {"prof_ops": "all"}}, "comms_logger.prof_ops is 'all', not a list"),
+    ({"fp16": None}, "fp16 is None, not a section"),
+    ({"tensorboard": None}, "tensorboard is None, not a section"),
+    ({"aio": 3}, "aio is 3, not a section"),
+    ({"scheduler": "WarmupLR"}, "scheduler is 'WarmupLR', not a section"),
+    ({"wall_clock_breakdown": "often"}, "wall_clock_breakdown is 'often'"),
+    ({"train_batch_size": "16"}, "write 16 without quotes"),
+    ({"zero_optimization": {"stage": 2, "zenflow": "on"}}, "zenflow is 'on', not a section"),
     ({"communication_data_type": "fp8"}, "not fp32, fp16 or bf16"),
     ({"gradient_allreduce_op": "max"}, "not mean or sum"),
     ({"gradient_allreduce_op": "sum", "zero_optimization": {"stage": 3}}, '"sum" at stage 3'),
@@ -153,7 +164,7 @@ def test_what_deepspeed_refuses_is_refused_with_the_mend(
     assert words in str(caught.value)
     monkeypatch.setattr(runtime.dist, "get_rank", lambda: 0)
     mpu = SimpleNamespace(get_data_parallel_world_size=lambda: WORLD)
-    with pytest.raises((*REFUSED, TypeError)):
+    with pytest.raises((*REFUSED, TypeError, AttributeError)):
         runtime.DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, **config}, mpu=mpu)
 
 

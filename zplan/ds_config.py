@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from zplan.ds_keys import HALF_MASTERS, REMOVED_KEYS, SECTION_KEYS, TOP_KEYS, ZERO_KEYS, Accepts, read_value
+from zplan.ds_keys import HALF_MASTERS, REMOVED_KEYS, TOP_KEYS, ZERO_KEYS, Accepts, read_value
+from zplan.ds_sections import CLOSE, check_sections
 from zplan.ds_zero import Findings, read_zero_section, refused_combinations
 from zplan.errors import ConfigError
 from zplan.files import load_json
@@ -24,9 +25,6 @@ __all__ = [
 _POSITIVE = Accepts("int", low=1)
 _OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "lion": "lion", "muon": "muon"}
 """DeepSpeed's optimizer types that a Recipe knows. DeepSpeed's Adam is AdamW (adam_w_mode is on by default)."""
-_CLOSE = 0.8
-"""How alike a key of the file and one of DeepSpeed must be to be called a slip of the pen: at the top of a file
-other tools keep sections of their own (`fp8`, `comms_config`)."""
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
@@ -105,26 +103,13 @@ def _check_top_keys(data: Mapping[str, Any], found: Findings) -> None:
         elif key in ZERO_KEYS and key not in TOP_KEYS:
             found.warnings.append(f"{key} belongs in zero_optimization; at the top DeepSpeed ignores it")
         elif key not in TOP_KEYS:
-            near = nearest(str(key), TOP_KEYS, cutoff=_CLOSE)
+            near = nearest(str(key), TOP_KEYS, cutoff=CLOSE)
             mend = f"; did you mean {near}?" if near else ""
             found.warnings.append(f"{key}: DeepSpeed has no such key and ignores it{mend}")
-    for section, known in SECTION_KEYS.items():
-        _check_section(data.get(section, {}), section, known, found)
+    check_sections(data, found)
     _check_unplanned(data, found)
     if "activation_checkpointing" in data:
         found.warnings.append("activation_checkpointing has no effect: transformers' models do not use DeepSpeed's")
-
-
-def _check_section(section: Any, name: str, known: tuple[str, ...], found: Findings) -> None:
-    """Keys of a section that DeepSpeed checks with a model of its own. Source: runtime/config_utils.py (forbid)."""
-    if not isinstance(section, Mapping):
-        found.problems.append(f"{name} is {section!r}, not a section; delete it")
-        return
-    for key in section:
-        if key not in known:
-            near = nearest(str(key), known, cutoff=_CLOSE)
-            mend = f"did you mean {near}?" if near else "delete it"
-            found.problems.append(f"{name}.{key}: DeepSpeed has no such key and refuses it; {mend}")
 
 
 def _check_unplanned(data: Mapping[str, Any], found: Findings) -> None:
@@ -198,7 +183,7 @@ def _enabled(data: Mapping[str, Any], key: str, found: Findings) -> bool | str:
     """true, false or "auto" of `bf16.enabled` and `fp16.enabled`."""
     section = data.get(key, data.get("bfloat16", {}) if key == "bf16" else {})
     if not isinstance(section, Mapping):
-        return False  # named by _check_section
+        return False  # named by check_sections
     value = section.get("enabled", False)
     if value == "auto":
         found.origins[f"{key}.enabled"] = "auto"
@@ -216,8 +201,7 @@ def _read_optimizer(section: Any, recipe: Recipe, found: Findings) -> Recipe:
     if section is None:
         return recipe
     if not isinstance(section, Mapping):
-        found.problems.append(f'optimizer is {section!r}, not a section; write {{"type": "AdamW"}}')
-        return recipe
+        return recipe  # named by check_sections
     kind = section.get("type")
     if isinstance(kind, str) and kind.lower() in _OPTIMIZERS:
         recipe = replace(recipe, optimizer=_OPTIMIZERS[kind.lower()])  # type: ignore[arg-type]
@@ -250,6 +234,8 @@ def _read_batch(
             found.origins[key] = "auto"
             continue
         read, complaint = read_value(_POSITIVE, value)
+        if isinstance(value, str) and not complaint:
+            complaint = f"is {value!r}, not a whole number; write {read} without quotes"
         if complaint:
             found.problems.append(f"{key} {complaint}")
         else:

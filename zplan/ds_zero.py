@@ -74,6 +74,8 @@ def _read_keys(
             found.problems.append(f"{path}: DeepSpeed refuses it next to {key}; keep one of the two")
         elif value == "auto":
             values[key] = _auto(given, prefix, section, hidden_size, found)
+        elif key in ("leaf_module", "zenflow") and value is not None and not isinstance(value, Mapping):
+            found.problems.append(f"{path} is {value!r}, not a section; delete it")
         elif known[key].kind != "object":
             read, complaint = read_value(known[key], value)
             if complaint:
@@ -140,7 +142,7 @@ def _auto(given: str, prefix: str, section: Mapping[str, Any], hidden_size: int,
 
 
 def _offload(section: Any, name: str, hidden_size: int, found: Findings) -> dict[str, Any] | None:
-    if section is None or section == "auto":
+    if section is None:
         return None
     if not isinstance(section, Mapping):
         found.problems.append(f'{name} is {section!r}, not a section; write {{"device": "cpu"}}')
