@@ -246,6 +246,11 @@ def test_every_zero_key_of_deepspeed_is_known() -> None:
     assert set(offload.DeepSpeedZeroOffloadParamConfig.model_fields) == set(OFFLOAD_KEYS["offload_param"])
 
 
+def test_a_rate_of_zero_is_read_and_a_batch_of_billions_is_a_problem() -> None:
+    assert read({"optimizer": {"type": "Adam", "params": {"lr": 0}}}).recipe.learning_rate == 0
+    assert "write a smaller one" in problems({"train_micro_batch_size_per_gpu": 1 << 31})
+
+
 SPECIAL = st.sampled_from(["auto", "inf", "nan", "5e8", -1, 1e300])
 JUNK = st.recursive(
     st.none()

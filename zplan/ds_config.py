@@ -25,6 +25,7 @@ __all__ = [
 _POSITIVE = Accepts("int", low=1)
 _OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "lion": "lion", "muon": "muon"}
 """DeepSpeed's optimizer types that a Recipe knows. DeepSpeed's Adam is AdamW (adam_w_mode is on by default)."""
+_LARGEST_BATCH = 1 << 30
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
@@ -251,6 +252,9 @@ def _read_batch(
         steps = max((total or recipe.train_batch_size) // (micro * world_size), 1)
         total = total or (recipe.train_batch_size if "train_micro_batch_size_per_gpu" not in given else None)
     product = micro * steps * world_size
+    if product > _LARGEST_BATCH:
+        found.problems.append(f"{product} sequences a step are no batch that fits anywhere; write a smaller one")
+        return None
     if total is not None and total != product:
         found.problems.append(
             f"train_batch_size is {total}, but train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps"

@@ -59,8 +59,8 @@ class Recipe:
             value = getattr(self, name)
             if not 1 <= value <= 1 << 30:
                 raise ConfigError(f"{name} is {value}, not between 1 and 2**30", fix=f"--{name.replace('_', '-')} 8")
-        if not 0 < self.learning_rate < math.inf:
-            raise ConfigError(f"learning_rate is {self.learning_rate}, not above 0", fix="--learning-rate 2e-5")
+        if not 0 <= self.learning_rate < math.inf:
+            raise ConfigError(f"learning_rate is {self.learning_rate}, not from 0 up", fix="--learning-rate 2e-5")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(
                 f"lora_dropout is {self.lora_dropout}, not from 0 up to below 1", fix="--lora-dropout 0.05"
