@@ -107,6 +107,20 @@ def test_a_memo_asks_again_only_when_a_value_that_was_read_has_changed() -> None
     assert asked == [0, 1, 1]
 
 
+def test_a_memo_bears_a_formula_that_remembers_something_itself() -> None:
+    """Its second answer reads less, or reads the same in another order."""
+    known: dict[int, int] = {}
+
+    def formula(question: Question) -> int:
+        if question.stage not in known:
+            known[question.stage] = question.zero.sub_group_size
+        return known[question.stage] + question.bucket
+
+    memo = Memo(formula, most_kept=8)
+    size = ZeroConfig().sub_group_size
+    assert [memo(Question(2, bucket)) for bucket in (1, 2, 1, 2, 3)] == [size + n for n in (1, 2, 1, 2, 3)]
+
+
 def test_a_memo_forgets_everything_when_it_is_full() -> None:
     memo = Memo(lambda question: question.bucket, most_kept=2)
     assert [memo(Question(1, bucket)) for bucket in (1, 2, 3, 1)] == [1, 2, 3, 1]

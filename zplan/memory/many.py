@@ -46,6 +46,8 @@ Ints: TypeAlias = npt.NDArray[np.int64]
 Asked = TypeVar("Asked")
 Row = TypeVar("Row")
 MOST_KEPT = 1 << 20
+MOST_ARRAYS = 2048
+"""Tables of a step by call, some 40 kB each."""
 CHUNK = 128
 """Sums of tables made at a time: they stay in the processor's cache."""
 
@@ -193,6 +195,8 @@ class Estimator:
     def _array(self, source: Course | Gathered) -> Ints:
         known = self._arrays.get(id(source))
         if known is None:
+            if len(self._arrays) >= MOST_ARRAYS:
+                self._arrays.clear()
             known = self._arrays[id(source)] = (source, np.array(source.moments, dtype=np.int64))
         return known[1]
 

@@ -70,8 +70,10 @@ class Memo(Generic[Question, Answer]):
         answer = self.formula(cast(Question, _Reader(question, "", reads)))
         edges, key = self._edges, None
         for path, value in reads:
-            branch = edges.setdefault(key, _Branch(path, attrgetter(path)))
-            assert branch.path == path, f"the formula read {path} where it read {branch.path} before: it is not pure"
+            branch = edges.get(key)
+            if type(branch) is not _Branch or branch.path != path:
+                # nothing is kept here, or a table of the formula's own spared it a read this time
+                branch = edges[key] = _Branch(path, attrgetter(path))
             edges, key = branch.edges, value
         edges[key] = _Leaf(answer)
         self._num_kept += 1
