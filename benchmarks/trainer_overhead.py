@@ -311,7 +311,7 @@ def main() -> None:
     line.add_argument("--killed", nargs="*", default=KILLED, metavar="CASE", help="also killed and started again")
     line.add_argument("--ranks", type=int, default=1)
     line.add_argument("--steps", type=int, default=42)
-    line.add_argument("--demo-steps", type=int, default=8)
+    line.add_argument("--demo-steps", type=int, default=6)
     line.add_argument("--repetitions", type=int, default=2)
     line.add_argument("--out", type=Path, default=REPORT)
     options = line.parse_args()

@@ -127,7 +127,8 @@ def check_data(source: str, *, skip_bad: bool, prompt_key: str | None = None, re
                 parse_row(row.value, prompt_key=prompt_key, response_key=response_key)
         except SchemaError as error:
             bad.append(f"{row.where}: {error}")
-    if len(bad) == len(rows) or (bad and not skip_bad):
+    nothing_left = len(bad) == len(rows) < _FIRST_ROWS
+    if nothing_left or (bad and not skip_bad):
         keys = "check --dataset, --prompt-key and --response-key"
         raise ConfigError(
             f"{len(bad)} of the first {len(rows)} rows of {source} cannot be used",

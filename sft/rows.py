@@ -17,7 +17,7 @@ MAX_LINE_BYTES = 8 << 20
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 _OTHER_SPLIT = re.compile(r"(^|[^a-z])(test|testing|eval|evaluation|valid|validation|val|dev)([^a-z]|$)")
-"""Words in file names by which `datasets` tells splits apart (datasets 4, data_files.py, SPLIT_KEYWORDS)."""
+"""Words in file names by which `datasets` tells splits apart (datasets 5.2, data_files.py, SPLIT_KEYWORDS)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ def test_what_is_asked_of_zplan_reaches_the_run_unchanged(
     job = make_job(asked, probe_shape=lambda path, name: probe_config(path, name=name), probe_cluster=probe_hardware)
     tune(
         job, trials=1, backend="formula", study=str(tmp_path / "study"), plan_path=str(tmp_path / "plan.json"),
-        timeout_seconds=None, timed_steps=1, seed=0, console=Console(quiet=True), quiet=True,
+        timeout_seconds=None, timed_steps=1, deadline_seconds=60, seed=0, console=Console(quiet=True), quiet=True,
     )  # fmt: skip
     options = command_line.parser().parse_args(["--plan", str(tmp_path / "plan.json")])
     session = command_line.make_session(options)
