@@ -98,6 +98,15 @@ def test_flags_win_over_a_deepspeed_json_and_are_checked_with_it() -> None:
     assert ask(ds_config=file).choice_or_refuse().zero.stage == 3
 
 
+def test_a_search_keeps_what_a_deepspeed_json_writes_and_tunes_the_rest() -> None:
+    fixed = ask(ds_config=str(GOLDEN / "transformers_zero3_offload.json")).fixed
+    assert (fixed.stage, fixed.offload_optimizer, fixed.offload_param) == (3, "cpu", "cpu")
+    assert "sub_group_size=1000000000" in fixed.settings
+    assert not any(setting.startswith("reduce_bucket_size") for setting in fixed.settings), "it is auto in the file"
+    assert fixed.micro_batch is None
+    assert ask(ds_config=str(GOLDEN / "accelerate_zero2_plain.json")).fixed.micro_batch == 1
+
+
 def test_a_batch_flag_that_contradicts_the_file_is_a_mismatch(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"train_batch_size": 16, "gradient_accumulation_steps": 2}))

@@ -15,7 +15,7 @@ from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.settings import hf_auto_bucket_sizes
 from zplan.speed.types import SpeedEstimate
-from zplan.zero_config import Choice, zero_section
+from zplan.zero_config import Choice, flat_section
 
 _VERSIONS = ("zplan", "deepspeed", "torch", "transformers", "trl", "peft")
 
@@ -172,18 +172,12 @@ def _question(shape: ModelShape, recipe: Recipe, cluster: Cluster) -> dict[str, 
 def _zero(choice: Choice, origins: Mapping[str, str], shape: ModelShape) -> dict[str, Any]:
     """Every key of the section with its value and origin; offload sections flattened to `offload_param.device`."""
     auto = hf_auto_bucket_sizes(shape.hidden_size)
-    flat: dict[str, Any] = {}
-    for key, value in zero_section(choice.zero).items():
-        if isinstance(value, dict):
-            flat |= {f"{key}.{name}": part for name, part in value.items()}
-        else:
-            flat[key] = value
 
     def origin(key: str, value: Any) -> str:
         given = origins.get(key) or origins.get(key.partition(".")[0])
         return given or ("auto" if auto.get(key) == value else "default")
 
-    return {key: {"value": value, "origin": origin(key, value)} for key, value in flat.items()}
+    return {key: {"value": value, "origin": origin(key, value)} for key, value in flat_section(choice.zero).items()}
 
 
 def _range(value: ByteRange) -> dict[str, int]:

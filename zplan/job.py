@@ -17,7 +17,7 @@ from zplan.hardware import DESCRIBED_NVME, Cluster
 from zplan.memory.estimate import BucketRule
 from zplan.model_shape import ModelShape
 from zplan.options import Flags
-from zplan.overrides import over_file, over_plan
+from zplan.overrides import fixed_by_file, over_file, over_plan
 from zplan.planner import Fixed, make_choice
 from zplan.probe import describe_cluster
 from zplan.recipe import Recipe
@@ -148,6 +148,7 @@ def _described_job(flags: Flags, job: Job) -> Job:
     )  # fmt: skip
     return replace(
         job, recipe=reading.recipe, choice=reading.choice, origins=reading.origins,
+        fixed=fixed_by_file(reading.choice, reading.origins, fixed),
         warnings=(*(f"{key} is written twice: the last one counts" for key in twice), *reading.warnings),
     )  # fmt: skip
 

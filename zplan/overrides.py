@@ -10,7 +10,7 @@ from typing import Any
 from zplan.candidates import Fixed, check_stage
 from zplan.recipe import Recipe
 from zplan.settings import apply_settings, setting_value
-from zplan.zero_config import Choice, batch_sizes
+from zplan.zero_config import Choice, batch_sizes, flat_section
 
 
 def over_file(data: Any, fixed: Fixed, recipe: Mapping[str, Any]) -> Any:
@@ -44,6 +44,28 @@ def over_file(data: Any, fixed: Fixed, recipe: Mapping[str, Any]) -> Any:
     if "optimizer" in recipe:
         data.pop("optimizer", None)
     return data
+
+
+def fixed_by_file(choice: Choice, origins: Mapping[str, str], fixed: Fixed) -> Fixed:
+    """What a DeepSpeed JSON decides, for a search: the keys that it writes stay, the others are tuned."""
+    section = flat_section(choice.zero)
+    written = {key: section[key] for key, origin in origins.items() if origin == "user" and key in section}
+    given = {
+        name: written.pop(key, None)
+        for name, key in (
+            ("stage", "stage"),
+            ("offload_optimizer", "offload_optimizer.device"),
+            ("offload_param", "offload_param.device"),
+        )
+    }
+    settings = tuple(
+        f"{key}={str(value).lower() if isinstance(value, bool) else value}"
+        for key, value in written.items()
+        if value is not None
+    )
+    batch = "train_micro_batch_size_per_gpu"
+    micro = choice.batch.train_micro_batch_size_per_gpu if origins.get(batch) == "user" else fixed.micro_batch
+    return replace(fixed, **given, settings=settings, micro_batch=micro)
 
 
 def _write(section: dict[str, Any], given: Mapping[str, Any]) -> None:

@@ -171,6 +171,14 @@ def zero_section(zero: ZeroConfig) -> dict[str, Any]:
     return section
 
 
+def flat_section(zero: ZeroConfig) -> dict[str, Any]:
+    """`zero_section` with offload sections flattened to `offload_param.device`."""
+    flat: dict[str, Any] = {}
+    for key, value in zero_section(zero).items():
+        flat |= {f"{key}.{name}": part for name, part in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
+
+
 def deepspeed_config(recipe: Recipe, choice: Choice, *, cpu_adam: bool) -> dict[str, Any]:
     """The complete DeepSpeed configuration of a run, as the trainer hands it to the engine.
 
