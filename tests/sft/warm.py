@@ -76,18 +76,25 @@ class WarmServer:
             text=True,
             env=environment,
         )
+        self.asked = ""
+        """Output folder of the last request."""
 
     def send(self, request: dict[str, Any]) -> None:
         """Ask, without waiting for the answer."""
         assert self.process.stdin is not None
+        if "session" in request:
+            self.asked = str(Path(request["session"]).parent)
+        self.asked = request.get("out", self.asked)
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
 
     def receive(self) -> dict[str, Any]:
-        """The next answer."""
+        """The answer to the last request; late ones of a test that gave up waiting are not this test's."""
         assert self.process.stdout is not None
-        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
-        return answer
+        while True:
+            answer: dict[str, Any] = json.loads(self.process.stdout.readline())
+            if answer["out"] == self.asked:
+                return answer
 
     def trial(self, spec: TrialSpec, out: Path) -> dict[str, Any]:
         """Run one trial to its end."""
