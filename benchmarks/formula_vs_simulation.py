@@ -205,7 +205,8 @@ def compare(case: Case, measured: Measured) -> Row:
 def out_of_memory_where_it_fits(
     found: MemoryEstimate, request: SimulationRequest, reserved_bytes: int, measured: Measured
 ) -> bool:
-    """Whether the allocator fails on the smallest card on which the formula says `fits`, context and NCCL aside.
+    """Whether the allocator fails on the smallest card on which the formula says `fits`, context and NCCL aside: what
+    the simulation takes for these is put on top.
 
     An estimate with something not modelled is never called that. With room to spare the allocator keeps more than it
     needs; on that card it gives unused segments back first.
@@ -214,7 +215,8 @@ def out_of_memory_where_it_fits(
     never_fits = any(note.startswith("not modelled") for note in found.notes)
     if never_fits or reserved_bytes <= bound:
         return False
-    gpu = replace(request.cluster.gpu, total_bytes=bound, free_bytes=bound)
+    outside = found.gpu.used.expected - found.gpu.reserved.expected
+    gpu = replace(request.cluster.gpu, total_bytes=bound + outside, free_bytes=bound + outside)
     answer = measured.answer(replace(request, cluster=replace(request.cluster, gpu=gpu)))
     return bool(answer.get("oom_message") or answer.get("error"))
 
