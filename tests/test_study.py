@@ -21,6 +21,7 @@ from zplan.errors import ConfigError, MachineError
 from zplan.ledger import load_study
 from zplan.plan import Plan
 from zplan.planner import Fixed
+from zplan.storage import without_password
 from zplan.trial import Evidence, Outcome, TrialResult, TrialSpec, clearly_slower
 
 ROOT = Path(__file__).parents[1]
@@ -375,3 +376,22 @@ def test_a_study_goes_on_when_knobs_are_narrowed_and_writes_only_what_is_asked_f
     assert narrow.plan is not None
     assert narrow.plan.choice.zero.stage == wanted
     assert tune(_study(tmp_path), 9).best is not None  # and widened again
+
+
+@pytest.mark.parametrize("url", ["mysql://nobody@nowhere/study", "no such://thing"])
+def test_a_database_that_cannot_be_opened_says_what_to_install(url: str) -> None:
+    with pytest.raises((ConfigError, MachineError)) as refusal:
+        tune(url, 1)
+    assert refusal.value.fix
+
+
+@pytest.mark.parametrize(
+    ("study", "shown"),
+    [
+        ("postgresql://me:secret@host:5432/db", "postgresql://me:***@host:5432/db"),
+        ("sqlite:////tmp/a:b@c.db", "sqlite:////tmp/a:b@c.db"),
+        ("profiles/study.journal", "profiles/study.journal"),
+    ],
+)
+def test_a_databases_password_is_told_to_nobody(study: str, shown: str) -> None:
+    assert without_password(study) == shown

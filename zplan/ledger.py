@@ -13,18 +13,17 @@ import socket
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import optuna
 import psutil
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import PartialFixedSampler, RandomSampler
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import BaseStorage
 from optuna.trial import TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
 from zplan import files, journal
 from zplan.errors import ConfigError, MachineError
@@ -32,6 +31,7 @@ from zplan.front import gpu_bytes
 from zplan.hardware import Cluster
 from zplan.recipe import Recipe
 from zplan.space import Draft, Space
+from zplan.storage import guarded, open_storage, without_password
 from zplan.trial import Evidence, Outcome, TrialResult
 from zplan.zero_config import Choice
 
@@ -42,7 +42,6 @@ _LOST_OWNER_SECONDS = 6 * 3600.0
 _MOST_ATTEMPTS = 2
 _LARGEST_INT = 1 << 53
 """Optuna keeps integers as floats."""
-T = TypeVar("T")
 Origin = Literal["baseline", "ranking", "search", "confirm"]
 Objective = Literal["speed", "pareto"]
 _DIRECTIONS: Mapping[Objective, list[Literal["minimize", "maximize"]]] = {
@@ -121,7 +120,7 @@ class Ledger:
 
     def records(self) -> tuple[Record, ...]:
         """Every finished trial, in the order in which they started."""
-        trials = _guarded(self._path, lambda: self._study.get_trials(deepcopy=False))
+        trials = guarded(self._path, lambda: self._study.get_trials(deepcopy=False))
         return tuple(_record(t) for t in trials if t.state is TrialState.COMPLETE and "record" in t.user_attrs)
 
     def running(self) -> tuple[Running, ...]:
@@ -158,7 +157,7 @@ class Ledger:
             self._trial(trial.number).set_user_attr("withdrawn", True)
             self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
-        _guarded(self._path, withdraw)
+        guarded(self._path, withdraw)
         return True
 
     def _trial(self, number: int) -> optuna.Trial:
@@ -181,13 +180,13 @@ class Ledger:
             except ValueError as error:  # Optuna: another distribution under the same name
                 self._study.tell(trial.number, state=TrialState.FAIL)
                 raise ConfigError(
-                    f"the study {self._path} keeps its knobs in another way",
+                    f"the study {without_password(self._path)} keeps its knobs in another way",
                     because="another version of zplan wrote it",
                     fix="--study another-file",
                 ) from error
             return Running(number=trial.number, key=key, origin=origin, choice=choice, started=started)
 
-        return _guarded(self._path, write)
+        return guarded(self._path, write)
 
     def finish(self, trial: Running, record: Record) -> Record:
         """Store a finished trial at once.
@@ -197,7 +196,7 @@ class Ledger:
         """
         record = replace(record, number=trial.number)
         try:
-            _guarded(self._path, lambda: self._tell(record))
+            guarded(self._path, lambda: self._tell(record))
         except MachineError:
             if "://" not in self._path:
                 journal.keep_aside(Path(self._path), files.to_data(record))
@@ -215,7 +214,7 @@ class Ledger:
 
     def abandon(self, trial: Running) -> None:
         """Give a trial up, so that the next run tries it again."""
-        _guarded(self._path, lambda: self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True))
+        guarded(self._path, lambda: self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True))
 
     def take_over(self) -> int:
         """Finish or give up the trials of tuners that are gone; how many there were."""
@@ -257,12 +256,12 @@ def open_ledger(path: str, question: Question) -> Ledger:
         ConfigError: the study belongs to another question.
         MachineError: it cannot be opened, written or locked.
     """
-    storage = _open_storage(path)
-    study = _guarded(path, lambda: _create(storage, path, question))
+    storage = open_storage(path)
+    study = guarded(path, lambda: _create(storage, path, question))
     if study.user_attrs["fingerprint"] != question.fingerprint():
         _refuse(path, study.user_attrs["identity"], question.identity())
     ledger = Ledger(study, path)
-    _guarded(path, ledger.take_over)
+    guarded(path, ledger.take_over)
     return ledger
 
 
@@ -304,51 +303,17 @@ def load_study(path: str) -> tuple[Question, tuple[Record, ...]]:
     if "://" not in path and not Path(path).exists():
         raise ConfigError(f"{path} does not exist", because="there is no study yet", fix="zplan tune")
     try:
-        study = optuna.load_study(study_name=STUDY_NAME, storage=_open_storage(path))
+        study = optuna.load_study(study_name=STUDY_NAME, storage=open_storage(path))
     except KeyError as error:
         raise ConfigError(f"{path} holds no zplan study", fix="zplan tune --study another-file") from error
     question = files.from_data(Question, study.user_attrs["question"], name=path)
     return question, Ledger(study, path).records()
 
 
-def _open_storage(path: str) -> BaseStorage:
-    if "://" in path:
-        return _guarded(path, lambda: _open_database(path))
-    return _guarded(path, lambda: journal.open_journal(Path(path)))
-
-
-def _open_database(url: str) -> RDBStorage:
-    """Tuners that start together all create the tables; whoever comes second fails, and finds them a moment later."""
-    for pause_seconds in (0.1, 0.3, 1.0):
-        try:
-            return RDBStorage(url)
-        except SQLAlchemyError:
-            time.sleep(pause_seconds)
-    return RDBStorage(url)
-
-
-def _guarded(path: str, action: Callable[[], T]) -> T:
-    """Disk full, no permission, locked or lost database: one error class, with the path."""
-    try:
-        return action()
-    except OSError as error:
-        raise MachineError(
-            f"the study {path} cannot be read or written: {error.strerror or error}",
-            because="every finished trial is stored at once; nothing that finished before is lost",
-            fix="free disk space or mend the permissions, then run the same command again: it resumes",
-        ) from error
-    except SQLAlchemyError as error:
-        raise MachineError(
-            f"the study's database cannot be read or written: {str(error).splitlines()[0]}",
-            because="it is locked, unreachable or full",
-            fix="run the same command again when it is back: it resumes",
-        ) from error
-
-
 def _refuse(path: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     names = sorted(name for name in {*stored, *asked} if stored.get(name) != asked.get(name))
     raise ConfigError(
-        f"the study {path} belongs to another question",
+        f"the study {without_password(path)} belongs to another question",
         because="trials are comparable only for one recipe on one cluster, asked of one backend",
         problems=tuple(f"{name}: {stored.get(name)!r} in the study, {asked.get(name)!r} now" for name in names),
         fix="--study another-file",

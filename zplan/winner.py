@@ -9,6 +9,7 @@ from zplan.errors import ConfigError
 from zplan.front import gpu_bytes, point, unbeaten
 from zplan.ledger import Question, Record
 from zplan.plan import Plan, Rung
+from zplan.storage import without_password
 from zplan.trial import Outcome, TrialResult
 from zplan.units import format_bytes
 from zplan.zero_config import Choice, deepspeed_config
@@ -32,7 +33,7 @@ def _mean_speed(runs: Sequence[Record]) -> float:
 def compared(records: Sequence[Record], study_path: str) -> dict[str, tuple[TrialResult, TrialResult]]:
     """Trial -> what the formula said and what was measured; its start tells studies of the same name apart."""
     return {
-        f"{study_path}#{record.number}@{record.started:.3f}": (record.predicted, record.result)
+        f"{without_password(study_path)}#{record.number}@{record.started:.3f}": (record.predicted, record.result)
         for record in records
         if record.predicted is not None and record.predicted.evidence == "formula"
     }
@@ -78,7 +79,7 @@ def make_plan(
         simulated=winner.result if is_simulated else winner.simulated,
         measured=winner.result if question.evidence == "measured" else None,
         ladder=make_ladder(question, ranked),
-        study=study_path,
+        study=without_password(study_path),
         trial=winner.number,
         versions=library_versions(),
     )

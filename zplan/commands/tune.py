@@ -23,6 +23,7 @@ from zplan.ledger import Objective, Record, Running, has_speed, load_study
 from zplan.propose import Proposal
 from zplan.report.labels import QUANTITY_NAMES, choice_label
 from zplan.report.terminal import progress_heading, progress_line, render_front, render_records
+from zplan.storage import without_password
 from zplan.study import Progress, StudyOutcome, run_study
 from zplan.winner import make_plan
 
@@ -159,7 +160,7 @@ def _answer(outcome: StudyOutcome, plan_path: str, study: str, *, world_size: in
     is_pareto = outcome.objective == "pareto"
     data: dict[str, Any] = {
         "schema": "zplan.tune/1",
-        "study": study,
+        "study": without_password(study),
         "objective": outcome.objective,
         "stop_reason": outcome.stop_reason,
         "num_resumed": outcome.num_resumed,
