@@ -28,7 +28,7 @@ from zplan.memory.estimate import estimate_memory
 from zplan.memory.many import Estimates, Estimator
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
-from zplan.space import Knob, Options, Problem, Share, Space, Value
+from zplan.tuner.space import Knob, Options, Problem, Share, Space, Value
 from zplan.zero_config import Choice
 
 REPORT = Path(__file__).parent.parent / "reports" / "estimate_speed.md"

@@ -25,7 +25,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-import zplan.study
+import zplan.tuner.study
 from benchmarks.measured import FOLDER
 from zplan import files
 from zplan.backends.real import RealBackend, trial_environment
@@ -35,8 +35,8 @@ from zplan.model_probe import probe_config
 from zplan.probe import probe_hardware
 from zplan.recipe import Method, Recipe
 from zplan.report.labels import choice_label
-from zplan.study import run_study
 from zplan.trial import RESULT_FILE, SPEC_FILE, Outcome, TrialResult, TrialSpec
+from zplan.tuner.study import run_study
 
 REPORT = Path(__file__).parents[1] / "reports" / "trial_overhead.md"
 WORK = FOLDER / "trial_overhead"
@@ -112,7 +112,7 @@ def run(method: Method, trials: int, cluster: Cluster) -> None:
         model=str(folder), dataset=str(assets.dataset_path.resolve()), dtype="fp32", max_length=64, train_batch_size=2,
         method=method,
     )  # fmt: skip
-    zplan.study._LEAST_GAIN = 0.0
+    zplan.tuner.study._LEAST_GAIN = 0.0
     backend = RealBackend(WORK / "trials")
     try:
         run_study(

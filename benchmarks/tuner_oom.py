@@ -26,13 +26,13 @@ from zplan.backends.base import Backend
 from zplan.backends.real import RealBackend
 from zplan.backends.simulated import SimulatedBackend
 from zplan.hardware import Cluster
-from zplan.ledger import Record, out_of_memory
 from zplan.model_probe import probe_config
 from zplan.model_shape import ModelShape
 from zplan.probe import probe_hardware
 from zplan.recipe import Recipe
-from zplan.study import run_study
 from zplan.trial import Outcome, TrialResult, TrialSpec
+from zplan.tuner.ledger import Record, out_of_memory
+from zplan.tuner.study import run_study
 from zplan.units import MIB
 
 REPORT = Path(__file__).parents[1] / "reports" / "tuner_oom.md"

@@ -11,7 +11,7 @@ from math import ceil
 import optuna
 
 from benchmarks.tuner_world import World, first_order_grid
-from zplan.pool import Rolls
+from zplan.tuner.pool import Rolls
 from zplan.zero_config import Choice, ZeroConfig, batch_sizes
 
 _PLATEAU = 0.05

@@ -29,10 +29,10 @@ from typing import Any
 from benchmarks.tuner_rivals import deepspeed_autotuner, grid_search, random_search, tpe_search
 from benchmarks.tuner_world import FOLDER, PROBLEMS, World, make_worlds, reference, source_digest
 from zplan.files import save_text
-from zplan.ledger import Record
 from zplan.planner import rank_candidates
-from zplan.propose import Proposer
-from zplan.screen import Screen
+from zplan.tuner.ledger import Record
+from zplan.tuner.propose import Proposer
+from zplan.tuner.screen import Screen
 from zplan.zero_config import Choice
 
 WITHIN = 0.97
@@ -61,13 +61,13 @@ METHODS: dict[str, Method] = {
     "TPE": tpe_search,
     "DeepSpeed autotuner": deepspeed_autotuner,
 }
-WORLD_SOURCE = ("zplan/memory", "zplan/speed", "zplan/catalog", "zplan/space.py", "benchmarks/tuner_world.py")
+WORLD_SOURCE = ("zplan/memory", "zplan/speed", "zplan/catalog", "zplan/tuner/space.py", "benchmarks/tuner_world.py")
 SOURCES = {
     "zplan": (
-        "zplan/pool.py",
-        "zplan/propose.py",
-        "zplan/surrogate.py",
-        "zplan/screen.py",
+        "zplan/tuner/pool.py",
+        "zplan/tuner/propose.py",
+        "zplan/tuner/surrogate.py",
+        "zplan/tuner/screen.py",
         "zplan/planner.py",
         "zplan/candidates.py",
     ),

@@ -17,11 +17,11 @@ from zplan.backends.formula import FormulaBackend
 from zplan.catalog import find_model, load_gpu
 from zplan.hardware import Cluster, Host
 from zplan.model_shape import ModelShape
-from zplan.pool import Neighbour, Rolls
 from zplan.recipe import Recipe
-from zplan.space import Problem, Space
 from zplan.speed.estimate import estimate_speed
 from zplan.trial import Outcome, TrialResult, TrialSpec
+from zplan.tuner.pool import Neighbour, Rolls
+from zplan.tuner.space import Problem, Space
 from zplan.units import GIB
 from zplan.zero_config import Choice
 

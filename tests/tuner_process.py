@@ -8,13 +8,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import zplan.study
+import zplan.tuner.study
 from tests.oracle import TOY_RECIPE, Oracle, toy_cluster, toy_shape
 from zplan.errors import ZplanError
-from zplan.ledger import Record, Running
-from zplan.propose import Proposal
-from zplan.study import Progress, StudyOutcome, run_study
 from zplan.trial import TrialResult, TrialSpec
+from zplan.tuner.ledger import Record, Running
+from zplan.tuner.propose import Proposal
+from zplan.tuner.study import Progress, StudyOutcome, run_study
 
 SHAPE = toy_shape(2048, 24)
 
@@ -45,7 +45,7 @@ class Printer:
 
 def tune(study_path: str, n_trials: int, seconds: float = 0.0, **more: object) -> StudyOutcome:
     """A search in the toy world, without a ranking."""
-    zplan.study.rank_candidates = lambda *args, **kwargs: ()
+    zplan.tuner.study.rank_candidates = lambda *args, **kwargs: ()
     arguments: dict[str, object] = {
         "shape": SHAPE,
         "backend": SlowOracle(SHAPE, error=0.3, noise=0.02, seconds=seconds),

@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 
 from tests.oracle import TOY_RECIPE, toy_cluster
-from zplan.ledger import Question, Record
 from zplan.report.html import render_report
 from zplan.report.rows import accuracy_rows, best_so_far, pareto_rows, study_rows
 from zplan.trial import Outcome, TrialResult
+from zplan.tuner.ledger import Question, Record
 from zplan.units import GIB
 from zplan.zero_config import Choice, ZeroConfig, batch_sizes
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from tests.oracle import Oracle
 from tests.tuner_process import SHAPE, tune
-from zplan.ledger import load_study
 from zplan.report.html import render_report
 from zplan.report.rows import pareto_rows, study_rows
+from zplan.tuner.ledger import load_study
 
 
 def test_the_page_shows_the_front_and_what_the_trials_teach(tmp_path: Path) -> None:

@@ -19,13 +19,13 @@ from zplan.catalog import hub_snapshot
 from zplan.commands import Answer
 from zplan.errors import ConfigError, ExitCode
 from zplan.job import Job
-from zplan.ledger import Objective, Record, Running, has_speed, load_study
-from zplan.propose import Proposal
 from zplan.report.labels import QUANTITY_NAMES, choice_label
 from zplan.report.terminal import progress_heading, progress_line, render_front, render_records
-from zplan.storage import without_password
-from zplan.study import Progress, StudyOutcome, run_study
-from zplan.winner import make_plan
+from zplan.tuner.ledger import Objective, Record, Running, has_speed, load_study
+from zplan.tuner.propose import Proposal
+from zplan.tuner.storage import without_password
+from zplan.tuner.study import Progress, StudyOutcome, run_study
+from zplan.tuner.winner import make_plan
 
 WORK_DIR = Path(".zplan/trials")
 """Logs and results of the trials, below the current folder; safe to delete."""

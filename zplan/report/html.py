@@ -10,12 +10,12 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from zplan import files
 from zplan.calibrate import Accuracy, Corrections, accuracy, learn, library_versions, machine_name
-from zplan.ledger import Question, Record, load_study
 from zplan.report.figures import accuracy_figure, history_figure, pareto_figure
 from zplan.report.labels import QUANTITY_NAMES
 from zplan.report.rows import study_rows
+from zplan.tuner.ledger import Question, Record, load_study
+from zplan.tuner.winner import compared, rank_records
 from zplan.units import format_bytes, format_seconds
-from zplan.winner import compared, rank_records
 
 
 def write_report(study_path: str, out: Path) -> Path:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from zplan.ledger import Record
 from zplan.report.labels import choice_label
-from zplan.winner import front_records
+from zplan.tuner.ledger import Record
+from zplan.tuner.winner import front_records
 
 COLUMNS = (
     "trial", "configuration", "origin", "outcome", "stage", "micro_batch", "gradient_checkpointing",

@@ -9,19 +9,19 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from zplan.front import gpu_bytes
 from zplan.hardware import Cluster
 from zplan.memory.terms import MemoryEstimate, Term
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.report.labels import STRATEGY_LEGEND, strategy_code
 from zplan.trial import Evidence, Outcome, TrialResult
+from zplan.tuner.front import gpu_bytes
 from zplan.units import format_bytes, format_bytes_short, format_count, format_seconds
 
 if TYPE_CHECKING:
     from zplan.doctor import Finding
-    from zplan.ledger import Record
     from zplan.planner import Candidate, Fix
+    from zplan.tuner.ledger import Record
     from zplan.zero_config import Choice
 
 VERDICT_STYLE = {"fits": "green", "tight": "yellow", "does_not_fit": "red"}

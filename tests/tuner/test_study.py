@@ -18,13 +18,13 @@ from tests.oracle import TOY_RECIPE, Oracle, toy_cluster
 from tests.tuner_process import SHAPE, tune
 from zplan import files
 from zplan.errors import ConfigError, MachineError
-from zplan.ledger import load_study
 from zplan.plan import Plan
 from zplan.planner import Fixed
-from zplan.storage import without_password
 from zplan.trial import Evidence, Outcome, TrialResult, TrialSpec, clearly_slower
+from zplan.tuner.ledger import load_study
+from zplan.tuner.storage import without_password
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def _study(tmp_path: Path) -> str:

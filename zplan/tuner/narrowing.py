@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from zplan.errors import ConfigError
 from zplan.planner import Fixed
-from zplan.ranges import Elements, Options, Range, Share, Value
 from zplan.settings import apply_settings, gives_one_value, split_setting
-from zplan.space import KNOB_NAMES
+from zplan.tuner.ranges import Elements, Options, Range, Share, Value
+from zplan.tuner.space import KNOB_NAMES
 from zplan.units import parse_size
 from zplan.zero_config import ZeroConfig
 

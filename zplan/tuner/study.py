@@ -15,17 +15,17 @@ from zplan.backends.formula import FormulaBackend
 from zplan.calibrate import Accuracy, accuracy, corrections_path, remember
 from zplan.errors import ConfigError, MachineError
 from zplan.hardware import Cluster
-from zplan.ledger import Ledger, Objective, Question, Record, Running, has_speed, open_ledger
 from zplan.model_shape import ModelShape
-from zplan.narrowing import narrow
 from zplan.plan import Plan
 from zplan.planner import Fixed, rank_candidates
-from zplan.propose import Proposal, Proposer
 from zplan.recipe import Recipe
-from zplan.screen import Screen
-from zplan.space import Problem, Space
 from zplan.trial import Outcome, TrialResult, TrialSpec
-from zplan.winner import compared, front_records, make_plan, rank_records
+from zplan.tuner.ledger import Ledger, Objective, Question, Record, Running, has_speed, open_ledger
+from zplan.tuner.narrowing import narrow
+from zplan.tuner.propose import Proposal, Proposer
+from zplan.tuner.screen import Screen
+from zplan.tuner.space import Problem, Space
+from zplan.tuner.winner import compared, front_records, make_plan, rank_records
 from zplan.zero_config import Choice
 
 _LEAST_GAIN = 0.01

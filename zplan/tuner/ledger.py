@@ -25,14 +25,15 @@ from optuna.samplers import PartialFixedSampler, RandomSampler
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
-from zplan import files, journal
+from zplan import files
 from zplan.errors import ConfigError, MachineError
-from zplan.front import gpu_bytes
 from zplan.hardware import Cluster
 from zplan.recipe import Recipe
-from zplan.space import Draft, Space
-from zplan.storage import guarded, open_storage, without_password
 from zplan.trial import Evidence, Outcome, TrialResult
+from zplan.tuner import journal
+from zplan.tuner.front import gpu_bytes
+from zplan.tuner.space import Draft, Space
+from zplan.tuner.storage import guarded, open_storage, without_password
 from zplan.zero_config import Choice
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from zplan.front import Front, Point, gpu_bytes, make_front
-from zplan.ledger import Objective, Origin, Record, Running, has_speed, out_of_memory
 from zplan.model_shape import ModelShape
-from zplan.pool import first_order_choices, suggestions
 from zplan.recipe import Recipe
-from zplan.screen import Screen, Screened
 from zplan.settings import hf_auto_zero
-from zplan.space import Space, nearest_micro_batch, world_sizes
 from zplan.speed.estimate import estimate_speed
-from zplan.surrogate import Observation, Surrogate, features, make_kernel, share_of
 from zplan.trial import Outcome, TrialResult
+from zplan.tuner.front import Front, Point, gpu_bytes, make_front
+from zplan.tuner.ledger import Objective, Origin, Record, Running, has_speed, out_of_memory
+from zplan.tuner.pool import first_order_choices, suggestions
+from zplan.tuner.screen import Screen, Screened
+from zplan.tuner.space import Space, nearest_micro_batch, world_sizes
+from zplan.tuner.surrogate import Observation, Surrogate, features, make_kernel, share_of
 from zplan.zero_config import Choice, OffloadOptimizer, OffloadParam, batch_sizes
 
 _SEEDS = 4

@@ -15,8 +15,8 @@ from zplan.model_probe import probe_config
 from zplan.plan import Plan
 from zplan.planner import Fixed
 from zplan.recipe import Recipe
-from zplan.study import run_study
 from zplan.trial import Outcome, TrialResult, TrialSpec
+from zplan.tuner.study import run_study
 from zplan.zero_config import Choice, ZeroConfig, batch_sizes
 
 CLUSTER = toy_cluster(kind="cpu", gpus=2)

@@ -17,8 +17,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from zplan.ranges import Elements, Options, Share, Value
-from zplan.space import Draft, Knob
+from zplan.tuner.ranges import Elements, Options, Share, Value
+from zplan.tuner.space import Draft, Knob
 
 Vector = npt.NDArray[np.float64]
 _NOISE = 0.02

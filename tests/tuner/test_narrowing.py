@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from zplan.errors import ConfigError
-from zplan.narrowing import narrow
 from zplan.planner import Fixed
-from zplan.ranges import Elements, Options, Share
+from zplan.tuner.narrowing import narrow
+from zplan.tuner.ranges import Elements, Options, Share
 
 
 def test_a_flag_fixes_its_knob() -> None:

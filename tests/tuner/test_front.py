@@ -10,10 +10,10 @@ import pytest
 from tests.oracle import toy_cluster
 from tests.tuner_process import tune
 from zplan.errors import ConfigError
-from zplan.front import Front, Point, make_front, point, unbeaten
-from zplan.ledger import load_study
 from zplan.trial import Outcome, TrialResult
-from zplan.winner import make_plan
+from zplan.tuner.front import Front, Point, make_front, point, unbeaten
+from zplan.tuner.ledger import load_study
+from zplan.tuner.winner import make_plan
 
 CORNER = Point(0.0, 10.0, 10.0)
 

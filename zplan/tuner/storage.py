@@ -11,8 +11,8 @@ from typing import TypeVar
 from optuna.storages import BaseStorage, RDBStorage
 from sqlalchemy.exc import SQLAlchemyError
 
-from zplan import journal
 from zplan.errors import ConfigError, MachineError
+from zplan.tuner import journal
 
 T = TypeVar("T")
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from tests.oracle import TOY_RECIPE, toy_cluster, toy_shape
 from zplan.errors import ConfigError
-from zplan.pool import Rolls
-from zplan.ranges import Elements, Options, Range
 from zplan.recipe import Recipe
-from zplan.space import KNOB_NAMES, Problem, Space, make_knobs, nearest_micro_batch, world_sizes
+from zplan.tuner.pool import Rolls
+from zplan.tuner.ranges import Elements, Options, Range
+from zplan.tuner.space import KNOB_NAMES, Problem, Space, make_knobs, nearest_micro_batch, world_sizes
 from zplan.zero_config import Choice, OffloadOptimizer, OffloadParam, ZeroConfig, batch_sizes
 
 SHAPE = toy_shape()

@@ -12,10 +12,10 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState, create_trial
 
-from zplan.ledger import Record, has_speed
-from zplan.ranges import Elements, Options, Range, Share, Suggester, Value
-from zplan.space import Draft, Space, world_sizes
 from zplan.trial import Outcome
+from zplan.tuner.ledger import Record, has_speed
+from zplan.tuner.ranges import Elements, Options, Range, Share, Suggester, Value
+from zplan.tuner.space import Draft, Space, world_sizes
 from zplan.zero_config import Choice
 
 _TPE_SUGGESTIONS, _RANDOM_SUGGESTIONS, _NEIGHBOURS, _PARENTS = 8, 32, 32, 3

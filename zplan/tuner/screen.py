@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from zplan.backends.base import Backend
-from zplan.space import Space
 from zplan.trial import Outcome, TrialResult, TrialSpec
+from zplan.tuner.space import Space
 from zplan.zero_config import Choice
 
 _SURE_SHARE = 0.6

@@ -17,8 +17,8 @@ from zplan import files
 from zplan.errors import ConfigError
 from zplan.hardware import Cluster
 from zplan.model_shape import ModelShape
-from zplan.ranges import Elements, Options, Range, Share, Suggester, Value, ask, clamped, is_inside
 from zplan.recipe import Recipe
+from zplan.tuner.ranges import Elements, Options, Range, Share, Suggester, Value, ask, clamped, is_inside
 from zplan.zero_config import Choice, OffloadOptimizer, OffloadParam, ZeroConfig, batch_sizes
 
 Draft: TypeAlias = Mapping[str, Value]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.oracle import TOY_RECIPE, toy_cluster, toy_shape
-from zplan.space import Problem, make_knobs
-from zplan.surrogate import Observation, Part, Surrogate, features, make_kernel
+from zplan.tuner.space import Problem, make_knobs
+from zplan.tuner.surrogate import Observation, Part, Surrogate, features, make_kernel
 
 KERNEL = (Part((0, 1), 0.35),)
 HERE, NEAR, FAR = np.array([0.0, 0.0]), np.array([0.1, 0.0]), np.array([9.0, 9.0])

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from zplan.calibrate import library_versions
 from zplan.errors import ConfigError
-from zplan.front import gpu_bytes, point, unbeaten
-from zplan.ledger import Question, Record
 from zplan.plan import Plan, Rung
-from zplan.storage import without_password
 from zplan.trial import Outcome, TrialResult
+from zplan.tuner.front import gpu_bytes, point, unbeaten
+from zplan.tuner.ledger import Question, Record
+from zplan.tuner.storage import without_password
 from zplan.units import format_bytes
 from zplan.zero_config import Choice, deepspeed_config
 
