@@ -37,6 +37,9 @@ def log_file(rank: int) -> str:
     return f"log_{rank}.txt"
 
 
+WARMUP_STEPS = 2
+"""Both on the longest sequences. Only the second has the optimizer's states while it computes, and ZeRO-3's recorded
+order of parameters: the peak of a training is the peak of its second step, not of its first."""
 _STEP_SCATTER = 0.10
 """Standard deviation of the log of one step's seconds, at the least: two or three steps cannot show it themselves."""
 _BOUND_DEVIATIONS = 2.0
@@ -84,7 +87,7 @@ class TrialSpec:
     cluster: Cluster
     model_path: str
     """Folder with config.json and tokenizer that the trainer opens; weights only if `weights="real"`."""
-    warmup_steps: int = 1
+    warmup_steps: int = WARMUP_STEPS
     timed_steps: int = 3
     weights: Literal["random", "real"] = "random"
     deadline_seconds: float = 600.0

@@ -15,6 +15,9 @@ import pytest
 
 from tests.sft.warm import WarmServer, make_recipe, make_spec, rank_pids
 from zplan import files
+from zplan.backends.formula import FormulaBackend
+from zplan.catalog import find_model
+from zplan.model_shape import ModelShape
 from zplan.trial import Outcome, TrialResult
 
 PHASES = {"load", "init", "forward", "backward", "step"}
@@ -62,6 +65,21 @@ def test_two_ranks_hold_half_of_the_optimizer_state_each(
     alone = measure(warm, make_spec(recipe, ranks=1), tmp_path / "alone")
     shared = measure(warm, make_spec(recipe, ranks=2), tmp_path / "shared")
     assert shared.phases["step"] < alone.phases["step"]
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_trial_measures_the_peak_of_a_training_not_of_its_first_step(
+    warm: WarmServer, tiny_model_dir: Path, tmp_path: Path, stage: int
+) -> None:
+    """Without recomputation the peak is in backward, where the first step has no optimizer states yet."""
+    spec = make_spec(make_recipe(tiny_model_dir, None), stage=stage, ranks=2)
+    spec = replace(spec, choice=replace(spec.choice, gradient_checkpointing=False))
+    shape = find_model(str(tiny_model_dir))
+    assert isinstance(shape, ModelShape)
+    predicted = FormulaBackend(shape).run(spec).phases
+    measured = measure(warm, spec, tmp_path)
+    assert measured.phases["backward"] == pytest.approx(predicted["backward"], rel=0.05)  # the aim of a prediction
+    assert measured.gpu_allocated_bytes == measured.phases["backward"]
 
 
 def test_a_trial_without_data_runs_on_worst_case_sequences(

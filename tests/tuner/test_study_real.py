@@ -68,7 +68,10 @@ def test_a_real_study_of_two_ranks_becomes_a_plan_that_resumes(
         again = tune(3, backend)
     finally:
         backend.close()
-    assert [result.outcome for result in again] == [Outcome.OK] * len(again), [result.message for result in again]
+    # a trial that this machine happens to run slower than the best ends early, and that is an answer too
+    ended = [result.outcome for result in again]
+    assert set(ended) <= {Outcome.OK, Outcome.PRUNED}, [result.message for result in again]
+    assert ended[0] is ended[-1] is Outcome.OK, "the first has none to be compared with, the last confirms the winner"
     assert again[: len(first)] == first
     assert all(result.evidence == "measured" and result.gpu_allocated_bytes for result in again)
     plan = files.load(Plan, tmp_path / "best.json")

@@ -19,7 +19,7 @@ from zplan.model_shape import ModelShape
 from zplan.plan import Plan
 from zplan.planner import Fixed, rank_candidates
 from zplan.recipe import Recipe
-from zplan.trial import Outcome, TrialResult, TrialSpec
+from zplan.trial import WARMUP_STEPS, Outcome, TrialResult, TrialSpec
 from zplan.tuner.ledger import Ledger, Objective, Question, Record, Running, has_speed, open_ledger
 from zplan.tuner.narrowing import narrow
 from zplan.tuner.propose import Proposal, Proposer
@@ -106,7 +106,7 @@ class Effort:
 
     n_trials: int
     timeout_seconds: float | None = None
-    warmup_steps: int = 1
+    warmup_steps: int = WARMUP_STEPS
     timed_steps: int = 3
     deadline_seconds: float = 600.0
 
@@ -126,7 +126,7 @@ def run_study(
     timeout_seconds: float | None = None,
     seed: int = 0,
     timed_steps: int = 3,
-    warmup_steps: int = 1,
+    warmup_steps: int = WARMUP_STEPS,
     deadline_seconds: float = 600.0,
     simulator: Backend | None = None,
     formula: Backend | None = None,
