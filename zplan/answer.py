@@ -10,7 +10,7 @@ from typing import Any
 from zplan.candidates import Candidate
 from zplan.fixes import Fix
 from zplan.hardware import Cluster
-from zplan.memory.terms import ByteRange, MemoryEstimate, Term
+from zplan.memory.terms import ByteRange, HostLimit, MemoryEstimate, Term
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.settings import hf_auto_bucket_sizes
@@ -94,7 +94,7 @@ def _memory(memory: MemoryEstimate) -> dict[str, Any]:
             "terms": [_term(term) for term in memory.host.terms],
             "verdict": memory.host.verdict,
             "short_bytes": memory.host.short_bytes,
-            "limits": [asdict(limit) | {"short_bytes": limit.short_bytes} for limit in memory.host.limits],
+            "limits": limits_data(memory.host.limits),
         },
         "nvme": {
             "bytes": memory.nvme.bytes,
@@ -103,6 +103,11 @@ def _memory(memory: MemoryEstimate) -> dict[str, Any]:
             "short_bytes": memory.nvme.short_bytes,
         },
     }
+
+
+def limits_data(limits: Sequence[HostLimit]) -> list[dict[str, Any]]:
+    """`host.limits`."""
+    return [asdict(limit) | {"short_bytes": limit.short_bytes} for limit in limits]
 
 
 def _speed(speed: SpeedEstimate) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
+from rich.console import Console
 
 from tests.backends.contract import BackendContract
 from tests.shapes import described_cluster
@@ -13,13 +15,17 @@ from zplan.backends import simulated
 from zplan.backends.formula import FormulaBackend
 from zplan.candidates import Fixed
 from zplan.catalog import find_model
+from zplan.commands import Answer
 from zplan.commands import simulate as command
 from zplan.errors import ExitCode
+from zplan.hardware import Host
 from zplan.job import Job
 from zplan.model_shape import ModelShape
 from zplan.simulate.client import WorkerClient
 from zplan.simulate.report import SimulationError
 from zplan.trial import Outcome, TrialSpec
+from zplan.units import format_seconds
+from zplan.zero_config import OffloadOptimizer, ZeroConfig
 
 
 def shape_with(**config: object) -> ModelShape:
@@ -79,3 +85,54 @@ def test_the_command_falls_back_to_the_formula_and_names_where_it_stopped(monkey
     assert answer.code is ExitCode.OK
     assert answer.data()["evidence"] == "formula"
     assert answer.data()["simulation_error"]["module"] == "Router"
+
+
+def simulated_answer(worker: WorkerClient, monkeypatch: pytest.MonkeyPatch, *, zero: ZeroConfig, host: Host) -> Answer:
+    """`zplan simulate` of the tiny model on a described card."""
+    monkeypatch.setattr(command, "run_simulation", partial(simulated.simulate, worker=worker))
+    spec = tiny_spec()
+    job = Job(
+        shape=shape_with(), recipe=spec.recipe, cluster=replace(spec.cluster, host=host), fixed=Fixed(),
+        choice=replace(spec.choice, zero=zero),
+    )  # fmt: skip
+    return command.simulate(job, steps=2, trace=None, quiet=False)
+
+
+def test_a_drive_that_is_too_small_does_not_fit_in_a_simulation_either(
+    worker: WorkerClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offload = OffloadOptimizer(device="nvme", nvme_path="/nvme")
+    host = replace(tiny_spec().cluster.host, nvme_path="/nvme", nvme_free_bytes=100 << 20)
+    answer = simulated_answer(worker, monkeypatch, zero=ZeroConfig(stage=3, offload_optimizer=offload), host=host)
+    assert answer.code is ExitCode.DOES_NOT_FIT
+    assert answer.data()["nvme"]["verdict"] == "does_not_fit"
+    assert "NVMe is short by" in printed(answer)
+
+
+def test_a_container_that_is_too_small_does_not_fit_in_a_simulation_either(
+    worker: WorkerClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = replace(tiny_spec().cluster.host, cgroup_limit_bytes=1 << 30)
+    answer = simulated_answer(worker, monkeypatch, zero=ZeroConfig(stage=2), host=host)
+    data = answer.data()["host"]
+    assert answer.code is ExitCode.DOES_NOT_FIT
+    assert (data["verdict"], data["short_bytes"]) == ("does_not_fit", data["resident_bytes"] - (1 << 30))
+    assert "cgroup allows 1.00 GiB" in printed(answer)
+
+
+def test_a_simulation_tells_the_predicted_step_time_and_that_it_is_the_formulas(
+    worker: WorkerClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = simulated_answer(worker, monkeypatch, zero=ZeroConfig(stage=2), host=tiny_spec().cluster.host)
+    speed = answer.data()["speed"]
+    assert (answer.code, speed["evidence"]) == (ExitCode.OK, "formula")
+    assert f"{speed['tokens_per_second']:,.0f} tokens/s, {format_seconds(speed['step_seconds'])} a step" in printed(
+        answer
+    )
+
+
+def printed(answer: Answer) -> str:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(answer.text)
+    return capture.get()

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from zplan.answer import estimate_data
+from zplan.answer import estimate_data, limits_data
 from zplan.backends.simulated import as_result
 from zplan.backends.simulated import simulate as run_simulation
 from zplan.commands import Answer
 from zplan.errors import ConfigError, ExitCode
 from zplan.job import Job
-from zplan.memory.terms import Verdict
+from zplan.memory.host_limits import limit_notes, verdict_of
+from zplan.memory.terms import VERDICTS, HostLimit, NvmeEstimate, Verdict
 from zplan.planner import Candidate, evaluate
 from zplan.report.simulation import render_simulation
 from zplan.report.terminal import question_lines, render_detail
 from zplan.simulate.report import SimulationError, SimulationReport
 from zplan.trial import Outcome, TrialResult, TrialSpec
+from zplan.units import format_bytes
+
+_OF_RESIDENT = ("available memory", "cgroup")
+"""Limits of what is resident; the others keep what the formula says is needed of them."""
 
 
 def simulate(job: Job, *, steps: int, trace: str | None, quiet: bool) -> Answer:
@@ -41,20 +46,35 @@ def simulate(job: Job, *, steps: int, trace: str | None, quiet: bool) -> Answer:
         return _by_formula(job, candidate, error, quiet=quiet)
     spec = TrialSpec(recipe=job.recipe, choice=choice, cluster=job.cluster, model_path="")
     result = as_result(report, spec)
-    verdict = _verdict(result, job)
-    body = render_simulation(report, candidate, verdict=verdict, message=result.message)
+    limits = _limits(candidate, result)
+    verdict = max(_gpu_verdict(result, job), verdict_of(limits)[0], candidate.memory.nvme.verdict, key=VERDICTS.index)
+    problems = (result.message, *limit_notes(limits), _nvme_note(candidate.memory.nvme))
+    body = render_simulation(report, candidate, verdict=verdict, problems=tuple(filter(None, problems)))
     return Answer(
-        data=lambda: _data(job, candidate, report, result, verdict),
+        data=lambda: _data(job, candidate, report, result, limits),
         text=body if quiet else _headed(job, body),
         code=ExitCode.DOES_NOT_FIT if verdict == "does_not_fit" else ExitCode.OK,
     )
 
 
-def _verdict(result: TrialResult, job: Job) -> Verdict:
+def _gpu_verdict(result: TrialResult, job: Job) -> Verdict:
     """Tight: the allocator gets through only by giving its cache back, again and again."""
-    if result.outcome is not Outcome.OK:
+    if result.outcome is Outcome.GPU_OOM:
         return "does_not_fit"
     return "fits" if (result.gpu_used_bytes or 0) <= job.cluster.gpu.free_bytes else "tight"
+
+
+def _limits(candidate: Candidate, result: TrialResult) -> tuple[HostLimit, ...]:
+    """The node's limits against what the simulation says is resident there."""
+    resident = result.host_resident_bytes or 0
+    return tuple(
+        replace(limit, needed_bytes=resident) if limit.name in _OF_RESIDENT else limit
+        for limit in candidate.memory.host.limits
+    )
+
+
+def _nvme_note(nvme: NvmeEstimate) -> str:
+    return f"NVMe is short by {format_bytes(nvme.short_bytes)}, by formula" if nvme.verdict == "does_not_fit" else ""
 
 
 def _by_formula(job: Job, candidate: Candidate, error: SimulationError, *, quiet: bool) -> Answer:
@@ -88,7 +108,7 @@ def _headed(job: Job, body: RenderableType) -> RenderableType:
 
 
 def _data(
-    job: Job, candidate: Candidate, report: SimulationReport, result: TrialResult, verdict: Verdict
+    job: Job, candidate: Candidate, report: SimulationReport, result: TrialResult, limits: tuple[HostLimit, ...]
 ) -> dict[str, Any]:
     """The estimate's fields with simulated bytes where the engine ran, and the whole report under `simulation`."""
     data = estimate_data(
@@ -102,15 +122,14 @@ def _data(
     )
     for name in ("allocated_bytes", "reserved_bytes", "used_bytes"):
         data["gpu"][name] = dict.fromkeys(("low", "expected", "high"), getattr(report, f"gpu_{name}"))
-    gpu, host = job.cluster.gpu, job.cluster.host
     data["gpu"]["phases"] = {**data["gpu"]["phases"], **report.allocated_phases}
-    data["gpu"]["verdict"] = verdict if result.outcome is not Outcome.HOST_OOM else "fits"
-    data["gpu"]["short_bytes"] = max(0, report.gpu_used_bytes - gpu.free_bytes)
-    resident = result.host_resident_bytes or 0
-    short = max(0, resident - host.available_bytes)
+    data["gpu"]["verdict"] = _gpu_verdict(result, job)
+    data["gpu"]["short_bytes"] = max(0, report.gpu_used_bytes - job.cluster.gpu.free_bytes)
+    verdict, short = verdict_of(limits)
     data["host"] |= {
-        "resident_bytes": resident, "pinned_bytes": result.host_pinned_bytes, "short_bytes": short,
-        "verdict": "does_not_fit" if short else "fits",
+        "resident_bytes": result.host_resident_bytes, "pinned_bytes": result.host_pinned_bytes, "short_bytes": short,
+        "verdict": verdict, "limits": limits_data(limits),
     }  # fmt: skip
+    data["speed"]["evidence"] = "formula"
     data["simulation"] = asdict(report)
     return data

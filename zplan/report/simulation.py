@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from zplan.candidates import Candidate
 from zplan.memory.terms import Verdict
-from zplan.report.terminal import verdict_text
+from zplan.report.terminal import pace, verdict_text
 from zplan.simulate.report import SimulationReport
 from zplan.units import format_bytes, format_count
 
@@ -16,9 +18,9 @@ _TOP = 10
 
 
 def render_simulation(
-    report: SimulationReport, candidate: Candidate, *, verdict: Verdict, message: str = ""
+    report: SimulationReport, candidate: Candidate, *, verdict: Verdict, problems: Sequence[str] = ()
 ) -> RenderableType:
-    """Phases beside the formula's, what was alive at the peak, who allocated it, collectives."""
+    """Phases beside the formula's, what was alive at the peak, who allocated it, collectives, speed by formula."""
     head = Text(f"{candidate.label}: ")
     head.append_text(verdict_text(verdict))
     parts: list[RenderableType] = [
@@ -29,9 +31,9 @@ def render_simulation(
     used = (
         f"{format_bytes(report.gpu_reserved_bytes)} reserved, {format_bytes(report.gpu_used_bytes)} used (nvidia-smi)"
     )
-    parts += [_traffic(report), Text(), Text(f"GPU peak: {used}; context and NCCL by formula"), Text()]
-    if message:
-        parts.append(Text(message, style="red"))
+    parts += [_traffic(report), Text(), Text(f"GPU peak: {used}; context and NCCL by formula")]
+    parts += [Text(f"{pace(candidate.speed)}, by formula"), Text()]
+    parts += [Text(line, style="red") for line in problems]
     parts += [Text(f"replaced: {line}", style="dim") for line in report.replaced]
     parts += [Text(f"note: {line}", style="dim") for line in report.notes]
     parts.append(

@@ -21,6 +21,7 @@ from zplan.units import format_bytes, format_bytes_short, format_count, format_s
 if TYPE_CHECKING:
     from zplan.doctor import Finding
     from zplan.planner import Candidate, Fix
+    from zplan.speed.types import SpeedEstimate
     from zplan.tuner.ledger import Record
     from zplan.zero_config import Choice
 
@@ -142,10 +143,15 @@ def _summary(candidate: Candidate) -> RenderableType:
         )
     if gpu.documented_bound_bytes is not None:
         table.add_row("documented 4.5x bound", "", format_bytes(gpu.documented_bound_bytes), "", "", "")
+    return table if speed.tokens_per_second is None else Group(table, Text(pace(speed)))
+
+
+def pace(speed: SpeedEstimate) -> str:
+    """`36,853 tokens/s, 445 ms a step, bound by compute`."""
     if speed.tokens_per_second is None:
-        return table
-    pace = f"{speed.tokens_per_second:,.0f} tokens/s, {format_seconds(speed.step_seconds)} a step"
-    return Group(table, Text(f"{pace}, bound by {speed.bound_by}"))
+        return "no tokens/s: this device's rates are not known"
+    each = f"{speed.tokens_per_second:,.0f} tokens/s, {format_seconds(speed.step_seconds)} a step"
+    return f"{each}, bound by {speed.bound_by}"
 
 
 def _phases(memory: MemoryEstimate) -> RenderableType:
