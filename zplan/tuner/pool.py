@@ -131,4 +131,4 @@ def _distribution(allowed: Range, value: Value) -> BaseDistribution:
         case Elements(low, high):
             return IntDistribution(min(low, int(value)), max(high, int(value)), log=True)
         case Share(low, high):
-            return FloatDistribution(low, high, step=0.1)
+            return FloatDistribution(min(low, float(value)), max(high, float(value)))  # a user's 0.35 is no tenth

@@ -33,7 +33,7 @@ class Elements:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A fraction, in steps of a tenth."""
+    """A fraction, in steps of a tenth from its lower bound."""
 
     low: float
     high: float
@@ -51,7 +51,8 @@ def ask(trial: Suggester, name: str, allowed: Range) -> Value:
         case Elements(low, high):
             return trial.suggest_int(name, low, high, log=True)
         case Share(low, high):
-            return round(trial.suggest_float(name, low, high, step=0.1), 1)
+            tenths = int((high - low) * 10 + 1e-6)  # Optuna warns where the step does not end at the bound
+            return round(trial.suggest_float(name, low, round(low + tenths / 10, 6), step=0.1), 6)
 
 
 def is_inside(allowed: Range, value: Value) -> bool:
