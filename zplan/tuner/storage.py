@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from optuna.storages import BaseStorage, RDBStorage
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from zplan.errors import ConfigError, MachineError
 from zplan.tuner import journal
@@ -34,7 +34,7 @@ def _open_database(url: str) -> RDBStorage:
     for pause_seconds in (0.1, 0.3, 1.0):
         try:
             return RDBStorage(url)
-        except (ImportError, ValueError) as error:
+        except (ImportError, ValueError, ArgumentError) as error:  # the last: no such kind of database, no URL
             raise ConfigError(
                 f"--study {without_password(url)} cannot be opened: {str(error).splitlines()[0]}",
                 because="a database URL is SQLAlchemy's, and its driver is not installed with zplan",
