@@ -164,6 +164,15 @@ def test_a_study_by_formula_is_tuned_reported_and_exported(tmp_path: Path) -> No
     assert "ZeRO" in planned.stdout or "DDP" in planned.stdout
 
 
+def test_the_flags_offered_for_the_first_row_ask_about_the_first_row() -> None:
+    asked = ("estimate", "--model", "smollm2-135m", "--gpu", "rtx-4090", "--gpus-per-node", "4", "--max-length", "64")
+    flags = zplan(*asked).stdout.partition("the first in detail: add ")[2].split()
+    first = answer(*asked)["candidates"][0]
+    again = answer(*asked, *flags)
+    assert first["batch"]["world_size"] < 4, "so small a model is slower over PCIe"
+    assert (again["label"], again["batch"]) == (first["label"], first["batch"])
+
+
 def test_what_is_not_modelled_is_tight_and_says_how_to_settle_it() -> None:
     done = zplan("estimate", "--model", "mistral-7b", "--method", "lora", "--use-dora", "--gpu", "h100")
     assert "nothing is sure to fit" in done.stdout

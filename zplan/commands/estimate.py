@@ -12,6 +12,7 @@ from zplan.calibrate import Corrections, known_corrections
 from zplan.commands import Answer
 from zplan.corrected import correct, correction_data, correction_line
 from zplan.errors import ExitCode
+from zplan.hardware import Cluster
 from zplan.job import Job
 from zplan.planner import Candidate, Fix, evaluate, quantify_fixes, rank_candidates, smallest_change_that_fits
 from zplan.report.terminal import fix_effect, question_lines, render_candidates, render_detail
@@ -74,12 +75,12 @@ def _ranked(job: Job, *, quiet: bool) -> Answer:
     body += [*_corrections(known), *_warnings(job), Text()]
     changes: tuple[Fix, ...] = ()
     if best is not None:
-        body.append(Text(_hint(candidates[best]), style="dim"))
+        body.append(Text(_hint(candidates[best], job.cluster), style="dim"))
     else:
         changes = smallest_change_that_fits(
             job.shape, job.recipe, job.cluster, fixed=job.fixed, bucket_rule=job.bucket_rule
         )
-        body += _nothing_fits(candidates[0], changes)
+        body += _nothing_fits(candidates[0], changes, job.cluster)
     return Answer(
         data=lambda: candidates_data(
             candidates,
@@ -96,12 +97,12 @@ def _ranked(job: Job, *, quiet: bool) -> Answer:
     )
 
 
-def _nothing_fits(closest: Candidate, changes: tuple[Fix, ...]) -> list[RenderableType]:
+def _nothing_fits(closest: Candidate, changes: tuple[Fix, ...], cluster: Cluster) -> list[RenderableType]:
     """The closest one, why it is not called `fits`, and the smallest change of each kind with which something does."""
     if closest.tier == 1:
         lines = [Text(f"nothing is sure to fit; {closest.label} is tight:", style="yellow")]
         lines += [Text(f"  {note}") for note in closest.memory.notes if note.startswith("not modelled")]
-        lines.append(Text(f"  settle it with zplan simulate {_flags(closest)}"))
+        lines.append(Text(f"  settle it with zplan simulate {_flags(closest, cluster)}"))
     else:
         memory = closest.memory
         parts = (("GPU", memory.gpu), ("host", memory.host), ("NVMe", memory.nvme))
@@ -115,12 +116,12 @@ def _nothing_fits(closest: Candidate, changes: tuple[Fix, ...]) -> list[Renderab
     return [*lines]
 
 
-def _hint(candidate: Candidate) -> str:
+def _hint(candidate: Candidate, cluster: Cluster) -> str:
     """How to see the best one in detail, ready to type."""
-    return f"the first in detail: add {_flags(candidate)}"
+    return f"the first in detail: add {_flags(candidate, cluster)}"
 
 
-def _flags(candidate: Candidate) -> str:
+def _flags(candidate: Candidate, cluster: Cluster) -> str:
     choice = candidate.choice
     flags = [f"--stage {choice.zero.stage}", f"--micro-batch {choice.batch.train_micro_batch_size_per_gpu}"]
     if choice.zero.offloads_optimizer:
@@ -128,6 +129,8 @@ def _flags(candidate: Candidate) -> str:
     if choice.zero.offloads_param:
         flags.append(f"--offload-param {choice.zero.offload_param.device}")
     flags.append("--gradient-checkpointing" if choice.gradient_checkpointing else "--no-gradient-checkpointing")
+    if choice.batch.world_size != cluster.world_size:
+        flags.append(f"--set world_size={choice.batch.world_size}")
     return " ".join(flags)
 
 
