@@ -98,6 +98,13 @@ def test_flags_win_over_a_deepspeed_json_and_are_checked_with_it() -> None:
     assert ask(ds_config=file).choice_or_refuse().zero.stage == 3
 
 
+def test_a_learning_rate_that_is_typed_wins_over_a_deepspeed_json(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"optimizer": {"type": "AdamW", "params": {"lr": 5e-5}}}))
+    assert ask(ds_config=str(file)).recipe.learning_rate == 5e-5
+    assert ask(ds_config=str(file), learning_rate=1e-3).recipe.learning_rate == 1e-3
+
+
 def test_a_search_keeps_what_a_deepspeed_json_writes_and_tunes_the_rest() -> None:
     fixed = ask(ds_config=str(GOLDEN / "transformers_zero3_offload.json")).fixed
     assert (fixed.stage, fixed.offload_optimizer, fixed.offload_param) == (3, "cpu", "cpu")

@@ -43,7 +43,16 @@ def over_file(data: Any, fixed: Fixed, recipe: Mapping[str, Any]) -> Any:
             data[name] = {"enabled": recipe["dtype"] == name}
     if "optimizer" in recipe:
         data.pop("optimizer", None)
+    if "learning_rate" in recipe:
+        _write_rate(data.get("optimizer"), recipe["learning_rate"])
     return data
+
+
+def _write_rate(optimizer: Any, learning_rate: float) -> None:
+    """Over the file's rate, where it has one; otherwise it is the Trainer's to give."""
+    params = optimizer.get("params") if isinstance(optimizer, dict) else None
+    if isinstance(params, dict) and "lr" in params:
+        params["lr"] = learning_rate
 
 
 def fixed_by_file(choice: Choice, origins: Mapping[str, str], fixed: Fixed) -> Fixed:
