@@ -113,11 +113,12 @@ def test_tuners_of_one_machine_add_to_what_is_known(tmp_path: Path) -> None:
     assert [sample.trial for sample in known.samples] == ["a", "b", "c"]
 
 
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+def test_a_damaged_file_is_named_and_may_be_deleted(tmp_path: Path) -> None:
     remember(CLUSTER, _pairs([1.1]), tmp_path)
     corrections_path(CLUSTER, tmp_path).write_text("{")
-    with pytest.raises(ConfigError, match="not JSON"):
+    with pytest.raises(ConfigError, match="not JSON") as caught:
         known_corrections(CLUSTER, tmp_path)
+    assert caught.value.fix == f"rm {corrections_path(CLUSTER, tmp_path)}"
 
 
 def test_a_correction_never_turns_does_not_fit_into_fits() -> None:

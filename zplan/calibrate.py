@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from zplan import files
+from zplan.errors import ConfigError
 from zplan.hardware import Cluster
 from zplan.trial import Outcome, TrialResult
 
@@ -107,7 +108,15 @@ def load_corrections(cluster: Cluster, versions: Mapping[str, str], folder: Path
     nothing = Corrections(machine=machine_name(cluster), versions=dict(versions))
     if not path.exists():
         return nothing
-    known = files.load(Corrections, path)
+    try:
+        known = files.load(Corrections, path)
+    except ConfigError as error:
+        raise ConfigError(
+            error.what,
+            because="what trials taught about this machine is kept there; it is damaged, or of another zplan",
+            fix=f"rm {path}",
+            problems=error.problems,
+        ) from error
     return known if dict(known.versions) == dict(versions) and known.machine == nothing.machine else nothing
 
 
