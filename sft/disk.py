@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 from dataclasses import dataclass
@@ -21,6 +22,11 @@ _BOOKKEEPING_BYTES = 1 << 20
 """Trainer state, random states, zero_to_fp32.py and the headers of the archives, of one checkpoint."""
 KEPT_CHECKPOINTS = 2
 """TrainingArguments.save_total_limit of a training."""
+
+
+_OLD_BUFFER = re.compile(r"rotary_emb\.inv_freq$|(^|\.)(attn|attention)\.(masked_)?bias$")
+"""Buffers that older files hold beside the weights, and that transformers leaves out (transformers 5.23,
+modeling_utils.py:4920; _keys_to_ignore_on_load_unexpected of gpt2 and gpt_neox)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,21 +79,42 @@ def _small_files_bytes(model_dir: Path) -> int:
 
 
 def weight_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of the folder's safetensors, from their headers.
+    """Shape of every tensor that transformers would load, from the headers of the folder's safetensors.
 
     Raises:
         ConfigError: a file that is no safetensors file.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(model_dir.glob("*.safetensors")):
+    for path in _weight_files(model_dir):
         try:
             with path.open("rb") as stream:
                 (length,) = struct.unpack("<Q", stream.read(8))
                 header = json.loads(stream.read(length))
         except (OSError, ValueError, struct.error, MemoryError, OverflowError) as error:
             raise ConfigError(f"{path} is not a readable safetensors file: {error}", fix="download it again") from error
-        shapes |= {name: tuple(item["shape"]) for name, item in header.items() if name != "__metadata__"}
+        shapes |= {
+            name: tuple(item["shape"])
+            for name, item in header.items()
+            if name != "__metadata__" and not _OLD_BUFFER.search(name)
+        }
     return shapes
+
+
+def _weight_files(model_dir: Path) -> list[Path]:
+    """model.safetensors, else what its index names, else all: some folders hold the same weights in another layout.
+
+    Source: transformers 5.23, modeling_utils.py:592 (_get_resolved_checkpoint_files).
+    """
+    single, index = model_dir / "model.safetensors", model_dir / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        return sorted(model_dir.glob("*.safetensors"))
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{index} is not a readable index of safetensors", fix="download it again") from error
+    return [model_dir / name for name in sorted(names)]
 
 
 def modules_of(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

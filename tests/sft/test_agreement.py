@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sft.agreement import check_agreement, check_weights, planned_numel
 from tests.sft.warm import make_plan, make_recipe
@@ -56,6 +57,36 @@ def test_another_model_s_weights_are_refused_and_pickled_ones_too(tiny_model_dir
     (other / "model.safetensors").rename(other / "pytorch_model.bin")
     with pytest.raises(ConfigError, match=r"no \*\.safetensors"):
         check_weights(replace(plan, model_path=str(other)))
+
+
+@pytest.mark.parametrize("beside", ["consolidated.safetensors", "model-00002-of-00002.safetensors"])
+def test_the_same_weights_in_another_layout_and_old_buffers_do_not_count(
+    tiny_model_dir: Path, tmp_path: Path, beside: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    plan = replace(make_plan(make_recipe(tiny_model_dir, None)), model_path=str(folder))
+    save_file({"layers.0.attention.wq.weight": torch.ones(64)}, folder / beside)
+    check_weights(plan)
+    whole = folder / "model.safetensors"
+    tensors = load_file(whole) | {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(32), "h.0.attn.bias": torch.ones(1, 1, 64, 64),
+    }  # fmt: skip
+    save_file(tensors, whole)
+    check_weights(plan)
+    save_file(tensors | {"h.0.attn.c_attn.bias": torch.ones(64)}, whole)
+    with pytest.raises(ConfigError, match="parameters"):
+        check_weights(plan)
+    save_file(tensors, whole)
+    whole.rename(folder / "shard.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"any": "shard.safetensors"}}')
+    check_weights(plan)
+
+
+def test_a_damaged_index_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ConfigError, match="not a readable index"):
+        check_weights(replace(make_plan(make_recipe(tiny_model_dir, None)), model_path=str(tmp_path)))
 
 
 def test_a_model_of_the_catalogue_is_known_by_its_parameters() -> None:
