@@ -141,7 +141,7 @@ def _parse_line(line: bytes, where: str) -> Row | BadRow:
         value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return BadRow(where, f"not UTF-8 (byte {error.start} of the line is 0x{line[error.start]:02x})")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of more than 4300 digits
         return BadRow(where, f"not JSON: {error}")
     return _row(value, where)
 

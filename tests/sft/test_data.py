@@ -159,6 +159,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "blank.jsonl": (b"\n\n", "is empty"),
     "columns.jsonl": (b'{"a": "b"}\n', "columns a are in no known schema"),
     "latin1.jsonl": (GOOD + b'\n{"prompt": "caf\xe9", "response": "b"}\n', r"latin1.jsonl:2: not UTF-8 .*0xe9"),
+    "digits.jsonl": (b'{"prompt": ' + b"1" * 5000 + b"}", "digits.jsonl:1: not JSON"),
     "cut.jsonl": (GOOD + b'\n{"prompt": "a", "resp', "cut.jsonl:2: not JSON"),
     "list.jsonl": (b"[1, 2]\n", "a JSON object is needed, not list"),
     "huge.jsonl": (b'{"text": "' + b"x" * (10 << 20) + b'"}\n', "huge.jsonl:1: 10485773 bytes in one line"),
