@@ -32,6 +32,13 @@ CASES = {
     "recomputed weights that the graph keeps, hpZ": Case(
         model="smollm2-135m", zero=ZeroConfig(stage=3, stage3_max_reuse_distance=0, zero_hpz_partition_size=2),
         method="full", checkpointing=True, attention="sdpa", **ONE),
+    "the second micro-step, a flat buffer that waits for a small parameter": Case(
+        model="pythia-410m", zero=ZeroConfig(
+            stage=3, stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=10_000_000),
+        method="lora", checkpointing=True, attention="sdpa", **{**ONE, "accumulation": 2}),
+    "Falcon's weights, of which the graph keeps a view": Case(
+        model="falcon-7b", zero=ZeroConfig(stage=3, stage3_max_reuse_distance=0),
+        method="full", checkpointing=False, attention="sdpa", **ONE),
 }
 with WorkerClient() as client:
     measured = Measured(None, client.ask, errors=(ZplanError,))

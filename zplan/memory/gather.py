@@ -40,16 +40,17 @@ class Gathering:
     script: Script
     items: Instances
     itemsize: int
-    _schedules: dict[frozenset[int], list[tuple[Coordinator, Schedule]]] = field(default_factory=dict)
+    _schedules: dict[tuple[frozenset[int], bool], list[tuple[Coordinator, Schedule]]] = field(default_factory=dict)
     _gathered: dict[tuple[object, ...], tuple[Schedule, Gathered]] = field(default_factory=dict)
-    _either: dict[tuple[int, int, int], tuple[Gathered, Gathered, Gathered]] = field(default_factory=dict)
+    _either: dict[tuple[int, ...], tuple[Gathered, ...]] = field(default_factory=dict)
 
     def bytes_of(self, choice: Choice) -> Gathered:
-        """What a choice holds in any step: in the first one, before there is a trace, if that is more.
+        """What a choice holds in any step: in the micro-steps of the first one, where those hold more.
 
-        Without a trace nothing is prefetched and everything is released after its module, persistent parameters too,
-        which therefore are gathered together with the others of their module, in one buffer and in copies out of it.
-        What the first step does not hold yet (Adam's states, the persistent parameters) is taken off its bytes.
+        The first micro-step has no trace: nothing is prefetched and everything is released after its module, persistent
+        parameters too, which therefore are gathered together with the others of their module, in one buffer and in
+        copies out of it. What the first step does not hold yet (Adam's states, the persistent parameters) is taken off
+        its bytes.
 
         Source: deepspeed 0.19.8, partitioned_param_coordinator.py (release_sub_module: is_complete_trace), stage3.py
         (_post_step).
@@ -60,13 +61,28 @@ class Gathering:
         absent = shards.persistent_bytes + (0 if zero.offloads_optimizer else ADAM_STATES * shards.trainable_numel)
         untraced = replace(shards, persistent=frozenset(), persistent_bytes=0)
         first = self._bytes(choice, untraced, self.first_schedule, has_copies=True)
-        key = (id(first), id(later), absent)
+        second = self._of_second_micro_step(choice, shards) or later
+        key = (id(first), id(second), id(later), absent)
         known = self._either.get(key)
-        if known is None or known[:2] != (first, later):
+        if known is None or known[:3] != (first, second, later):
             if len(self._either) >= MOST_KEPT:
                 self._either.clear()
-            known = self._either[key] = (first, later, larger(first, later, absent))
-        return known[2]
+            either = larger(second, larger(first, later, absent), absent)
+            known = self._either[key] = (first, second, later, either)
+        return known[3]
+
+    def _of_second_micro_step(self, choice: Choice, shards: Shards) -> Gathered | None:
+        """The first step's second micro-step has the trace of the first one, which has released the persistent
+        parameters: they are prefetched among the others, and a flat buffer stays until the last of its parameters is
+        needed. None where this does not happen.
+
+        Source: deepspeed 0.19.8, partitioned_param_coordinator.py (reset_step, fetch_sub_module),
+        partition_parameters.py (AllGatherCoalescedHandle: partitions).
+        """
+        if choice.batch.gradient_accumulation_steps == 1 or not shards.persistent_bytes:
+            return None
+        schedule = self.schedule(Limits.of(choice.zero), shards.persistent, missing=True)
+        return self._bytes(choice, replace(shards, persistent_bytes=0), schedule, has_copies=True)
 
     def of_later_steps(self, choice: Choice) -> Gathered:
         """When the trace is known. hpZ's second copies are there from loading on, and after the first micro-step."""
@@ -90,13 +106,13 @@ class Gathering:
             known = self._gathered[key] = (schedule, follow_hooks(self, choice, shards, schedule, has_copies))
         return known[1]
 
-    def schedule(self, limits: Limits, persistent: frozenset[int]) -> Schedule:
+    def schedule(self, limits: Limits, persistent: frozenset[int], *, missing: bool = False) -> Schedule:
         """What the coordinator does at every hook; one that would decide alike under these limits is taken again."""
-        known = self._schedules.setdefault(persistent, [])
+        known = self._schedules.setdefault((persistent, missing), [])
         for coordinator, schedule in known:
             if coordinator.decides_alike(limits):
                 return schedule
-        coordinator = self._coordinator(limits, persistent)
+        coordinator = self._coordinator(limits, persistent, missing=missing)
         made = self._decide(coordinator, self.script.calls)
         known.append((coordinator, made))
         del known[:-MOST_SCHEDULES]
@@ -112,10 +128,10 @@ class Gathering:
         before = sum(number < first for number in hooks)
         return (*decided[:before], (), *decided[before:])
 
-    def _coordinator(self, limits: Limits, persistent: frozenset[int]) -> Coordinator:
+    def _coordinator(self, limits: Limits, persistent: frozenset[int], *, missing: bool = False) -> Coordinator:
         return Coordinator(
             self.script.fetches, limits, persistent=persistent, external=self.script.external,
-            trainable=self.items.trainable, viewed=self.script.viewed,
+            trainable=self.items.trainable, viewed=self.script.viewed, missing=missing,
         )  # fmt: skip
 
     def _decide(self, coordinator: Coordinator, calls: Sequence[Call]) -> Schedule:

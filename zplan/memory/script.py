@@ -35,7 +35,7 @@ class Op(IntEnum):
     KEPT_MODULE = 10
     """POST_MODULE within a non-reentrant recomputation."""
     VIEWED_MODULE = 12
-    """POST_MODULE of experts whose weights the graph keeps a view of."""
+    """POST_MODULE of a module whose weights the graph keeps a view of."""
     END_STEP = 11
     """The update is done."""
 
@@ -82,7 +82,7 @@ class Script:
     root: int = 0
     """Number of the model itself among the modules."""
     viewed: frozenset[int] = frozenset()
-    """Stacked weights of experts that are used as they are: their product keeps a view of the gathered tensor."""
+    """Weights whose product keeps a view of the gathered tensor."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -250,10 +250,12 @@ def module_parameters(recording: Recording) -> dict[int, tuple[int, ...]]:
 
 
 def viewed_numbers(recording: Recording) -> frozenset[int]:
-    """Stacked weights of experts without adapters.
+    """Weights of which autograd keeps a view, and with it the gathered storage that ZeRO-3 means to free: stacked
+    weights of experts without adapters, and Falcon's linear layers, which do without the function that ZeRO-3 replaces.
 
-    Source: transformers 5.23.0, integrations/moe.py (_grouped_linear: weight.transpose); torch 2.13.0, derivatives.yaml
-    (_grouped_mm saves it, and with it the gathered storage that ZeRO-3 means to free).
+    Source: transformers 5.23.0, integrations/moe.py (_grouped_linear: weight.transpose), models/falcon/
+    modeling_falcon.py (FalconLinear: input @ weight.T); torch 2.13.0, derivatives.yaml (_grouped_mm and mm save it);
+    deepspeed 0.19.8, runtime/zero/linear.py (zero3_linear_wrap keeps the parameter itself).
     """
     found = []
     for index, block in enumerate(recording.blocks):
@@ -263,10 +265,29 @@ def viewed_numbers(recording: Recording) -> frozenset[int]:
             for local, weight in enumerate(block.laid.weights)
             if len(weight.shape) == 3 and f"{weight.name}.{EXPERT_ADAPTERS[0]}" not in names
         ]
-        for layer in range(block.laid.repeat if plain else 0):
+        for layer in range(block.laid.repeat):
             first = recording.items.base[index] + layer * len(block.laid.weights)
-            found += [first + local for local in plain]
+            found += [first + local for local in (*plain, *_transposed(recording, block, layer))]
     return frozenset(found)
+
+
+def _transposed(recording: Recording, block: Recorded, layer: int) -> list[int]:
+    """Places of Falcon's linear weights in a layer. Those of the first layer that take the embedding's output keep
+    nothing with adapters and without checkpointing: their input needs no gradient.
+
+    Limits: with adapters on some modules only, other inputs of the first layer need none either; they are counted.
+    """
+    shape = recording.shape
+    if shape.model_type != "falcon" or block.laid.block.role != "layer":
+        return []
+    without = {"query_key_value", "dense_h_to_4h"} if shape.config.get("parallel_attn", True) else {"query_key_value"}
+    skipped = without if recording.reentrant and layer == 0 else set()
+    return [
+        local
+        for local, weight in enumerate(block.laid.weights)
+        if len(weight.shape) == 2 and ".lora_" not in weight.name
+        if weight.module.rpartition(".")[2] not in skipped
+    ]
 
 
 def leaf_modules(recording: Recording) -> tuple[frozenset[int], dict[int, tuple[int, ...]]]:

@@ -1,0 +1,102 @@
+"""Gathered parameters of a ZeRO-3 step: the micro-step after the first, and weights that autograd keeps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.memory.choices import BATCH, LORA_ON_SMOLLM, SMOLLM, shape_of
+from zplan.memory.coordinator import Act, Action, Coordinator, Fetches, Limits
+from zplan.memory.course import course
+from zplan.memory.gather import Gathering
+from zplan.memory.instances import Instances
+from zplan.memory.meter import Kind, Meter
+from zplan.memory.stage3 import Stage3Engine, shard
+from zplan.memory.timeline import Recording, record, viewed_numbers
+from zplan.memory.trainable import layout
+from zplan.recipe import Recipe
+from zplan.zero_config import Choice, ZeroConfig
+
+SMALL = ZeroConfig(stage=3, stage3_param_persistence_threshold=4)
+TWO = Instances(
+    numel=(100, 4), itemsize=(2, 2), trainable=(True, True), group=(0, 0), offset=(0, 100), base=(0,), groups=((0, 1),)
+)
+
+
+def two_modules(*, missing: bool) -> Coordinator:
+    """The model (2), an embedding of 100 elements (0) and a norm of 4 that persists (1)."""
+    return Coordinator(
+        Fetches.of([2, 0, 1, 0], {0: (0,), 1: (1,)}, TWO.numel), Limits(prefetch=1000, live=1000, reuse=0),
+        persistent=frozenset({1}), external=(), trainable=TWO.trainable, missing=missing,
+    )  # fmt: skip
+
+
+def test_a_persistent_parameter_is_gathered_with_the_others_only_after_a_step_without_trace() -> None:
+    assert two_modules(missing=False).pre_module(2) == ((Act.GATHER, (0,)),)
+    assert two_modules(missing=True).pre_module(2) == ((Act.GATHER, (0, 1)),)
+
+
+def test_a_flat_buffer_stays_until_the_last_of_its_parameters_is_needed() -> None:
+    coordinator, schedule = two_modules(missing=True), []
+    for module in (2, 0, 1):
+        schedule.append(coordinator.pre_module(module))
+        schedule.append(coordinator.post_module(module))
+    meter = Meter()
+    engine = Stage3Engine(meter, TWO, shard(TWO, SMALL, 2), SMALL, num_ranks=2, itemsize=2, schedule=tuple(schedule))
+    held = []
+    for module in (2, 0, 1):
+        engine.pre_module(module)
+        held.append(meter.by_kind[Kind.GATHERED_PARAMETERS])
+        engine.post_module(module)
+    flat = copies = 2 * (100 + 4)
+    assert held == [flat, flat + copies, copies]  # the embedding stays: its next use was skipped by the prefetch
+
+
+def test_what_persists_is_never_released() -> None:
+    coordinator = two_modules(missing=True)
+    released: list[Action] = []
+    for module in (2, 0, 1, 0):
+        coordinator.pre_module(module)
+        released += coordinator.post_module(module)
+    assert all(1 not in numbers for act, numbers in released if act == Act.RELEASE)
+
+
+@pytest.mark.parametrize("prefetch", [0, 1_000_000, 100_000_000])
+@pytest.mark.parametrize("reuse", [0, 1_000_000_000])
+def test_more_micro_steps_never_gather_less(prefetch: int, reuse: int) -> None:
+    zero = ZeroConfig(stage=3, stage3_prefetch_bucket_size=prefetch, stage3_max_reuse_distance=reuse)
+    recipe = LORA_ON_SMOLLM
+    recording = record(SMOLLM, recipe, layout(SMOLLM, recipe), micro_batch=1, on_cpu=False, partitioned=True)
+    walked = course(recording, checkpointing=True, fetches=True)
+    gathering = Gathering(walked.script, recording.items, recipe.weight_bytes)
+    one, two, three = (
+        gathering.bytes_of(Choice(zero=zero, batch=replace(BATCH, gradient_accumulation_steps=steps))).moments
+        for steps in (1, 2, 3)
+    )
+    assert all(more >= less for more, less in zip(two, one, strict=True))
+    assert two == three
+
+
+def falcon(method: str) -> Recording:
+    shape = shape_of("falcon-7b")
+    recipe = Recipe(model="falcon-7b", method=method, train_batch_size=1, max_length=64)  # type: ignore[arg-type]
+    return record(shape, recipe, layout(shape, recipe), micro_batch=1, on_cpu=False, partitioned=True)
+
+
+def test_autograd_keeps_a_view_of_each_of_falcon_s_four_matrices() -> None:
+    full = falcon("full")
+    assert len(viewed_numbers(full)) == 4 * 32
+    assert sum(full.items.numel[number] for number in viewed_numbers(full)) == 32 * 4544 * (4672 + 4544 + 2 * 18176)
+
+
+def test_adapters_are_no_falcon_matrices_and_the_first_layer_s_inputs_need_no_gradient() -> None:
+    adapted = falcon("lora")
+    assert len(viewed_numbers(adapted)) == 4 * 32 - 2  # query_key_value and dense_h_to_4h of the first layer
+    assert not any(adapted.items.trainable[number] for number in viewed_numbers(adapted))
+
+
+def test_other_families_linear_layers_keep_nothing() -> None:
+    recipe = LORA_ON_SMOLLM
+    recording = record(SMOLLM, recipe, layout(SMOLLM, recipe), micro_batch=1, on_cpu=False, partitioned=True)
+    assert viewed_numbers(recording) == frozenset()
