@@ -24,21 +24,21 @@ TWO = Instances(
 )
 
 
-def two_modules(*, missing: bool) -> Coordinator:
+def two_modules(*missing: int) -> Coordinator:
     """The model (2), an embedding of 100 elements (0) and a norm of 4 that persists (1)."""
     return Coordinator(
         Fetches.of([2, 0, 1, 0], {0: (0,), 1: (1,)}, TWO.numel), Limits(prefetch=1000, live=1000, reuse=0),
-        persistent=frozenset({1}), external=(), trainable=TWO.trainable, missing=missing,
+        persistent=frozenset({1}), external=(), trainable=TWO.trainable, missing=frozenset(missing),
     )  # fmt: skip
 
 
 def test_a_persistent_parameter_is_gathered_with_the_others_only_after_a_step_without_trace() -> None:
-    assert two_modules(missing=False).pre_module(2) == ((Act.GATHER, (0,)),)
-    assert two_modules(missing=True).pre_module(2) == ((Act.GATHER, (0, 1)),)
+    assert two_modules().pre_module(2) == ((Act.GATHER, (0,)),)
+    assert two_modules(1).pre_module(2) == ((Act.GATHER, (0, 1)),)
 
 
 def test_a_flat_buffer_stays_until_the_last_of_its_parameters_is_needed() -> None:
-    coordinator, schedule = two_modules(missing=True), []
+    coordinator, schedule = two_modules(1), []
     for module in (2, 0, 1):
         schedule.append(coordinator.pre_module(module))
         schedule.append(coordinator.post_module(module))
@@ -54,7 +54,7 @@ def test_a_flat_buffer_stays_until_the_last_of_its_parameters_is_needed() -> Non
 
 
 def test_what_persists_is_never_released() -> None:
-    coordinator = two_modules(missing=True)
+    coordinator = two_modules(1)
     released: list[Action] = []
     for module in (2, 0, 1, 0):
         coordinator.pre_module(module)

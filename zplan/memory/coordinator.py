@@ -158,7 +158,7 @@ class Coordinator:
 
     Args:
         persistent: parameters that are never released.
-        missing: persistent parameters are gathered when a module needs them, not before the step.
+        missing: persistent parameters that are gathered when a module needs them, not before the step.
         external: parameters registered as external; they are not released (release_sub_module).
         trainable: whether each parameter trains.
     """
@@ -172,7 +172,7 @@ class Coordinator:
         external: Sequence[int],
         trainable: Sequence[bool],
         viewed: frozenset[int] = frozenset(),
-        missing: bool = False,
+        missing: frozenset[int] = frozenset(),
     ) -> None:
         self.fetches, self.persistent, self.external = fetches, persistent, frozenset(external)
         self.trainable = trainable
@@ -180,7 +180,7 @@ class Coordinator:
         self.prefetch, self.live, self.reuse = Bounds(), Bounds(), Bounds()
         size = len(fetches.numel)
         self.status = [NOT_AVAILABLE] * size
-        for number in () if missing else persistent:
+        for number in persistent - missing:
             self.status[number] = AVAILABLE
         self.queue = deque(fetches.queue)
         self.last_use = [-1] * size

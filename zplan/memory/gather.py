@@ -40,7 +40,7 @@ class Gathering:
     script: Script
     items: Instances
     itemsize: int
-    _schedules: dict[tuple[frozenset[int], bool], list[tuple[Coordinator, Schedule]]] = field(default_factory=dict)
+    _schedules: dict[tuple[frozenset[int], ...], list[tuple[Coordinator, Schedule]]] = field(default_factory=dict)
     _gathered: dict[tuple[object, ...], tuple[Schedule, Gathered]] = field(default_factory=dict)
     _either: dict[tuple[int, ...], tuple[Gathered, ...]] = field(default_factory=dict)
 
@@ -58,31 +58,47 @@ class Gathering:
         zero = choice.zero
         shards = shard(self.items, zero, choice.batch.world_size)
         later = self.of_later_steps(choice)
-        absent = shards.persistent_bytes + (0 if zero.offloads_optimizer else ADAM_STATES * shards.trainable_numel)
+        states = 0 if zero.offloads_optimizer else ADAM_STATES * shards.trainable_numel
         untraced = replace(shards, persistent=frozenset(), persistent_bytes=0)
         first = self._bytes(choice, untraced, self.first_schedule, has_copies=True)
-        second = self._of_second_micro_step(choice, shards) or later
-        key = (id(first), id(second), id(later), absent)
+        second, missing_bytes = self._second_micro_step(choice, shards) or (later, 0)
+        key = (id(first), id(second), id(later), states, shards.persistent_bytes, missing_bytes)
         known = self._either.get(key)
         if known is None or known[:3] != (first, second, later):
             if len(self._either) >= MOST_KEPT:
                 self._either.clear()
-            either = larger(second, larger(first, later, absent), absent)
+            either = larger(second, larger(first, later, states + shards.persistent_bytes), states + missing_bytes)
             known = self._either[key] = (first, second, later, either)
         return known[3]
 
-    def _of_second_micro_step(self, choice: Choice, shards: Shards) -> Gathered | None:
+    def _second_micro_step(self, choice: Choice, shards: Shards) -> tuple[Gathered, int] | None:
         """The first step's second micro-step has the trace of the first one, which has released the persistent
         parameters: they are prefetched among the others, and a flat buffer stays until the last of its parameters is
-        needed. None where this does not happen.
+        needed. Its bytes and those of these parameters; None where this does not happen.
 
         Source: deepspeed 0.19.8, partitioned_param_coordinator.py (reset_step, fetch_sub_module),
         partition_parameters.py (AllGatherCoalescedHandle: partitions).
         """
-        if choice.batch.gradient_accumulation_steps == 1 or not shards.persistent_bytes:
+        missing = shards.persistent - self.never_released
+        if choice.batch.gradient_accumulation_steps == 1 or not shards.persistent_bytes or not missing:
             return None
-        schedule = self.schedule(Limits.of(choice.zero), shards.persistent, missing=True)
-        return self._bytes(choice, replace(shards, persistent_bytes=0), schedule, has_copies=True)
+        ranks = choice.batch.world_size
+        missing_bytes = sum(self.items.itemsize[p] * shards.partition[p] * ranks for p in missing)
+        schedule = self.schedule(Limits.of(choice.zero), shards.persistent, missing)
+        held = replace(shards, persistent_bytes=shards.persistent_bytes - missing_bytes)
+        return self._bytes(choice, held, schedule, has_copies=True), missing_bytes
+
+    @cached_property
+    def never_released(self) -> frozenset[int]:
+        """Frozen parameters of a reentrant recomputation: those that persist stay with the recomputed layer.
+
+        Source: deepspeed 0.19.8, partitioned_param_coordinator.py (release_sub_module: recompute_params).
+        """
+        script, trains = self.script, self.items.trainable
+        modules = {module for op, module in script.calls if op == Op.RECOMPUTED_MODULE}
+        return frozenset(
+            number for module in modules for number in script.fetches.modules.get(module, ()) if not trains[number]
+        )
 
     def of_later_steps(self, choice: Choice) -> Gathered:
         """When the trace is known. hpZ's second copies are there from loading on, and after the first micro-step."""
@@ -106,13 +122,13 @@ class Gathering:
             known = self._gathered[key] = (schedule, follow_hooks(self, choice, shards, schedule, has_copies))
         return known[1]
 
-    def schedule(self, limits: Limits, persistent: frozenset[int], *, missing: bool = False) -> Schedule:
+    def schedule(self, limits: Limits, persistent: frozenset[int], missing: frozenset[int] = frozenset()) -> Schedule:
         """What the coordinator does at every hook; one that would decide alike under these limits is taken again."""
         known = self._schedules.setdefault((persistent, missing), [])
         for coordinator, schedule in known:
             if coordinator.decides_alike(limits):
                 return schedule
-        coordinator = self._coordinator(limits, persistent, missing=missing)
+        coordinator = self._coordinator(limits, persistent, missing)
         made = self._decide(coordinator, self.script.calls)
         known.append((coordinator, made))
         del known[:-MOST_SCHEDULES]
@@ -128,7 +144,9 @@ class Gathering:
         before = sum(number < first for number in hooks)
         return (*decided[:before], (), *decided[before:])
 
-    def _coordinator(self, limits: Limits, persistent: frozenset[int], *, missing: bool = False) -> Coordinator:
+    def _coordinator(
+        self, limits: Limits, persistent: frozenset[int], missing: frozenset[int] = frozenset()
+    ) -> Coordinator:
         return Coordinator(
             self.script.fetches, limits, persistent=persistent, external=self.script.external,
             trainable=self.items.trainable, viewed=self.script.viewed, missing=missing,
