@@ -14,7 +14,7 @@ from zplan.memory.estimate import estimate_memory
 from zplan.memory.operations import Sizes
 from zplan.memory.script import Op
 from zplan.memory.tape import Tape, Tensor, Value, record_block
-from zplan.memory.timeline import record, root_module
+from zplan.memory.timeline import INNER, record, root_module
 from zplan.memory.trainable import layout
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
@@ -218,13 +218,14 @@ def test_granite_keeps_nothing_more_for_its_multipliers_and_phi_3_keeps_its_atte
 
 def test_peft_s_own_modules_prefetch_before_the_model_is_entered() -> None:
     recipe = Recipe(model="llama-like", method="lora", train_batch_size=1, max_length=128)
-    for method, entered in (("full", 1), ("lora", 2)):
+    for method, entered in (("full", 1), ("lora", 3)):
         asked = replace(recipe, method=method)  # type: ignore[arg-type]
         recording = record(SHAPE, asked, layout(SHAPE, asked), micro_batch=1, on_cpu=False, partitioned=True)
         calls = course(recording, checkpointing=True, fetches=True).script.calls
         first = next(number for number, (op, _) in enumerate(calls) if op == Op.PRE_MODULE)
         modules = [number for op, number in calls[first : first + entered]]
         assert modules[-1] == root_module(recording)
+        assert calls[first + entered] == (Op.PRE_MODULE, root_module(recording) + INNER)
         assert len(set(modules)) == entered
 
 

@@ -78,6 +78,18 @@ def test_more_micro_steps_never_gather_less(prefetch: int, reuse: int) -> None:
     assert two == three
 
 
+def test_frozen_parameters_that_persist_stay_with_a_reentrant_recomputation() -> None:
+    recipe = LORA_ON_SMOLLM
+    recording = record(SMOLLM, recipe, layout(SMOLLM, recipe), micro_batch=1, on_cpu=False, partitioned=True)
+    again, once = (
+        Gathering(course(recording, checkpointing=on, fetches=True).script, recording.items, recipe.weight_bytes)
+        for on in (True, False)
+    )
+    assert once.never_released == frozenset()
+    # each of 30 layers: two norms, four projections of its attention, three of its MLP
+    assert len(again.never_released) == 30 * (2 + 4 + 3)
+
+
 def falcon(method: str) -> Recording:
     shape = shape_of("falcon-7b")
     recipe = Recipe(model="falcon-7b", method=method, train_batch_size=1, max_length=64)  # type: ignore[arg-type]

@@ -17,9 +17,10 @@ from zplan.memory.script import HOOKS, Call, Course, Kinds, Op, Reduction, Scrip
 from zplan.memory.strip import Strip, strip
 from zplan.memory.tape import Event, Step
 from zplan.memory.timeline import (
-    WRAPPER,
+    INNER,
     Recorded,
     Recording,
+    entered_modules,
     external_numbers,
     fetch_order,
     leaf_modules,
@@ -61,6 +62,7 @@ class _Walk:
         self.call(Op.BEGIN)
         meter.add(Kind.ACTIVATIONS, r.arguments_bytes)
         self._enter_model()
+        self.pre(self.root + INNER)
         self._forward()
         self._loss_forward()
         self._next_phase()
@@ -75,9 +77,8 @@ class _Walk:
         self.call(Op.NOTHING)
 
     def _enter_model(self) -> None:
-        if self.recording.reentrant:
-            self.pre(self.root + WRAPPER)
-        self.pre(self.root)
+        for module in entered_modules(self.recording):
+            self.pre(module)
 
     def _input_bytes(self) -> int:
         """Adapters under checkpointing make the embedding's output a leaf: it and its gradient stay with the loss,
@@ -207,6 +208,7 @@ class _Walk:
         meter.add(Kind.ACTIVATIONS, r.loss.hidden_gradient - r.hidden_bytes * r.loss.reads_hidden)
         if r.runs_head:
             self.post(self.root + 1)
+        self.pre(self.root + INNER)
 
     def _backward(self) -> None:
         meter, r = self.meter, self.recording

@@ -196,8 +196,19 @@ def module_bases(recording: Recording) -> tuple[int, ...]:
     return tuple(bases)
 
 
-WRAPPER = 2
-"""Added to the model's number: PEFT's modules around it, which own nothing, but whose hooks prefetch before it."""
+WRAPPERS = (2, 3)
+"""Added to the model's number: PEFT's two modules around it, which own nothing, but whose hooks prefetch before it."""
+INNER = 4
+"""Added to the model's number: the decoder within it, which owns nothing; its hook prefetches after the model's."""
+
+
+def entered_modules(recording: Recording) -> list[int]:
+    """The modules around the model and the model, in the order in which they are entered.
+
+    Source: peft 0.21.2, peft_model.py (PeftModelForCausalLM), tuners/lora/model.py (LoraModel).
+    """
+    root = root_module(recording)
+    return [*((root + number for number in WRAPPERS) if recording.reentrant else ()), root]
 
 
 def root_module(recording: Recording) -> int:
@@ -333,8 +344,8 @@ def _is_embedding(block: Recorded) -> bool:
 def fetch_order(recording: Recording, *, checkpointing: bool) -> list[int]:
     """Modules in the order in which a step's trace fetches them."""
     root = root_module(recording)
-    start = [root + WRAPPER, root] if recording.reentrant else [root]
-    order: list[int] = list(start)
+    start = entered_modules(recording)
+    order: list[int] = [*start, root + INNER]
     bases = module_bases(recording)
 
     def collect(steps: Sequence[Step], index: int, layer: int) -> None:
@@ -350,9 +361,9 @@ def fetch_order(recording: Recording, *, checkpointing: bool) -> list[int]:
     for index, block in enumerate(recording.blocks):
         collect(block.late.forward if block.late else (), index, 0)
     if recording.runs_head:
-        order += [root + 1, *start, root + 1]
+        order += [root + 1, *start, root + 1, root + INNER]
     else:
-        order += start
+        order += [*start, root + INNER]
     for index, block in enumerate(recording.blocks):
         collect(block.late.backward if block.late else (), index, 0)
     for index in reversed(range(len(recording.blocks))):
