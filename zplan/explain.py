@@ -314,8 +314,8 @@ TOPICS: Mapping[str, Topic] = {
     ),
     "pin_memory": Topic(
         text="Page-locks the host buffers of offloading, so that copies run at full speed beside the arithmetic. "
-        "Pinned memory cannot be swapped, counts against `ulimit -l`, and is the default since DeepSpeed's 2026-08 "
-        "releases.",
+        "Pinned memory cannot be swapped. It is DeepSpeed's default, and pinned by the CUDA driver, which `ulimit -l` "
+        "does not count; under DS_PIN_MEMORY_BACKEND=native, and for NVMe, pages are locked and count.",
         changes=_pin_memory,
     ),
     "stage3_max_live_parameters": Topic(
