@@ -7,8 +7,6 @@ from zplan.zero_config import ZeroConfig
 DOCUMENTED_FACTOR = (9, 2)
 """4.5 as a fraction: `torch.empty(int(self.reduce_bucket_size * 4.5))`, twice, in DeepSpeed before 0.4.0 (removed in
 2021-05)."""
-BUFFERS = 2
-"""One for allgather_bucket_size, one for reduce_bucket_size."""
 
 
 def documented_bucket_bytes(zero: ZeroConfig, *, itemsize: int = 2) -> int | None:

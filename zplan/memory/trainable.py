@@ -93,10 +93,6 @@ class Layout:
         """Elements of the largest parameter."""
         return max(weight.numel for laid in self.blocks for weight in laid.weights)
 
-    @cached_property
-    def largest_layer_bytes(self) -> int:
-        return max(laid.stored_bytes for laid in self.blocks)
-
 
 _LAYOUTS: dict[tuple[Any, ...], tuple[ModelShape, Layout]] = {}
 

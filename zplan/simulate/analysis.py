@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 from zplan.simulate.allocator import CachingAllocator, CardFullError
 from zplan.simulate.blocks import Block as CacheBlock
@@ -166,8 +165,3 @@ def replay(tracker: Tracker, allocator: CachingAllocator) -> tuple[Mapping[str, 
 
 def copied_bytes(tracker: Tracker, source: str, target: str) -> int:
     return tracker.copied.get((source, target), 0)
-
-
-def as_plain(value: Any) -> Any:
-    """Mappings of a report as plain dictionaries, for JSON."""
-    return dict(value)
