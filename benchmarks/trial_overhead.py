@@ -5,9 +5,9 @@
 A real study of the demo model (SmolLM2-135M, fp32, two CPU ranks, 64 tokens) with real trials, as `zplan tune` runs it;
 with `--methods full lora` another one of its adapters. After every fifth trial the same configuration is run again by
 `torchrun -m sft.trial`, so that both sides see the same machine. Overhead is wall time minus the timed steps. Of a
-study it is everything: the search, the start of the warm server, the model, the warm-up step, the end of the processes;
-of a cold trial it is the wall time of its torchrun. The warm-up step is the same on both sides; of full fine-tuning it
-is most of a warm trial's overhead.
+study it is everything: the search, the start of the warm server, the model, the warm-up steps, the end of the
+processes; of a cold trial it is the wall time of its torchrun. The warm-up steps are the same on both sides; of full
+fine-tuning they are most of a warm trial's overhead.
 Killed and started again, it goes on; a finished run starts anew.
 """
 

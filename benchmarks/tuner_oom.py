@@ -154,7 +154,7 @@ def main() -> None:
         try:
             for limit in options.limits:
                 studies.append(run_limit(limit, model, data, folder, real))
-                print(render(studies).partition("The formula")[0], file=sys.stderr, flush=True)
+                print(render(studies), file=sys.stderr, flush=True)
         finally:
             real.close()
     REPORT.write_text(render(studies), encoding="utf-8")
