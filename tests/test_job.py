@@ -16,6 +16,7 @@ from zplan.job import Job, make_job
 from zplan.options import WHOLE, Flags
 from zplan.plan import Plan
 from zplan.planner import evaluate
+from zplan.settings import gives_one_value
 from zplan.zero_config import BatchSizes
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -146,6 +147,18 @@ def test_flags_win_over_a_plan(tmp_path: Path) -> None:
     assert (changed.zero.stage, changed.zero.sub_group_size) == (3, 10**7)
     assert changed.batch.train_micro_batch_size_per_gpu == 2
     assert changed.batch.train_batch_size == 16
+
+
+def test_a_number_of_ranks_that_is_typed_wins_over_a_plan(tmp_path: Path) -> None:
+    batch = ask(model=None, plan=plan_file(tmp_path), set_=["world_size=4"]).choice_or_refuse().batch
+    assert (batch.world_size, batch.train_batch_size) == (4, 16)
+
+
+@pytest.mark.parametrize("setting", ["world_size=16", "world_size=0", "world_size=4,16", "world_size=1..9"])
+def test_more_ranks_than_gpus_are_refused(tmp_path: Path, setting: str) -> None:
+    one = {"stage": 2}, {"model": None, "plan": plan_file(tmp_path)}
+    for flags in ({}, *(one if gives_one_value(setting) else ())):
+        assert "and the cluster has 8 ranks" in refused(set_=[setting], **flags).what
 
 
 def test_a_plan_of_another_machine_says_what_differs(tmp_path: Path) -> None:

@@ -21,7 +21,12 @@ from zplan.overrides import fixed_by_file, over_file, over_plan
 from zplan.planner import Fixed, make_choice
 from zplan.probe import describe_cluster
 from zplan.recipe import Recipe
-from zplan.sanity import odd_sizes, refuse_nvme_without_drive, refuse_oversized_buckets
+from zplan.sanity import (
+    odd_sizes,
+    refuse_more_ranks_than_gpus,
+    refuse_nvme_without_drive,
+    refuse_oversized_buckets,
+)
 from zplan.settings import gives_one_value, split_setting
 from zplan.units import GIB, parse_size
 from zplan.zero_config import Choice, OffloadDevice, ZeroConfig
@@ -86,6 +91,7 @@ def make_job(
     cluster = resolve_cluster(flags, probe_cluster)
     recipe = resolve_recipe(flags, cluster)
     job = Job(shape=shape, recipe=recipe, cluster=cluster, fixed=resolve_fixed(flags), bucket_rule=_bucket_rule(flags))
+    refuse_more_ranks_than_gpus(cluster, job.fixed)
     single = [text for text in flags.set_ if gives_one_value(text) and not is_choice_setting(text)]
     refuse_oversized_buckets(single, shape)
     if flags.ds_config is not None:
@@ -115,6 +121,7 @@ def _planned_job(
     cluster = resolve_cluster(flags, probe_cluster)
     recipe = resolve_recipe(flags, cluster, base=plan.recipe)
     fixed = lift_settings(resolve_fixed(flags))
+    refuse_more_ranks_than_gpus(cluster, fixed)
     job = Job(
         shape=shape, recipe=recipe, cluster=cluster, fixed=fixed, choice=over_plan(plan.choice, fixed, recipe),
         origins=dict.fromkeys(_zero_keys(), "tuned") | _given_keys(fixed), bucket_rule=_bucket_rule(flags),

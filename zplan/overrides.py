@@ -100,9 +100,10 @@ def over_plan(choice: Choice, fixed: Fixed, recipe: Recipe) -> Choice:
         if (device := getattr(fixed, name)) is not None:
             zero = apply_settings(zero, [f"{name}.device={device}"])
     micro_batch = fixed.micro_batch or choice.batch.train_micro_batch_size_per_gpu
+    world_size = fixed.world_size or choice.batch.world_size
     checkpointing = fixed.gradient_checkpointing
     return Choice(
         zero=apply_settings(zero, fixed.settings),
-        batch=batch_sizes(recipe, micro_batch=micro_batch, world_size=choice.batch.world_size),
+        batch=batch_sizes(recipe, micro_batch=micro_batch, world_size=world_size),
         gradient_checkpointing=choice.gradient_checkpointing if checkpointing is None else checkpointing,
     )

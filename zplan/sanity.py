@@ -9,8 +9,8 @@ from zplan.errors import ConfigError
 from zplan.hardware import Cluster
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
-from zplan.settings import setting_value
-from zplan.units import format_count
+from zplan.settings import setting_value, split_setting
+from zplan.units import format_count, parse_size
 from zplan.zero_config import Choice
 
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
@@ -26,6 +26,21 @@ def refuse_nvme_without_drive(cluster: Cluster, fixed: Fixed, choice: Choice | N
             "offload to nvme, but the cluster has no NVMe drive",
             because="a machine is described with --nvme; this machine's current folder is looked at otherwise",
             fix="--nvme 2TiB",
+        )
+
+
+def refuse_more_ranks_than_gpus(cluster: Cluster, fixed: Fixed) -> None:
+    """Raises ConfigError for a number of ranks that was typed and that the cluster cannot seat."""
+    settings = map(split_setting, fixed.settings)
+    typed = [part for key, value in settings if key == "world_size" for part in value.replace("..", ",").split(",")]
+    sizes = [parse_size(part.strip(), name="world_size") for part in typed]
+    sizes += [fixed.world_size] if fixed.world_size is not None else []
+    wrong = [size for size in sizes if not 1 <= size <= cluster.world_size]
+    if wrong:
+        raise ConfigError(
+            f"world_size is {wrong[0]}, and the cluster has {cluster.world_size} ranks",
+            because="a rank has a GPU of its own",
+            fix=f"--set world_size={cluster.world_size}, or --gpus-per-node and --nodes for a larger cluster",
         )
 
 
