@@ -149,6 +149,15 @@ def test_flags_win_over_a_plan(tmp_path: Path) -> None:
     assert changed.batch.train_batch_size == 16
 
 
+def test_a_model_and_data_that_are_typed_win_over_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").touch()
+    job = ask(model="smollm2-135m", plan=plan_file(tmp_path), dataset="rows.jsonl")
+    assert (job.shape.name, job.recipe.model) == ("smollm2-135m", "smollm2-135m")
+    assert job.recipe.dataset == str(tmp_path / "rows.jsonl")
+    assert ask(model=None, plan=plan_file(tmp_path)).recipe.model == "mistral-7b"
+
+
 def test_a_number_of_ranks_that_is_typed_wins_over_a_plan(tmp_path: Path) -> None:
     batch = ask(model=None, plan=plan_file(tmp_path), set_=["world_size=4"]).choice_or_refuse().batch
     assert (batch.world_size, batch.train_batch_size) == (4, 16)

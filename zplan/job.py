@@ -257,7 +257,8 @@ def resolve_recipe(flags: Flags, cluster: Cluster, base: Recipe | None = None) -
                 fix=f"--{name} {get_args(allowed)[0]}",
             )  # fmt: skip
     if base is not None:
-        return replace(base, **given)
+        model = absolute_if_path(flags.model) if flags.model is not None else base.model
+        return replace(base, **_absolute_dataset(given), model=model)
     given.setdefault("dtype", default_dtype(cluster))
     given.setdefault("train_batch_size", ceil(_DEFAULT_SEQUENCES / cluster.world_size) * cluster.world_size)
     if "lora_r" in given:
