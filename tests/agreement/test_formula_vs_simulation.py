@@ -16,7 +16,7 @@ from benchmarks.formula_vs_simulation import Case, compare
 from benchmarks.measured import Measured
 from zplan.errors import ZplanError
 from zplan.simulate.client import WorkerClient
-from zplan.zero_config import ZeroConfig
+from zplan.zero_config import OffloadOptimizer, ZeroConfig
 
 ONE = dict(layers=2, world_size=4, micro_batch=1, accumulation=1, max_length=1024, loss="nll")
 CASES = {
@@ -39,6 +39,11 @@ CASES = {
     "Falcon's weights, of which the graph keeps a view": Case(
         model="falcon-7b", zero=ZeroConfig(stage=3, stage3_max_reuse_distance=0),
         method="full", checkpointing=False, attention="sdpa", **ONE),
+    "an embedding that is gathered while its own gradient is reduced": Case(
+        model="gemma-3-1b", zero=ZeroConfig(
+            stage=3, reduce_bucket_size=200_000_000, stage3_prefetch_bucket_size=0, stage3_max_reuse_distance=0,
+            offload_optimizer=OffloadOptimizer(device="cpu")),
+        method="full", checkpointing=True, attention="sdpa", **{**ONE, "world_size": 2, "max_length": 512}),
 }
 with WorkerClient() as client:
     measured = Measured(None, client.ask, errors=(ZplanError,))

@@ -12,11 +12,12 @@ from zplan.memory.course import course
 from zplan.memory.gather import Gathering
 from zplan.memory.instances import Instances
 from zplan.memory.meter import Kind, Meter
+from zplan.memory.script import Op
 from zplan.memory.stage3 import Stage3Engine, shard
 from zplan.memory.timeline import Recording, record, viewed_numbers
 from zplan.memory.trainable import layout
 from zplan.recipe import Recipe
-from zplan.zero_config import Choice, ZeroConfig
+from zplan.zero_config import Choice, OffloadOptimizer, ZeroConfig
 
 SMALL = ZeroConfig(stage=3, stage3_param_persistence_threshold=4)
 TWO = Instances(
@@ -88,6 +89,22 @@ def test_frozen_parameters_that_persist_stay_with_a_reentrant_recomputation() ->
     assert once.never_released == frozenset()
     # each of 30 layers: two norms, four projections of its attention, three of its MLP
     assert len(again.never_released) == 30 * (2 + 4 + 3)
+
+
+def test_an_offloaded_embedding_is_still_gathered_while_its_gradient_is_reduced() -> None:
+    """It is larger than the bucket, so its gradient is reduced when backward is over."""
+    recipe = Recipe(model="smollm2-135m", train_batch_size=8, max_length=16)
+    zero = ZeroConfig(
+        stage=3, reduce_bucket_size=5_000_000, overlap_comm=False, stage3_prefetch_bucket_size=0,
+        stage3_max_reuse_distance=0, offload_optimizer=OffloadOptimizer(device="cpu"),
+    )  # fmt: skip
+    choice = Choice(zero=zero, batch=replace(BATCH, gradient_accumulation_steps=1, world_size=8))
+    recording = record(SMOLLM, recipe, layout(SMOLLM, recipe), micro_batch=1, on_cpu=False, partitioned=True)
+    walked = course(recording, checkpointing=True, fetches=True)
+    gathered = Gathering(walked.script, recording.items, recipe.weight_bytes).bytes_of(choice).moments
+    last = next(number for number, (op, _) in enumerate(walked.script.calls) if op == Op.END_BACKWARD)
+    assert gathered[2 * last] >= 2 * 49152 * 576
+    assert gathered[2 * last + 2] == 0
 
 
 def falcon(method: str) -> Recording:
