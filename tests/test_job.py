@@ -52,6 +52,13 @@ def refused(**flags: Any) -> ConfigError:
         ({"offload_param": "gpu", "stage": 0}, "--offload-param is 'gpu'", "--offload-param cpu"),
         ({"offload_param": "nvme", "stage": 3}, "no NVMe drive", "--nvme 2TiB"),
         ({"offload_optimizer": "nvme", "nvme": "0"}, "no NVMe drive", "--nvme 2TiB"),
+        ({"set_": ["offload_optimizer.device=nvme"]}, "no NVMe drive", "--nvme 2TiB"),
+        (
+            {"stage": 2, "set_": ["gradient_checkpointing=maybe"]},
+            "not true or false",
+            "--set gradient_checkpointing=true",
+        ),
+        ({"plan": "plan.json", "ds_config": "ds.json"}, "--plan and --ds-config", "leave one out"),
         ({"learning_rate": float("nan")}, "learning_rate is nan", "--learning-rate 2e-5"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0", "--learning-rate 2e-5"),
         ({"lora_dropout": 7.0}, "lora_dropout is 7.0", "--lora-dropout 0.05"),
@@ -119,6 +126,12 @@ def test_a_batch_flag_that_contradicts_the_file_is_a_mismatch(tmp_path: Path) ->
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"train_batch_size": 16, "gradient_accumulation_steps": 2}))
     assert "train_batch_size is 16, but" in str(refused(ds_config=str(file), micro_batch=4))
+
+
+def test_one_and_zero_are_true_and_false_for_recomputation_too() -> None:
+    for text, on in (("1", True), ("0", False), ("True", True)):
+        asked = ask(stage=2, set_=[f"gradient_checkpointing={text}"])
+        assert asked.choice_or_refuse().gradient_checkpointing is on
 
 
 def test_a_key_that_a_file_has_twice_is_named(tmp_path: Path) -> None:

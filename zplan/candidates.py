@@ -12,7 +12,7 @@ from zplan.memory.estimate import BucketRule, cannot_fit, estimate_memory
 from zplan.memory.terms import MemoryEstimate
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
-from zplan.settings import apply_settings, hf_auto_zero, split_setting
+from zplan.settings import apply_settings, hf_auto_zero, read_bool, split_setting
 from zplan.speed.estimate import estimate_speed
 from zplan.speed.types import SpeedEstimate
 from zplan.units import parse_size
@@ -104,7 +104,7 @@ def lift_settings(fixed: Fixed) -> Fixed:
         elif key == "train_micro_batch_size_per_gpu":
             fixed = replace(fixed, micro_batch=parse_size(value, name=key))
         elif key == "gradient_checkpointing":
-            fixed = replace(fixed, gradient_checkpointing=value.lower() == "true")
+            fixed = replace(fixed, gradient_checkpointing=read_bool(key, value))
         elif key == "offload_optimizer.device":
             fixed = replace(fixed, offload_optimizer=value)
         elif key == "offload_param.device":

@@ -83,6 +83,10 @@ def make_job(
     Raises:
         ConfigError: an unknown name, a value out of range, no model.
     """
+    if flags.plan is not None and flags.ds_config is not None:
+        raise ConfigError(
+            "--plan and --ds-config are both given", because="each decides the choice", fix="leave one out"
+        )
     if flags.plan is not None:
         return _planned_job(flags, probe_shape, probe_cluster)
     if flags.model is None:

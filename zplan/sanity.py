@@ -19,6 +19,7 @@ BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucke
 def refuse_nvme_without_drive(cluster: Cluster, fixed: Fixed, choice: Choice | None) -> None:
     """Raises ConfigError when something is to go to an NVMe drive that the cluster does not have."""
     asked = [getattr(fixed, name) for name in ("offload_optimizer", "offload_param")]
+    asked += [value for key, value in map(split_setting, fixed.settings) if key.endswith(".device")]
     if choice is not None and choice.zero.stage == 3:
         asked += [choice.zero.offload_optimizer.device, choice.zero.offload_param.device]
     if "nvme" in asked and not cluster.host.nvme_free_bytes:

@@ -128,6 +128,11 @@ def _read(key: str, text: str) -> Any:
         return text if text in names else _refuse(key, text, ", ".join(names), "cpu")
     if key.endswith("nvme_path"):
         return text
+    return read_bool(key, text)
+
+
+def read_bool(key: str, text: str) -> bool:
+    """true or false, 1 or 0. Raises ConfigError for anything else."""
     if text.lower() not in _TRUE_FALSE:
         _refuse(key, text, "true or false", "true")
     return _TRUE_FALSE[text.lower()]
