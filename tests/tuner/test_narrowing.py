@@ -35,6 +35,11 @@ def test_a_setting_narrows_or_bounds() -> None:
     }
 
 
+def test_a_switch_that_is_typed_as_a_number_is_a_switch() -> None:
+    ranges = narrow(Fixed(settings=("overlap_comm=0", "gradient_checkpointing=1"))).ranges
+    assert [type(value) for knob in ranges.values() if isinstance(knob, Options) for value in knob.values] == [bool] * 2
+
+
 def test_only_single_values_reach_the_ranking() -> None:
     settings = ("overlap_comm=true", "stage=2,3", "reduce_bucket_size=1e6..1e8")
     assert narrow(Fixed(settings=settings)).fixed.settings == ("overlap_comm=true",)
@@ -45,7 +50,15 @@ def test_a_key_that_is_no_knob_is_kept_in_every_choice() -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", ["overlap_comm", "no_such_key=1", "zero_hpz_partition_size=1,2", "sub_group_size=9..3", "stage=x"]
+    "setting",
+    [
+        "overlap_comm",
+        "no_such_key=1",
+        "zero_hpz_partition_size=1,2",
+        "sub_group_size=9..3",
+        "stage=x",
+        "overlap_comm=2",
+    ],
 )
 def test_a_setting_without_a_meaning_is_refused(setting: str) -> None:
     with pytest.raises(ConfigError):

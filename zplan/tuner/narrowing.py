@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from zplan.candidates import is_choice_setting
 from zplan.errors import ConfigError
 from zplan.planner import Fixed
-from zplan.settings import apply_settings, gives_one_value, split_setting
+from zplan.settings import apply_settings, gives_one_value, read_bool, setting_value, split_setting
 from zplan.tuner.ranges import Elements, Options, Range, Share, Value
 from zplan.tuner.space import KNOB_NAMES
 from zplan.units import parse_size
@@ -79,14 +80,11 @@ def _range(key: str, text: str) -> Range:
 
 
 def _value(key: str, text: str) -> Value:
-    lowered = text.lower()
-    if lowered in ("true", "false"):
-        return lowered == "true"
-    if lowered in ("none", "cpu", "nvme"):
-        return lowered
-    if key.endswith("ratio"):
-        try:
-            return float(text)
-        except ValueError as error:
-            raise ConfigError(f"{key} is {text!r}, not a share between 0 and 1", fix=f"--set {key}=0.5") from error
-    return parse_size(text, name=key)
+    """In the type of the knob's own values: what a study stores is read back strictly."""
+    setting = f"{key}={text}"
+    if key == "gradient_checkpointing":
+        return read_bool(key, text)
+    if is_choice_setting(setting):
+        return parse_size(text, name=key)
+    value: Value = setting_value(setting)[1]
+    return value
