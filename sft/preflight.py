@@ -17,6 +17,7 @@ from sft.schema import SchemaError, parse_row
 from zplan import files
 from zplan.errors import ConfigError, DoesNotFitError, ExitCode
 from zplan.plan import Plan, Rung
+from zplan.probe import Nvml, visible_devices
 from zplan.units import format_bytes
 
 _ESTIMATE_SECONDS = 120
@@ -48,6 +49,25 @@ def check_fit(plan: Plan) -> tuple[bool, str]:
         last = said.splitlines()[-1] if said else "no message"
         return True, f"warning: zplan estimate could not check this plan (exit {done.returncode}): {last}"
     return True, ""
+
+
+def check_devices(plan: Plan, nvml: Nvml, *, visible: str | None) -> None:
+    """A GPU for every rank that is started here. Where no driver answers, CUDA itself has to say so.
+
+    Args:
+        visible: CUDA_VISIBLE_DEVICES.
+
+    Raises:
+        DoesNotFitError: the plan has more ranks than this machine has GPUs; --force cannot help.
+    """
+    ranks, devices = plan.choice.batch.world_size, visible_devices(nvml.devices(), visible)
+    if plan.cluster.gpu.kind != "cuda" or not devices or ranks <= len(devices):
+        return
+    raise DoesNotFitError(
+        f"the plan starts {ranks} ranks, and this machine has {len(devices)} GPU{'s' * (len(devices) > 1)} for them",
+        because="every rank needs a GPU of its own" + (f" (CUDA_VISIBLE_DEVICES is {visible})" if visible else ""),
+        fix=f"a plan for this machine: zplan tune --model {plan.model_path} --dataset {plan.recipe.dataset or 'DATA'}",
+    )
 
 
 def check_merge(plan: Plan) -> None:

@@ -26,6 +26,7 @@ from sft.software import check_reporter, check_software
 from zplan import files
 from zplan.errors import ConfigError, ExitCode, ZplanError
 from zplan.plan import Plan
+from zplan.probe import DriverNvml
 from zplan.recipe import Recipe
 
 
@@ -246,6 +247,7 @@ def train_here(options: argparse.Namespace) -> int:
             fix=f"on every node: torchrun {ranks} --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m sft.train --plan "
             f"{options.plan}",
         )
+    preflight.check_devices(session.plan, DriverNvml(), visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
     output_dir = Path(session.output_dir)
     ended = launch(
         ["--session", str(output_dir / SESSION_FILE)],
