@@ -107,6 +107,18 @@ def test_an_offloaded_embedding_is_still_gathered_while_its_gradient_is_reduced(
     assert gathered[2 * last + 2] == 0
 
 
+@pytest.mark.parametrize(("ranks", "copied"), [(1, 0), (2, 2 * (100 + 4))])
+def test_without_reduce_scatter_the_reduced_bucket_is_multiplied_into_a_copy(ranks: int, copied: int) -> None:
+    zero = replace(SMALL, reduce_scatter=False)
+    meter = Meter()
+    engine = Stage3Engine(meter, TWO, shard(TWO, zero, ranks), zero, num_ranks=ranks, itemsize=2, schedule=())
+    engine.gradient(1)
+    engine.gradient(0)
+    meter.mark()
+    engine.end_backward()
+    assert meter.peak_bytes == copied
+
+
 def falcon(method: str) -> Recording:
     shape = shape_of("falcon-7b")
     recipe = Recipe(model="falcon-7b", method=method, train_batch_size=1, max_length=64)  # type: ignore[arg-type]

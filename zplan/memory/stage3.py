@@ -285,13 +285,15 @@ class Stage3Engine:
         self.bucket, self.bucket_numel = [], 0
 
     def _reduction_bytes(self) -> int:
-        """The padded copy of the bucket that reduce_scatter_coalesced builds.
+        """The padded copy of the bucket that reduce_scatter_coalesced builds; without reduce_scatter the reduced bucket
+        times gradient_predivide_factor, a copy unless that is the number of ranks (it is 1).
 
-        Source: deepspeed 0.19.8, runtime/comm/coalesced_collectives.py (reduce_scatter_coalesced).
+        Source: deepspeed 0.19.8, runtime/comm/coalesced_collectives.py (reduce_scatter_coalesced), stage3.py:1883
+        (__avg_scatter_contiguous_grads).
         """
         scatters = self.zero.reduce_scatter or not self.zero.contiguous_gradients
         if not scatters and self.bucket_numel <= self.zero.reduce_bucket_size:
-            return 0
+            return self.itemsize * self.bucket_numel if self.num_ranks > 1 else 0
         if len(self.bucket) == 1 and self.items.numel[self.bucket[0]] % self.num_ranks == 0:
             return 0
         return sum(self.itemsize * self.shards.partition[p] * self.num_ranks for p in self.bucket)
