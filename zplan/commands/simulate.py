@@ -20,7 +20,7 @@ from zplan.planner import Candidate, evaluate
 from zplan.report.simulation import render_simulation
 from zplan.report.terminal import question_lines, render_detail
 from zplan.simulate.report import SimulationError, SimulationReport
-from zplan.trial import Outcome, TrialResult, TrialSpec
+from zplan.trial import Evidence, Outcome, TrialResult, TrialSpec
 from zplan.units import format_bytes
 
 _OF_RESIDENT = ("available memory", "cgroup")
@@ -77,19 +77,24 @@ def _nvme_note(nvme: NvmeEstimate) -> str:
     return f"NVMe is short by {format_bytes(nvme.short_bytes)}, by formula" if nvme.verdict == "does_not_fit" else ""
 
 
+def _estimate(job: Job, candidate: Candidate, evidence: Evidence) -> dict[str, Any]:
+    """What `estimate --json` answers, under the label of what answers here."""
+    return estimate_data(
+        candidate,
+        shape=job.shape,
+        recipe=job.recipe,
+        cluster=job.cluster,
+        origins=job.origins,
+        warnings=job.warnings,
+        evidence=evidence,
+    )
+
+
 def _by_formula(job: Job, candidate: Candidate, error: SimulationError, *, quiet: bool) -> Answer:
     """The formula's answer, labelled so, with the module and the operation that the simulation stopped at."""
 
     def data() -> dict[str, Any]:
-        answer = estimate_data(
-            candidate,
-            shape=job.shape,
-            recipe=job.recipe,
-            cluster=job.cluster,
-            origins=job.origins,
-            warnings=job.warnings,
-            evidence="formula",
-        )
+        answer = _estimate(job, candidate, "formula")
         stopped = {"what": error.what, "module": error.module or None, "operation": error.operation or None}
         return {**answer, "simulation": None, "simulation_error": stopped}
 
@@ -111,15 +116,7 @@ def _data(
     job: Job, candidate: Candidate, report: SimulationReport, result: TrialResult, limits: tuple[HostLimit, ...]
 ) -> dict[str, Any]:
     """The estimate's fields with simulated bytes where the engine ran, and the whole report under `simulation`."""
-    data = estimate_data(
-        candidate,
-        shape=job.shape,
-        recipe=job.recipe,
-        cluster=job.cluster,
-        origins=job.origins,
-        warnings=job.warnings,
-        evidence="simulated",
-    )
+    data = _estimate(job, candidate, "simulated")
     for name in ("allocated_bytes", "reserved_bytes", "used_bytes"):
         data["gpu"][name] = dict.fromkeys(("low", "expected", "high"), getattr(report, f"gpu_{name}"))
     data["gpu"]["phases"] = {**data["gpu"]["phases"], **report.allocated_phases}
