@@ -123,11 +123,6 @@ def sft_config(
     """TRL's arguments. The DeepSpeed configuration goes in as it is."""
     if kind == "cpu" and recipe.dtype == "fp16":
         raise ConfigError("dtype is fp16 on CPU ranks", because="DeepSpeed refuses it there", fix="--dtype fp32")
-    saving = (
-        {"save_strategy": "no"}
-        if run.save_steps is None
-        else {"save_strategy": "steps", "save_steps": run.save_steps, "save_total_limit": KEPT_CHECKPOINTS}
-    )
     return SFTConfig(
         output_dir=str(run.output_dir),
         max_steps=run.max_steps,
@@ -156,9 +151,15 @@ def sft_config(
         logging_nan_inf_filter=False,
         disable_tqdm=True,
         seed=run.seed,
-        **saving,
+        **_saving(run),
         **{"report_to": "none", **run.extra},
     )
+
+
+def _saving(run: Run) -> dict[str, Any]:
+    if run.save_steps is None:
+        return {"save_strategy": "no"}
+    return {"save_strategy": "steps", "save_steps": run.save_steps, "save_total_limit": KEPT_CHECKPOINTS}
 
 
 def _checkpointing_kwargs(recipe: Recipe, choice: Choice) -> dict[str, bool] | None:

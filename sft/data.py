@@ -91,17 +91,7 @@ def load_data(source: str, tokenizer: Any, options: DataOptions) -> Data:
     """
     if not 0 <= options.eval_fraction < 1:
         raise ConfigError(f"eval_fraction is {options.eval_fraction}, not in [0, 1)", fix="--eval-fraction 0.05")
-    renderer = Renderer(tokenizer, response_template=options.response_template)
-    places: list[str] = []
-    parsed: list[tuple[Conversation | PlainText, Rendered]] = []
-    bad: list[BadRow] = []
-    for row in read_rows(source):
-        result = _parse(row, renderer, options)
-        if isinstance(result, BadRow):
-            bad.append(result)
-        else:
-            places.append(row.where)
-            parsed.append(result)
+    places, parsed, bad = _parse_all(source, Renderer(tokenizer, response_template=options.response_template), options)
     _refuse(source, bad, num_good=len(parsed), policy=options.bad_rows)
     examples = tokenise(parsed, tokenizer, options)
     num_truncated = sum(len(item.input_ids) > options.max_length for item in examples)
@@ -130,6 +120,23 @@ def load_data(source: str, tokenizer: Any, options: DataOptions) -> Data:
         bad_rows=tuple(bad),
         without_labels=lost,
     )
+
+
+def _parse_all(
+    source: str, renderer: Renderer, options: DataOptions
+) -> tuple[list[str], list[tuple[Conversation | PlainText, Rendered]], list[BadRow]]:
+    """Where the good rows are, these rows, and the bad ones."""
+    places: list[str] = []
+    parsed: list[tuple[Conversation | PlainText, Rendered]] = []
+    bad: list[BadRow] = []
+    for row in read_rows(source):
+        result = _parse(row, renderer, options)
+        if isinstance(result, BadRow):
+            bad.append(result)
+        else:
+            places.append(row.where)
+            parsed.append(result)
+    return places, parsed, bad
 
 
 def _parse(

@@ -145,17 +145,12 @@ def training_report(
     """`training_report.json`: what was trained, how it went, and the measured figures beside the predicted ones."""
     plan = session.plan
     history = [{"step": entry["step"], "loss": entry["loss"]} for entry in log_history if "loss" in entry]
-    held_out = [{"step": entry["step"], "loss": entry["eval_loss"]} for entry in log_history if "eval_loss" in entry]
     return {
         "schema": "zplan.training_report/1",
         "outcome": outcome,
         "steps": history[-1]["step"] if history else 0,
         "loss_history": history,
-        "held_out_loss": {
-            "before": held_out[0]["loss"] if held_out and held_out[0]["step"] == 0 else None,
-            "after": held_out[-1]["loss"] if held_out and held_out[-1]["step"] > 0 else None,
-            "examples": len(data.held_out),
-        },
+        "held_out_loss": _held_out(log_history, data),
         "tokens_per_second": tokens_per_second,
         "step_seconds": step_seconds,
         "gpu": {
@@ -168,18 +163,31 @@ def training_report(
             "trial": _predicted(plan.measured, "host"),
             "measured": {"resident_bytes": host_resident_bytes, "pinned_bytes": host_pinned_bytes},
         },
-        "data": {
-            "source": plan.recipe.dataset,
-            "streaming": session.streaming,
-            "lengths": asdict(data.lengths),
-            "truncated": data.num_truncated,
-            "bad_rows": [str(row) for row in data.bad_rows],
-            "without_labels": list(data.without_labels),
-        },
+        "data": _what_was_read(session, data),
         "model": plan.model_path,
         "recipe": files.to_data(plan.recipe),
         "resumed_from": session.resume,
         "versions": {name: version(name) for name in _VERSIONED} | {"python": platform.python_version()},
+    }
+
+
+def _held_out(log_history: list[dict[str, Any]], data: Data) -> dict[str, Any]:
+    losses = [(entry["step"], entry["eval_loss"]) for entry in log_history if "eval_loss" in entry]
+    return {
+        "before": losses[0][1] if losses and losses[0][0] == 0 else None,
+        "after": losses[-1][1] if losses and losses[-1][0] > 0 else None,
+        "examples": len(data.held_out),
+    }
+
+
+def _what_was_read(session: Session, data: Data) -> dict[str, Any]:
+    return {
+        "source": session.plan.recipe.dataset,
+        "streaming": session.streaming,
+        "lengths": asdict(data.lengths),
+        "truncated": data.num_truncated,
+        "bad_rows": [str(row) for row in data.bad_rows],
+        "without_labels": list(data.without_labels),
     }
 
 

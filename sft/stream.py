@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -57,17 +58,9 @@ def open_stream(source: str, tokenizer: Any, options: DataOptions, *, shuffled: 
             fix="a larger --eval-fraction, or no --streaming",
         )
 
-    def rows() -> Iterator[dict[str, list[int]]]:
-        while True:
-            num_given = 0
-            for example, _ in _examples(source, tokenizer, options, None):
-                if not is_held_out(example, options):
-                    num_given += 1
-                    yield {"input_ids": example.input_ids, "labels": example.labels}
-            if not num_given:
-                raise ConfigError(f"{source} has no example to train on", fix="a smaller --eval-fraction")
-
-    stream = IterableDataset.from_generator(rows, features=to_dataset(sample[:1]).features)
+    stream = IterableDataset.from_generator(
+        partial(_without_end, source, tokenizer, options), features=to_dataset(sample[:1]).features
+    )
     return Data(
         train=(),
         held_out=held_out,
@@ -76,6 +69,18 @@ def open_stream(source: str, tokenizer: Any, options: DataOptions, *, shuffled: 
         bad_rows=tuple(bad),
         stream=stream.shuffle(seed=options.seed, buffer_size=SHUFFLE_BUFFER) if shuffled else stream,
     )
+
+
+def _without_end(source: str, tokenizer: Any, options: DataOptions) -> Iterator[dict[str, list[int]]]:
+    """Rows to train on, again and again. Raises ConfigError if there is none."""
+    while True:
+        num_given = 0
+        for example, _ in _examples(source, tokenizer, options, None):
+            if not is_held_out(example, options):
+                num_given += 1
+                yield {"input_ids": example.input_ids, "labels": example.labels}
+        if not num_given:
+            raise ConfigError(f"{source} has no example to train on", fix="a smaller --eval-fraction")
 
 
 def _examples(

@@ -35,21 +35,9 @@ def parser() -> argparse.ArgumentParser:
     line = argparse.ArgumentParser(prog="python -m sft.train", description="Train what a plan describes.")
     line.add_argument("--plan", type=Path, help="profiles/*.json, as zplan tune wrote it")
     line.add_argument("--session", type=Path, help=argparse.SUPPRESS)
-    line.add_argument("--dataset", help="file, folder or Hub id, instead of the plan's")
     line.add_argument("--output-dir", type=Path, help="default: runs/<name of the plan>")
     line.add_argument("--max-steps", type=int, help="optimizer steps; wins over --epochs")
     line.add_argument("--epochs", type=float, default=1.0)
-    line.add_argument("--learning-rate", type=float, help="instead of the plan's")
-    line.add_argument(
-        "--neftune-noise-alpha", type=float, metavar="ALPHA", help="noise on the embeddings while training, e.g. 5"
-    )
-    line.add_argument(
-        "--use-rslora", action="store_true", help="scale adapters by alpha / sqrt(r); needs no more memory"
-    )
-    line.add_argument(
-        "--use-dora", action="store_true", help="train magnitudes beside the adapters; the estimate does not model it"
-    )
-    line.add_argument("--seed", type=int, help="instead of the plan's")
     line.add_argument("--save-steps", type=int, help="steps between checkpoints; default: four over the run")
     line.add_argument("--resume", nargs="?", const="newest", metavar="CHECKPOINT", help="default: the newest whole one")
     line.add_argument("--force", action="store_true", help="train although the estimate says that it does not fit")
@@ -57,39 +45,9 @@ def parser() -> argparse.ArgumentParser:
         "--fallback", action="store_true", help="take a smaller configuration of the plan if it does not fit"
     )
     line.add_argument(
-        "--eval-fraction", type=float, default=0.0, help="held out; its loss is reported before and after"
-    )
-    line.add_argument(
-        "--early-stopping-patience",
-        type=int,
-        metavar="N",
-        help="evaluate at every checkpoint, stop after N without a lower held-out loss, keep the best; "
-        "needs --eval-fraction",
-    )
-    line.add_argument("--sample-prompt", help="a question whose answer is reported before and after")
-    line.add_argument(
         "--merge",
         action="store_true",
         help="also write the adapter merged into the base weights, into OUTPUT_DIR/merged",
-    )
-    line.add_argument(
-        "--streaming", action="store_true", help="read the data while training, never all of them; needs --max-steps"
-    )
-    line.add_argument("--bad-rows", choices=("refuse", "skip"), default="refuse")
-    line.add_argument("--loss-on", choices=("answers", "everything"), default="answers")
-    line.add_argument("--prompt-key", help="column of the question, if it is not called prompt")
-    line.add_argument("--response-key", help="column of the answer, if it is not called response")
-    line.add_argument(
-        "--response-template",
-        type=lambda typed: typed.replace("\\n", "\n").replace("\\t", "\t"),
-        help=r"heading before answers, e.g. '\n\n### Response:\n'",
-    )
-    line.add_argument(
-        "--data-order",
-        choices=("longest-first", "shuffled"),
-        default="longest-first",
-        help="longest-first (default): shuffled, but the longest examples come first, so that too little memory shows "
-        "in step 1",
     )
     line.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that the model folder holds; default: never"
@@ -98,7 +56,61 @@ def parser() -> argparse.ArgumentParser:
         "--report-to", default="none", help="none, tensorboard, wandb, mlflow, as transformers offers them"
     )
     line.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    _add_recipe(line.add_argument_group("instead of the plan's recipe"))
+    _add_data(line.add_argument_group("data"))
+    _add_evaluation(line.add_argument_group("evaluation"))
     return line
+
+
+def _add_recipe(group: Any) -> None:
+    group.add_argument("--learning-rate", type=float, help="instead of the plan's")
+    group.add_argument("--seed", type=int, help="instead of the plan's")
+    group.add_argument(
+        "--neftune-noise-alpha", type=float, metavar="ALPHA", help="noise on the embeddings while training, e.g. 5"
+    )
+    group.add_argument(
+        "--use-rslora", action="store_true", help="scale adapters by alpha / sqrt(r); needs no more memory"
+    )
+    group.add_argument(
+        "--use-dora", action="store_true", help="train magnitudes beside the adapters; the estimate does not model it"
+    )
+
+
+def _add_data(group: Any) -> None:
+    group.add_argument("--dataset", help="file, folder or Hub id, instead of the plan's")
+    group.add_argument(
+        "--streaming", action="store_true", help="read the data while training, never all of them; needs --max-steps"
+    )
+    group.add_argument("--bad-rows", choices=("refuse", "skip"), default="refuse")
+    group.add_argument("--loss-on", choices=("answers", "everything"), default="answers")
+    group.add_argument("--prompt-key", help="column of the question, if it is not called prompt")
+    group.add_argument("--response-key", help="column of the answer, if it is not called response")
+    group.add_argument(
+        "--response-template",
+        type=lambda typed: typed.replace("\\n", "\n").replace("\\t", "\t"),
+        help=r"heading before answers, e.g. '\n\n### Response:\n'",
+    )
+    group.add_argument(
+        "--data-order",
+        choices=("longest-first", "shuffled"),
+        default="longest-first",
+        help="longest-first (default): shuffled, but the longest examples come first, so that too little memory shows "
+        "in step 1",
+    )
+
+
+def _add_evaluation(group: Any) -> None:
+    group.add_argument(
+        "--eval-fraction", type=float, default=0.0, help="held out; its loss is reported before and after"
+    )
+    group.add_argument(
+        "--early-stopping-patience",
+        type=int,
+        metavar="N",
+        help="evaluate at every checkpoint, stop after N without a lower held-out loss, keep the best; "
+        "needs --eval-fraction",
+    )
+    group.add_argument("--sample-prompt", help="a question whose answer is reported before and after")
 
 
 def asked_plan(options: argparse.Namespace) -> Plan:

@@ -196,3 +196,15 @@ def test_a_knob_is_narrowed_and_bounded_on_the_command_line(tmp_path: Path) -> N
     assert all(choice["batch"]["world_size"] in (1, 2) for choice in choices)
     assert all(choice["zero"]["stage"] in (2, 3) for choice in choices)
     assert all(1_000_000 <= choice["zero"]["reduce_bucket_size"] <= 2_000_000 for choice in choices)
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_a_full_disk_behind_stdout_is_the_machines_error(more: tuple[str, ...]) -> None:
+    arguments = ("estimate", "--model", "gpt2", "--gpu", "h100-80gb", *more)
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "zplan.cli", *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 4
+    assert done.stderr.startswith("zplan: the answer cannot be written to stdout: No space left on device\n")
+    assert "Traceback" not in done.stderr

@@ -4,17 +4,18 @@ only for what it uses, and `zplan estimate` starts as fast as Python does."""
 from __future__ import annotations
 
 import sys
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from rich.console import Console
 
-from zplan.errors import ConfigError, ExitCode, ZplanError
+from zplan.errors import ConfigError, ExitCode, MachineError, ZplanError
 from zplan.options import Flags, SectionedCommand, output_flags, shared_flags
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from rich.console import RenderableType
 
@@ -54,7 +55,35 @@ def _job(flags: Flags) -> Job:
 
 
 def _show(renderable: RenderableType | str) -> None:
-    _screen.print(renderable)
+    with _stdout():
+        _screen.print(renderable)
+
+
+@contextmanager
+def _stdout() -> Iterator[None]:
+    """What is written goes out here, so that a full disk behind `> FILE` is the machine's error and not our bug.
+
+    Raises:
+        MachineError: it cannot be written; a reader that has gone (`| head`) is `main`'s affair.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _close_stdout()
+        raise MachineError(
+            f"the answer cannot be written to stdout: {error.strerror or error}",
+            because="that is where the shell sends it",
+            fix="free space, or send it elsewhere",
+        ) from error
+
+
+def _close_stdout() -> None:
+    """Else the interpreter tries once more at its end, and complains."""
+    with suppress(OSError):
+        sys.stdout.close()
 
 
 def _finish(flags: Flags, data: Callable[[], Mapping[str, Any]], *, text: RenderableType, code: ExitCode) -> NoReturn:
@@ -62,7 +91,8 @@ def _finish(flags: Flags, data: Callable[[], Mapping[str, Any]], *, text: Render
     if flags.json:
         import json
 
-        sys.stdout.write(json.dumps(data(), indent=2, allow_nan=False) + "\n")
+        with _stdout():
+            sys.stdout.write(json.dumps(data(), indent=2, allow_nan=False) + "\n")
     else:
         _show(text)
     if flags.out:

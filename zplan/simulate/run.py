@@ -149,6 +149,20 @@ def bytes_beside_tensors(request: SimulationRequest) -> int:
     return extra.context.expected + extra.nccl.expected
 
 
+def find_oom(request: SimulationRequest, tracker: Tracker, reserved_bytes: int) -> str:
+    """PyTorch's words if the card is smaller than `reserved_bytes` and what lies beside them; else nothing."""
+    gpu, other = request.cluster.gpu, bytes_beside_tensors(request)
+    if gpu.kind != "cuda" or reserved_bytes + other <= gpu.free_bytes:
+        return ""
+    card = CachingAllocator(
+        capacity_bytes=max(0, gpu.free_bytes - other),
+        total_bytes=gpu.total_bytes,
+        other_bytes=other,
+        options=parse_options(request.alloc_conf),
+    )
+    return analysis.replay(tracker, card)[1]
+
+
 def make_report(
     request: SimulationRequest, tracker: Tracker, recorder: CollectiveRecorder, *, wall_seconds: float
 ) -> SimulationReport:
@@ -156,24 +170,13 @@ def make_report(
     gc.collect()
     peaks = analysis.find_peaks(tracker)
     alive = analysis.alive_at(tracker, peaks.gpu_index)
-    options = parse_options(request.alloc_conf)
-    unlimited = CachingAllocator(options=options)
+    unlimited = CachingAllocator(options=parse_options(request.alloc_conf))
     reserved, _ = analysis.replay(tracker, unlimited)
-    gpu, oom = request.cluster.gpu, ""
-    other = bytes_beside_tensors(request)
-    if gpu.kind == "cuda" and unlimited.peak_reserved_bytes + other > gpu.free_bytes:
-        card = CachingAllocator(
-            capacity_bytes=max(0, gpu.free_bytes - other),
-            total_bytes=gpu.total_bytes,
-            other_bytes=other,
-            options=options,
-        )
-        _, oom = analysis.replay(tracker, card)
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return SimulationReport(
         gpu_allocated_bytes=peaks.gpu_bytes,
         gpu_reserved_bytes=unlimited.peak_reserved_bytes,
-        gpu_used_bytes=unlimited.peak_reserved_bytes + other,
+        gpu_used_bytes=unlimited.peak_reserved_bytes + bytes_beside_tensors(request),
         allocated_phases=peaks.phases["gpu"],
         reserved_phases=reserved,
         host_phases=peaks.phases["host"],
@@ -191,7 +194,7 @@ def make_report(
         nvme_written_bytes=NVME_TRAFFIC.written_bytes,
         flops=tracker.flops.get(request.steps - 1, 0),
         samples=peaks.samples,
-        oom_message=oom,
+        oom_message=find_oom(request, tracker, unlimited.peak_reserved_bytes),
         wall_seconds=wall_seconds,
         cpu_seconds=usage.ru_utime + usage.ru_stime,
         worker_rss_bytes=usage.ru_maxrss * 1024,
