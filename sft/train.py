@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,11 +138,21 @@ def asked_plan(options: argparse.Namespace) -> Plan:
             f"the plan's model folder {plan.model_path} does not exist",
             fix="download the model there, or make a new plan",
         )
-    deepspeed = dict(plan.deepspeed)
-    if options.learning_rate is not None and "optimizer" in deepspeed:
-        params = {**deepspeed["optimizer"]["params"], "lr": recipe.learning_rate}
-        deepspeed["optimizer"] = {**deepspeed["optimizer"], "params": params}
-    return replace(plan, recipe=recipe, deepspeed=deepspeed)
+    plan = replace(plan, recipe=recipe)
+    return plan if options.learning_rate is None else with_learning_rate(plan, options.learning_rate)
+
+
+def with_learning_rate(plan: Plan, learning_rate: float) -> Plan:
+    """The plan and its ladder; where DeepSpeed makes the optimizer itself (Muon), its section has the rate too."""
+
+    def changed(deepspeed: Mapping[str, Any]) -> dict[str, Any]:
+        if "optimizer" not in deepspeed:
+            return dict(deepspeed)
+        optimizer = deepspeed["optimizer"]
+        return {**deepspeed, "optimizer": {**optimizer, "params": {**optimizer["params"], "lr": learning_rate}}}
+
+    ladder = tuple(replace(rung, deepspeed=changed(rung.deepspeed)) for rung in plan.ladder)
+    return replace(plan, deepspeed=changed(plan.deepspeed), ladder=ladder)
 
 
 def make_session(options: argparse.Namespace) -> Session:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ from rich.console import Console
 from sft import build
 from sft import train as command_line
 from sft.agreement import check_agreement
+from sft.preflight import on_rung
 from sft.session import Session
 from tests.sft.test_training import losses, make_session, train
 from tests.sft.warm import WarmServer, make_plan, make_recipe
@@ -22,6 +27,7 @@ from zplan.errors import ConfigError
 from zplan.job import make_job
 from zplan.model_probe import probe_config
 from zplan.options import Flags
+from zplan.plan import Rung
 from zplan.probe import probe_hardware
 
 
@@ -73,11 +79,14 @@ def test_a_response_template_is_typed_as_in_a_file(tiny_model_dir: Path, tiny_da
 def test_another_learning_rate_reaches_deepspeed_s_own_optimizer(
     tiny_model_dir: Path, tiny_dataset: Path, tmp_path: Path
 ) -> None:
-    files.save(make_plan(make_recipe(tiny_model_dir, tiny_dataset, optimizer="muon")), tmp_path / "plan.json")
+    plan = make_plan(make_recipe(tiny_model_dir, tiny_dataset, optimizer="muon"))
+    rung = Rung(reason="smaller", choice=plan.choice, deepspeed=plan.deepspeed, predicted=None, measured=None)
+    files.save(replace(plan, ladder=(rung,)), tmp_path / "plan.json")
     line = ["--plan", str(tmp_path / "plan.json"), "--learning-rate", "0.5"]
     plan = command_line.make_session(command_line.parser().parse_args(line)).plan
-    assert plan.deepspeed["optimizer"]["params"]["lr"] == 0.5
-    check_agreement(plan.recipe, plan.choice, plan.deepspeed)
+    for asked in (plan, on_rung(plan, plan.ladder[0])):
+        assert asked.deepspeed["optimizer"]["params"]["lr"] == 0.5
+        check_agreement(asked.recipe, asked.choice, asked.deepspeed)
 
 
 @pytest.mark.parametrize(
@@ -156,3 +165,19 @@ def test_early_stopping_ends_a_run_that_gets_worse_and_keeps_the_best_weights(
     assert found["stopped_early"]
     assert report["steps"] == found["best_step"] + 2
     assert report["held_out_loss"]["after"] == pytest.approx(found["best_held_out_loss"], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_s_muon_learns(tiny_model_dir: Path, tiny_dataset: Path, tmp_path: Path, stage: int) -> None:
+    """DeepSpeed compiles Muon's orthogonalisation, for minutes on a CPU; run as it is written it computes the same."""
+    plan = make_plan(make_recipe(tiny_model_dir, tiny_dataset, optimizer="muon"), stage=stage, ranks=2)
+    files.save(plan, tmp_path / "plan.json")
+    line = [sys.executable, "-m", "sft.train", "--plan", str(tmp_path / "plan.json"), "--max-steps", "3"]
+    subprocess.run(
+        [*line, "--output-dir", str(tmp_path / "run")], env={**os.environ, "TORCHDYNAMO_DISABLE": "1"}, check=True
+    )
+    report = files.load_json(tmp_path / "run" / "training_report.json")
+    assert report["outcome"] == "finished"
+    assert sorted(losses(report), reverse=True) == losses(report)
+    assert losses(report)[-1] < losses(report)[0] - 0.1
