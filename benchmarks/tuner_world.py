@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from math import exp
@@ -62,15 +62,19 @@ class Oracle:
 
     def ask(self, key: str, spec: TrialSpec) -> TrialResult:
         """The formula's answer, worked out once per key."""
-        if key not in self.answers:
-            found = self._formula.run(spec)
+        return self.ask_all({key: spec.choice}, spec)[key]
+
+    def ask_all(self, choices: Mapping[str, Choice], spec: TrialSpec) -> dict[str, TrialResult]:
+        """The formula's answers by key, to the spec with each of the choices."""
+        new = {key: choice for key, choice in choices.items() if key not in self.answers}
+        for key, found in zip(new, self._formula.run_all(spec, list(new.values())), strict=True):
             kept: dict[str, Any] = {name: getattr(found, name) for name in _KEPT} | {"outcome": str(found.outcome)}
             self.answers[key] = _slim(kept)
             if self.path is not None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a", encoding="utf-8") as out:
                     out.write(json.dumps({"source": self._source, "key": key, "answer": kept}) + "\n")
-        return self.answers[key]
+        return {key: self.answers[key] for key in choices}
 
 
 _KEPT = ("gpu_used_bytes", "host_resident_bytes", "step_seconds", "tokens_per_second")
@@ -112,6 +116,12 @@ class World:
     def run(self, spec: TrialSpec) -> TrialResult:
         """The unbent formula: what zplan's screen sees."""
         return self.oracle.ask(self.space.key(spec.choice), spec)
+
+    def run_all(self, spec: TrialSpec, choices: Sequence[Choice]) -> list[TrialResult]:
+        """The same of many choices."""
+        keys = [self.space.key(choice) for choice in choices]
+        answers = self.oracle.ask_all(dict(zip(keys, choices, strict=True)), spec)
+        return [answers[key] for key in keys]
 
     def _hidden(self, *parts: object, spread: float) -> float:
         text = f"{self.seed}/{self.name}/{parts}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import exp, log
 
@@ -95,6 +96,9 @@ class Oracle:
             step_seconds=seconds,
             tokens_per_second=tokens / seconds,
         )
+
+    def run_all(self, spec: TrialSpec, choices: Sequence[Choice]) -> list[TrialResult]:
+        return [self.run(replace(spec, choice=choice)) for choice in choices]
 
     def _bias(self, choice: Choice) -> float:
         zero = choice.zero

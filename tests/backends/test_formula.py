@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -10,8 +11,11 @@ from tests.backends.contract import BackendContract
 from tests.oracle import TOY_RECIPE, toy_cluster, with_free_gpu
 from zplan.backends.formula import FormulaBackend
 from zplan.catalog import find_model
+from zplan.memory.estimate import estimate_memory
 from zplan.model_shape import ModelShape
 from zplan.trial import Outcome, TrialSpec
+from zplan.tuner.pool import Rolls
+from zplan.tuner.space import Problem, Space
 from zplan.zero_config import Choice, ZeroConfig, batch_sizes
 
 
@@ -34,6 +38,27 @@ class TestContract(BackendContract):
     @pytest.fixture
     def spec(self) -> TrialSpec:
         return _spec()
+
+
+def test_many_choices_are_answered_like_one_at_a_time() -> None:
+    """Of every kind of outcome, and again when the backend remembers another cluster."""
+    shape, spec = _shape(), _spec()
+    space, rng = Space(Problem(shape=shape, recipe=TOY_RECIPE, cluster=spec.cluster)), random.Random(0)
+    choices = [space.suggest(Rolls(rng)) for _ in range(24)]
+    backend, outcomes = FormulaBackend(shape), set()
+    for cluster in (toy_cluster(gpu_gib=4), toy_cluster(gpu_gib=80)):
+        spec = replace(spec, cluster=cluster)
+        together = backend.run_all(spec, choices)
+        outcomes |= {answer.outcome for answer in together}
+        for choice, answer in zip(choices, together, strict=True):
+            memory = estimate_memory(shape, TOY_RECIPE, choice, cluster)
+            assert answer == FormulaBackend(shape).run(replace(spec, choice=choice))
+            assert answer.gpu_used_bytes == memory.gpu.used.expected
+            assert answer.host_pinned_bytes == memory.host.pinned_bytes
+            assert answer.phases == memory.gpu.phases
+            assert (answer.outcome is Outcome.GPU_OOM) == (memory.gpu.verdict == "does_not_fit")
+    assert outcomes >= {Outcome.OK, Outcome.GPU_OOM}
+    assert backend.run_all(spec, []) == []
 
 
 def test_a_full_gpu_is_gpu_oom_with_what_is_missing() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from zplan.trial import Evidence, TrialResult, TrialSpec
+from zplan.zero_config import Choice
 
 
 class Backend(Protocol):
@@ -21,4 +23,12 @@ class Backend(Protocol):
         Raises:
             MachineError: the machine, not the configuration, is in the way.
         """
+        ...
+
+
+class Predictor(Backend, Protocol):
+    """A backend that answers many questions at once: what a search compares its candidates by."""
+
+    def run_all(self, spec: TrialSpec, choices: Sequence[Choice]) -> list[TrialResult]:
+        """What `run` answers to the spec with each of the choices in place of its own, in their order."""
         ...

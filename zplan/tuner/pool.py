@@ -21,10 +21,10 @@ from zplan.zero_config import Choice
 _TPE_SUGGESTIONS, _RANDOM_SUGGESTIONS, _NEIGHBOURS, _PARENTS = 8, 32, 32, 3
 
 
-def first_order_choices(space: Space, ranking: Sequence[Choice]) -> Iterator[Choice]:
-    """Every number of GPUs x placement of states x recomputation x micro-batch; other knobs as the ranking has them."""
+def first_order_choices(space: Space, placements: Sequence[Draft]) -> Iterator[Choice]:
+    """Every number of GPUs x placement of states x recomputation x micro-batch; other knobs as in `placements`."""
     recipe = space.problem.recipe
-    for template in _one_per_placement(space, ranking):
+    for template in placements:
         for world_size in world_sizes(recipe, space.problem.cluster):
             share = recipe.train_batch_size // world_size
             for micro_batch in (size for size in range(1, share + 1) if share % size == 0):
@@ -39,7 +39,8 @@ def first_order_choices(space: Space, ranking: Sequence[Choice]) -> Iterator[Cho
                         yield choice
 
 
-def _one_per_placement(space: Space, ranking: Sequence[Choice]) -> list[Draft]:
+def one_per_placement(space: Space, ranking: Sequence[Choice]) -> list[Draft]:
+    """Stage x offload, each with the other knobs as the ranking has them."""
     found: dict[tuple[object, ...], Draft] = {}
     for choice in ranking:
         zero = choice.zero

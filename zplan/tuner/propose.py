@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
 from math import log
 from typing import Any
 
@@ -17,10 +19,10 @@ from zplan.speed.estimate import estimate_speed
 from zplan.trial import Outcome, TrialResult
 from zplan.tuner.front import Front, Point, gpu_bytes, make_front
 from zplan.tuner.ledger import Objective, Origin, Record, Running, has_speed, out_of_memory
-from zplan.tuner.pool import first_order_choices, suggestions
+from zplan.tuner.pool import first_order_choices, one_per_placement, suggestions
 from zplan.tuner.screen import Screen, Screened
 from zplan.tuner.space import Space, nearest_micro_batch, world_sizes
-from zplan.tuner.surrogate import Observation, Surrogate, features, make_kernel, share_of
+from zplan.tuner.surrogate import Observation, Surrogate, Vector, features, make_kernel, share_of
 from zplan.zero_config import Choice, OffloadOptimizer, OffloadParam, batch_sizes
 
 _SEEDS = 4
@@ -43,6 +45,18 @@ class Proposal:
     """Expected improvement over the best so far, as a fraction; None for seeds."""
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Idea:
+    """A configuration whose memory has not been asked about."""
+
+    choice: Choice
+    key: str
+    point: Vector
+    """As `features` places it."""
+    log_speed: float
+    """log tokens/s by formula; 0 where it knows none."""
+
+
 class Proposer:
     """Turns the trials so far into the next one."""
 
@@ -57,10 +71,11 @@ class Proposer:
     ) -> None:
         self._screen, self._space = screen, screen.space
         ranking = list(filter(screen.space.contains, map(screen.space.nearest, ranking)))
-        self._ranking = list({item.key: item for item in map(screen.look, ranking)}.values())
+        self._ranking = list({item.key: item for item in screen.look_at_all(ranking)}.values())
         self._baseline = first_fitting(screen, baselines(shape, screen.template.recipe, screen.space))
         self._shape = shape
-        self._first_order = tuple(first_order_choices(screen.space, ranking))
+        self._placements = one_per_placement(screen.space, ranking)
+        self._points: dict[str, Vector] = {}
         self._kernel = make_kernel(screen.space.knobs)
         self._random = random.Random(seed)
         self._seed = seed
@@ -109,17 +124,25 @@ class Proposer:
 
     def _gains(self, model: Surrogate, records: Sequence[Record], pool: Mapping[str, Screened]) -> dict[str, float]:
         """Key -> what a trial of it is expected to add: to the best speed, or to the front."""
+        if not pool:
+            return {}
+        points = np.array([self._point(item.key, item.choice) for item in pool.values()])
+        speeds = np.array([_log_speed(item.predicted) for item in pool.values()])
+        fits = np.array([model.likely_fits(self._log_share(item.predicted)) for item in pool.values()])
         front = self._front(model, records) if self._objective == "pareto" else None
+        if front is None:
+            return dict(zip(pool, (fits * model.gains(points, speeds)).tolist(), strict=True))
+        means, deviations = model.speeds(points, speeds)
         found = {}
-        for key, item in pool.items():
-            place = features(self._space.knobs, self._space.draft(item.choice))
-            share = self._log_share(item.predicted)
-            if front is None:
-                found[key] = model.gain(place, _log_speed(item.predicted), share)
-            else:
-                speed = model.speed(place, _log_speed(item.predicted))
-                found[key] = model.likely_fits(share) * front.expected_gain(*speed, *self._log_bytes(item.predicted))
+        for (key, item), fit, mean, deviation in zip(pool.items(), fits, means, deviations, strict=True):
+            found[key] = fit * front.expected_gain(mean, deviation, *self._log_bytes(item.predicted))
         return found
+
+    def _point(self, key: str, choice: Choice) -> Vector:
+        """Where the model sees a configuration; kept, because trials and their rivals are looked at again and again."""
+        if key not in self._points:
+            self._points[key] = features(self._space.knobs, self._space.draft(choice))
+        return self._points[key]
 
     def _front(self, model: Surrogate, records: Sequence[Record]) -> Front | None:
         """What the trials reach: speeds as the model believes them, bytes as the formula says, like the candidates'."""
@@ -141,7 +164,7 @@ class Proposer:
         predicted = self._screen.look(record.choice).predicted
         measured = record.result.tokens_per_second
         return Observation(
-            point=features(self._space.knobs, self._space.draft(record.choice)),
+            point=self._point(record.key, record.choice),
             log_predicted=_log_speed(predicted),
             log_measured=log(measured) if measured and has_speed(record.result) else None,
             log_share=self._log_share(predicted),
@@ -161,26 +184,33 @@ class Proposer:
         """The ranking, and of a large pool those that promise most if they fit: speed costs little, memory much."""
         yield from self._ranking
         if self._objective == "pareto":  # what is slow may be small: all kinds are compared, not only the fastest
-            yield from map(self._screen.look, self._first_order)
+            yield from self._screen.look_at_all(idea.choice for idea in self._first_order)
         found = suggestions(self._space, records, self._random, seed=self._seed + len(records))
-        pool = {self._space.key(choice): choice for choice in (*self._first_order, *found)}
-        untried = [choice for key, choice in pool.items() if key not in taken and self._space.contains(choice)]
+        ideas = (*self._first_order, *map(self._idea, filter(self._space.contains, found)))
+        untried = [idea for key, idea in {idea.key: idea for idea in ideas}.items() if key not in taken]
         if not untried:
             return
-        points = np.array([features(self._space.knobs, self._space.draft(choice)) for choice in untried])
-        gains = model.gains(points, np.array([self._log_speed_by_formula(choice) for choice in untried]))
+        points = np.array([idea.point for idea in untried])
+        gains = model.gains(points, np.array([idea.log_speed for idea in untried]))
+        best_first = (untried[index].choice for index in np.argsort(-gains, kind="stable"))
         seen = 0
-        for index in np.argsort(-gains, kind="stable"):
-            item = self._screen.look(untried[index])
-            seen += item.promising
-            yield item
-            if seen == _LOOKS:
-                return
+        while seen < _LOOKS and (asked := list(islice(best_first, _LOOKS - seen))):
+            items = self._screen.look_at_all(asked)
+            seen += sum(item.promising for item in items)
+            yield from items
 
-    def _log_speed_by_formula(self, choice: Choice) -> float:
+    @cached_property
+    def _first_order(self) -> tuple[Idea, ...]:
+        """Before every trial the same."""
+        return tuple(map(self._idea, first_order_choices(self._space, self._placements)))
+
+    def _idea(self, choice: Choice) -> Idea:
         template = self._screen.template
-        found = estimate_speed(self._shape, template.recipe, choice, template.cluster).tokens_per_second
-        return log(found) if found else 0.0
+        speed = estimate_speed(self._shape, template.recipe, choice, template.cluster).tokens_per_second
+        return Idea(
+            choice=choice, key=self._space.key(choice), log_speed=log(speed) if speed else 0.0,
+            point=features(self._space.knobs, self._space.draft(choice)),
+        )  # fmt: skip
 
 
 def _log_speed(predicted: TrialResult) -> float:

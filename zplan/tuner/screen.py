@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from zplan.backends.base import Backend
+from zplan.backends.base import Backend, Predictor
 from zplan.trial import Outcome, TrialResult, TrialSpec
 from zplan.tuner.space import Space
 from zplan.zero_config import Choice
@@ -30,10 +31,10 @@ class Screened:
 
 @dataclass
 class Screen:
-    """Asks the formula about every suggestion (once per key) and the simulator about the few that win."""
+    """Asks the formula about every suggestion, once per key, and the simulator about the few that win."""
 
     space: Space
-    formula: Backend
+    formula: Predictor
     template: TrialSpec
     """Everything of a trial but its choice."""
     simulator: Backend | None = None
@@ -51,12 +52,18 @@ class Screen:
         )  # fmt: skip
 
     def look(self, choice: Choice) -> Screened:
-        """The formula's answer; duplicates that differ only in dead knobs share it."""
-        choice = self.space.canonical(choice)
-        key = self.space.key(choice)
-        if key not in self._seen:
-            self._seen[key] = Screened(choice=choice, key=key, predicted=self.formula.run(self.spec(choice)))
-        return self._seen[key]
+        """The formula's answer."""
+        return self.look_at_all([choice])[0]
+
+    def look_at_all(self, choices: Iterable[Choice]) -> list[Screened]:
+        """The formula's answers, in order; duplicates that differ only in dead knobs share theirs."""
+        canonical = [self.space.canonical(choice) for choice in choices]
+        keys = [self.space.key(choice) for choice in canonical]
+        new = {key: choice for key, choice in zip(keys, canonical, strict=True) if key not in self._seen}
+        answers = self.formula.run_all(self.template, list(new.values()))
+        for (key, choice), predicted in zip(new.items(), answers, strict=True):
+            self._seen[key] = Screened(choice=choice, key=key, predicted=predicted)
+        return [self._seen[key] for key in keys]
 
     def confirm(self, item: Screened) -> TrialResult | None:
         """The simulation's answer; None without a simulator, or where memory is far from full.

@@ -46,6 +46,8 @@ class Problem:
     cluster: Cluster
 
 
+_MOST_KEYS = 1 << 16
+
 Narrowing: TypeAlias = Mapping[str, Range]
 """Knob -> the range to use instead: fixed (one value), narrowed or widened by the user."""
 
@@ -75,6 +77,7 @@ class Space:
             for name, value in _zero_draft(base if base is not None else ZeroConfig()).items()
             if name not in {knob.name for knob in knobs}
         }
+        self._keys: dict[Choice, str] = {}
 
     def suggest(self, trial: Suggester) -> Choice:
         """Ask the sampler for every knob that acts, given those before it."""
@@ -136,8 +139,12 @@ class Space:
 
     def key(self, choice: Choice) -> str:
         """Equal for two configurations exactly if they run alike."""
-        text = json.dumps(files.to_data(self.canonical(choice)), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        if choice not in self._keys:
+            if len(self._keys) >= _MOST_KEYS:
+                self._keys.clear()
+            text = json.dumps(files.to_data(self.canonical(choice)), sort_keys=True)
+            self._keys[choice] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return self._keys[choice]
 
 
 def _only_offloads(name: str, allowed: Range) -> bool:

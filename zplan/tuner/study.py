@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from zplan import files
-from zplan.backends.base import Backend
+from zplan.backends.base import Backend, Predictor
 from zplan.backends.formula import FormulaBackend
 from zplan.calibrate import Accuracy, accuracy, corrections_path, remember
 from zplan.errors import ConfigError, MachineError
@@ -129,7 +129,7 @@ def run_study(
     warmup_steps: int = WARMUP_STEPS,
     deadline_seconds: float = 600.0,
     simulator: Backend | None = None,
-    formula: Backend | None = None,
+    formula: Predictor | None = None,
     calibration_dir: Path | None = None,
     objective: Objective = "speed",
 ) -> StudyOutcome:
@@ -192,7 +192,7 @@ class Search:
     shape: ModelShape
     ranking: Sequence[Choice]
     backend: Backend
-    formula: Backend
+    formula: Predictor
     simulator: Backend | None
     effort: Effort
     model_path: str
