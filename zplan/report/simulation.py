@@ -47,7 +47,10 @@ def render_simulation(
 
 
 def _table(title: str, *headings: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim",
+        min_width=len(title),
+    )  # fmt: skip
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="right" if index else "left", overflow="fold")
     return table
@@ -81,7 +84,8 @@ def _categories(report: SimulationReport) -> RenderableType:
 def _allocations(report: SimulationReport) -> RenderableType:
     table = _table("Who allocated it", "where", "bytes", "count")
     for item in report.top_allocations[:_TOP]:
-        table.add_row(item.site, format_bytes(item.bytes), str(item.count))
+        where = item.site if ":" in item.site else f"{item.site}, {item.category}"
+        table.add_row(where, format_bytes(item.bytes), str(item.count))
     return table
 
 

@@ -75,7 +75,7 @@ def render_candidates(candidates: Sequence[Candidate], *, best: int | None, worl
             f"{batch.train_micro_batch_size_per_gpu}x{batch.gradient_accumulation_steps}",
             format_bytes_short(memory.gpu.used.expected),
             format_bytes_short(memory.host.resident_bytes),
-            f"{speed:,.0f}" if speed is not None else "-",
+            "-" if speed is None else f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}",
             _short_or_verdict(memory),
         )
     return Group(table, Text(f"{STRATEGY_LEGEND}; G: GiB", style="dim"))
