@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from zplan.units import format_bytes
 
 _ESTIMATE_SECONDS = 120
 _FIRST_ROWS = 1000
+_HUB_SECONDS = 10.0
 _SHOWN = 10
 
 
@@ -155,6 +157,35 @@ def check_data(source: str, *, skip_bad: bool, prompt_key: str | None = None, re
             problems=tuple(bad[:_SHOWN]) + ((f"and {len(bad) - _SHOWN} more",) if len(bad) > _SHOWN else ()),
             fix=keys if len(bad) == len(rows) else "--bad-rows skip trains on the others",
         )
+
+
+def check_hub(source: str) -> list[str]:
+    """One question to the Hub before ranks start. What it says; if it does not answer, the ranks only look in the cache.
+
+    Otherwise every rank would ask six times, for half a minute, each on its own.
+
+    Raises:
+        ConfigError: the Hub knows no such data set, or does not show it to this user.
+    """
+    if not is_hub_id(source):
+        return []
+    from huggingface_hub import HfApi, is_offline_mode  # a quarter of a second that files need not pay
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if is_offline_mode():
+        return []
+    try:
+        HfApi().dataset_info(source, timeout=_HUB_SECONDS)
+    except RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"{source} is no file here and no data set that the Hub shows you",
+            because="it is misspelt, or private and you are not logged in (hf auth login)",
+            fix="--dataset FILE.jsonl",
+        ) from error
+    except Exception as error:  # the process boundary to a remote service: every other failure means "no answer"
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+        return [f"warning: the Hub does not answer ({error}); {source} is taken from the cache if it is there"]
+    return []
 
 
 def check_writable(output_dir: Path) -> None:

@@ -271,6 +271,8 @@ def train_here(options: argparse.Namespace) -> int:
             f"{options.plan}",
         )
     preflight.check_devices(session.plan, DriverNvml(), visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
+    for note in preflight.check_hub(str(session.plan.recipe.dataset)):
+        print(f"zplan: {note}", file=sys.stderr)
     output_dir = Path(session.output_dir)
     ended = launch(
         ["--session", str(output_dir / SESSION_FILE)],
