@@ -160,7 +160,7 @@ def check_data(source: str, *, skip_bad: bool, prompt_key: str | None = None, re
 
 
 def check_hub(source: str) -> list[str]:
-    """One question to the Hub before ranks start. What it says; if it does not answer, the ranks only look in the cache.
+    """One question to the Hub before ranks start; notes. If it does not answer, the ranks only look in the cache.
 
     Otherwise every rank would ask six times, for half a minute, each on its own.
 

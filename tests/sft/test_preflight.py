@@ -53,7 +53,7 @@ def test_enough_gpus_cpu_ranks_and_a_driver_that_says_nothing_pass(kind: str, ca
 class NothingHere(BaseHTTPRequestHandler):
     """Answers as the Hub does for a name that it does not know."""
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self.send_response(404)
         self.send_header("X-Error-Code", "RepoNotFound")
         self.send_header("Content-Length", "0")
