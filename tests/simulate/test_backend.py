@@ -23,7 +23,7 @@ from zplan.job import Job
 from zplan.model_shape import ModelShape
 from zplan.simulate.client import WorkerClient
 from zplan.simulate.report import SimulationError
-from zplan.trial import Outcome, TrialSpec
+from zplan.trial import Outcome, TrialResult, TrialSpec
 from zplan.units import format_seconds
 from zplan.zero_config import OffloadOptimizer, ZeroConfig
 
@@ -72,6 +72,24 @@ def test_host_memory_that_is_too_small_is_said(worker: WorkerClient) -> None:
     )
     assert result.outcome is Outcome.HOST_OOM
     assert "host memory is short by" in result.message
+
+
+def test_cpu_ranks_run_out_of_memory_where_their_tensors_exceed_their_share(worker: WorkerClient) -> None:
+    """To the byte: the share of a rank is what a device's memory is."""
+    spec = tiny_spec()
+
+    def simulated_with(share: int) -> TrialResult:
+        gpu = replace(spec.cluster.gpu, kind="cpu", total_bytes=share, free_bytes=share)
+        return simulated.SimulatedBackend(shape_with(), worker=worker).run(
+            replace(spec, cluster=replace(spec.cluster, gpu=gpu))
+        )
+
+    needed = simulated_with(1 << 40).gpu_allocated_bytes
+    assert needed
+    assert simulated_with(needed).outcome is Outcome.OK
+    short = simulated_with(needed - 1)
+    assert (short.outcome, short.gpu_allocated_bytes) == (Outcome.GPU_OOM, needed)
+    assert "a CPU rank holds" in short.message
 
 
 def test_the_command_falls_back_to_the_formula_and_names_where_it_stopped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,7 @@ from zplan.simulate.selfcheck import VERIFIED, check_seams
 from zplan.simulate.trace import write_trace
 from zplan.simulate.tracker import Tracker
 from zplan.simulate.trainer import REPLACED, Run
+from zplan.units import format_bytes
 from zplan.zero_config import deepspeed_config
 
 
@@ -149,10 +150,16 @@ def bytes_beside_tensors(request: SimulationRequest) -> int:
     return extra.context.expected + extra.nccl.expected
 
 
-def find_oom(request: SimulationRequest, tracker: Tracker, reserved_bytes: int) -> str:
-    """PyTorch's words if the card is smaller than `reserved_bytes` and what lies beside them; else nothing."""
+def find_oom(request: SimulationRequest, tracker: Tracker, allocated_bytes: int, reserved_bytes: int) -> str:
+    """PyTorch's words if the card is smaller than `reserved_bytes` and what lies beside them; else nothing.
+
+    A CPU rank has no allocator that holds more than its tensors: they must fit into its share of the host.
+    """
     gpu, other = request.cluster.gpu, bytes_beside_tensors(request)
-    if gpu.kind != "cuda" or reserved_bytes + other <= gpu.free_bytes:
+    if gpu.kind != "cuda":
+        held, share = format_bytes(allocated_bytes), format_bytes(gpu.free_bytes)
+        return f"a CPU rank holds {held} of tensors, its share is {share}" if allocated_bytes > gpu.free_bytes else ""
+    if reserved_bytes + other <= gpu.free_bytes:
         return ""
     card = CachingAllocator(
         capacity_bytes=max(0, gpu.free_bytes - other),
@@ -194,7 +201,7 @@ def make_report(
         nvme_written_bytes=NVME_TRAFFIC.written_bytes,
         flops=tracker.flops.get(request.steps - 1, 0),
         samples=peaks.samples,
-        oom_message=find_oom(request, tracker, unlimited.peak_reserved_bytes),
+        oom_message=find_oom(request, tracker, peaks.gpu_bytes, unlimited.peak_reserved_bytes),
         wall_seconds=wall_seconds,
         cpu_seconds=usage.ru_utime + usage.ru_stime,
         worker_rss_bytes=usage.ru_maxrss * 1024,
