@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -21,8 +21,9 @@ from zplan.errors import ConfigError, MachineError
 from zplan.plan import Plan
 from zplan.planner import Fixed
 from zplan.trial import Evidence, Outcome, TrialResult, TrialSpec, clearly_slower
-from zplan.tuner.ledger import load_study
+from zplan.tuner.ledger import Record, load_study, out_of_memory
 from zplan.tuner.storage import without_password
+from zplan.zero_config import Choice
 
 ROOT = Path(__file__).parents[2]
 
@@ -111,6 +112,21 @@ def test_the_search_learns_where_memory_ends(tmp_path: Path) -> None:
     assert failed == [] or failed[-1].number < outcome.records[-1].number
 
 
+@dataclass
+class Noted:
+    """A simulation, with the choices that it refused."""
+
+    inner: Oracle
+    refused: list[Choice] = field(default_factory=list)
+    evidence: Evidence = "simulated"
+
+    def run(self, spec: TrialSpec) -> TrialResult:
+        result = self.inner.run(spec)
+        if out_of_memory(result):
+            self.refused.append(spec.choice)
+        return result
+
+
 class Broken:
     """A machine without a compiler."""
 
@@ -138,6 +154,52 @@ def test_a_simulation_that_says_no_saves_the_trial(tmp_path: Path) -> None:
     searched = [record for record in outcome.records if record.origin == "search"]
     assert searched
     assert all(record.result.outcome is Outcome.OK for record in searched)
+
+
+@pytest.mark.parametrize("gpu_gib", [5, 7, 9, 12])
+def test_what_the_simulation_refuses_never_costs_a_trial(tmp_path: Path, gpu_gib: int) -> None:
+    """The formula is bent: it says 0.9 of the bytes, so it lets pass what does not fit, the baseline of 7 GiB too."""
+
+    def failed(study: str, simulator: Noted | None) -> list[Record]:
+        outcome = tune(
+            str(tmp_path / study), 16, formula=Oracle(SHAPE, evidence="formula", memory_error=0.9), simulator=simulator,
+            backend=Oracle(SHAPE), cluster=toy_cluster(gpu_gib=gpu_gib),
+        )  # fmt: skip
+        assert any(record.result.outcome is Outcome.OK for record in outcome.records)
+        return [record for record in outcome.records if out_of_memory(record.result)]
+
+    simulator = Noted(Oracle(SHAPE, evidence="simulated"))
+    assert failed("with.journal", simulator) == []
+    assert simulator.refused
+    assert failed("without.journal", None)  # the same search does run into it where nothing is simulated
+
+
+def test_a_baseline_that_the_simulation_refuses_gives_way_to_the_next(tmp_path: Path) -> None:
+    more = {"formula": Oracle(SHAPE, evidence="formula", memory_error=0.9), "cluster": toy_cluster(gpu_gib=7)}
+    simulator = Noted(Oracle(SHAPE, evidence="simulated"))
+    outcome = tune(_study(tmp_path), 3, simulator=simulator, **more)
+    first = tune(str(tmp_path / "without.journal"), 1, **more).records[0]
+    assert [record.origin for record in outcome.records].count("baseline") == 1
+    assert outcome.records[0].origin == "baseline"
+    assert outcome.records[0].key != first.key
+    assert first.choice in simulator.refused
+    again = tune(_study(tmp_path), 5, simulator=simulator, **more)
+    assert [record.origin for record in again.records].count("baseline") == 1
+
+
+def test_an_interrupted_trial_that_no_longer_fits_is_not_run_again(tmp_path: Path) -> None:
+    class Interrupting:
+        evidence = "measured"
+
+        def run(self, spec: TrialSpec) -> TrialResult:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(_study(tmp_path), 3, backend=Interrupting())
+    cluster = toy_cluster()
+    less = replace(cluster, gpu=replace(cluster.gpu, free_bytes=6 << 30))
+    records = tune(_study(tmp_path), 3, backend=Oracle(SHAPE), cluster=less).records
+    assert all(record.result.outcome is Outcome.OK for record in records)
 
 
 def test_the_time_limit_ends_the_search(tmp_path: Path) -> None:

@@ -72,7 +72,8 @@ class Proposer:
         self._screen, self._space = screen, screen.space
         ranking = list(filter(screen.space.contains, map(screen.space.nearest, ranking)))
         self._ranking = list({item.key: item for item in screen.look_at_all(ranking)}.values())
-        self._baseline = first_fitting(screen, baselines(shape, screen.template.recipe, screen.space))
+        allowed = map(screen.space.nearest, baselines(shape, screen.template.recipe, screen.space))
+        self._baselines = list(filter(screen.space.contains, allowed))
         self._shape = shape
         self._placements = one_per_placement(screen.space, ranking)
         self._points: dict[str, Vector] = {}
@@ -90,15 +91,26 @@ class Proposer:
         return self._next_by_model(records, running, taken)
 
     def _next_seed(self, taken: set[str], *, started: int) -> Proposal | None:
-        if self._baseline is not None and self._baseline.key not in taken:
-            return self._proposal(self._baseline, "baseline")
-        if started >= _SEEDS:
-            return None
+        baseline = self._next_baseline(taken)
+        if baseline is not None or started >= _SEEDS:
+            return baseline
         for item in diverse(self._ranking, _SEEDS):
             if item.promising and item.key not in taken:
                 proposal = self._proposal(item, "ranking")
                 if item.key not in self._screen.refused:
                     return proposal
+        return None
+
+    def _next_baseline(self, taken: set[str]) -> Proposal | None:
+        """The first that fits by formula and that the simulation does not refuse; None if that one was tried."""
+        for item in map(self._screen.look, self._baselines):
+            if not item.promising or self._screen.says_no(item):
+                continue
+            if item.key in taken:
+                return None
+            proposal = self._proposal(item, "baseline")
+            if not self._screen.says_no(item):
+                return proposal
         return None
 
     def _next_by_model(self, records: Sequence[Record], running: Sequence[Running], taken: set[str]) -> Proposal | None:
@@ -115,6 +127,14 @@ class Proposer:
     def propose(self, choice: Choice, origin: Origin) -> Proposal:
         """A configuration that is already decided."""
         return self._proposal(self._screen.look(choice), origin)
+
+    def again(self, choices: Iterable[Choice]) -> Proposal | None:
+        """The first of these interrupted trials that still fits: what is free may have changed since."""
+        for item in filter(lambda item: item.promising, map(self._screen.look, choices)):
+            proposal = self._proposal(item, "search")
+            if not self._screen.says_no(item):
+                return proposal
+        return None
 
     def _proposal(self, item: Screened, origin: Origin, expected_gain: float | None = None) -> Proposal:
         return Proposal(
@@ -236,12 +256,6 @@ def baselines(shape: ModelShape, recipe: Recipe, space: Space) -> list[Choice]:
         batch = batch_sizes(recipe, micro_batch=micro_batch, world_size=world)
         choices += [Choice(zero=zero, batch=batch) for zero in steps]
     return choices
-
-
-def first_fitting(screen: Screen, choices: Iterable[Choice]) -> Screened | None:
-    """The first that the formula says fits, as near to it as the user's narrowing allows."""
-    allowed = filter(screen.space.contains, map(screen.space.nearest, choices))
-    return next((item for item in map(screen.look, allowed) if item.promising), None)
 
 
 def diverse(ranking: Sequence[Screened], count: int) -> list[Screened]:

@@ -25,7 +25,7 @@ class Screened:
 
     @property
     def promising(self) -> bool:
-        """The formula's upper bound fits."""
+        """It fits by formula, if only tightly: what is expected does, the upper bound need not."""
         return self.predicted.outcome is Outcome.OK
 
 
@@ -74,10 +74,14 @@ class Screen:
             return None
         if item.key not in self._simulated:
             self._simulated[item.key] = self.simulator.run(self.spec(item.choice))
-        result = self._simulated[item.key]
-        if result.outcome in (Outcome.GPU_OOM, Outcome.HOST_OOM):
+        if self.says_no(item):
             self.refused.add(item.key)
-        return result
+        return self._simulated[item.key]
+
+    def says_no(self, item: Screened) -> bool:
+        """Whether the simulation was asked and ran out of memory."""
+        result = self._simulated.get(item.key)
+        return result is not None and result.outcome in (Outcome.GPU_OOM, Outcome.HOST_OOM)
 
     def _share(self, predicted: TrialResult) -> float:
         """How full the GPU or the host gets, whichever is fuller; full where the formula does not know."""

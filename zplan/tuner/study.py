@@ -245,10 +245,10 @@ class Search:
         return sum(self._durations) / len(self._durations) if self._durations else 0.0
 
     def _next(self) -> Proposal | None:
-        interrupted = [choice for choice in self.ledger.interrupted() if self.space.contains(choice)]
-        if interrupted:
+        interrupted = self._proposer.again(filter(self.space.contains, self.ledger.interrupted()))
+        if interrupted is not None:
             self.observer.message("a trial that was interrupted is run again")
-            return self._proposer.propose(interrupted[0], "search")
+            return interrupted
         self._screen.refused |= self.ledger.deadly()
         return self._proposer.next(self.ledger.records(), self.ledger.running())
 
