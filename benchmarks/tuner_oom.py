@@ -4,8 +4,9 @@
 
 Studies of a tiny model as `zplan tune` runs them: the formula screens, the simulation confirms what comes near the
 limit, real trials of two gloo ranks measure. Each study has a device of another size: from barely enough to plenty; or
-`edge`, as large to the byte as the formula says that one configuration is, which then just fits; or `bent`, where the
-formula says nine tenths of the bytes and lets pass what does not fit, so that the simulation has to refuse it. A trial
+`edge`, as large to the byte as the formula says that one configuration is, whose micro-batch and stage the study keeps,
+so that it varies the buckets around what just fits; or `bent`, where the formula says nine tenths of the bytes and lets
+pass what does not fit, so that the simulation has to refuse it. A trial
 whose fullest rank held more live tensor bytes than the device has, counted by the trial itself, is out of memory.
 Afterwards every trial's configuration is simulated too, whether the search had asked or not, and what the simulation
 refused is run all the same (the first three of a study), to see whether it was right.
@@ -33,14 +34,14 @@ from zplan.hardware import Cluster
 from zplan.memory.estimate import estimate_memory
 from zplan.model_probe import probe_config
 from zplan.model_shape import ModelShape
+from zplan.planner import Fixed, make_choice
 from zplan.probe import probe_hardware
 from zplan.recipe import Recipe
-from zplan.settings import hf_auto_zero
 from zplan.trial import Outcome, TrialResult, TrialSpec
 from zplan.tuner.ledger import Record, out_of_memory
 from zplan.tuner.study import run_study
 from zplan.units import MIB
-from zplan.zero_config import Choice, batch_sizes
+from zplan.zero_config import Choice
 
 REPORT = Path(__file__).parents[1] / "reports" / "tuner_oom.md"
 TRIALS = 8
@@ -156,7 +157,7 @@ def run_device(device: Device, model: Path, data: Path, folder: Path, real: Real
     outcome = run_study(
         recipe=recipe, shape=shape, cluster=cluster, model_path=str(model), backend=backend, simulator=simulator,
         n_trials=TRIALS, study_path=str(folder / f"{device.kind}-{device.size}.journal"), calibration_dir=folder,
-        formula=Bent(FormulaBackend(shape), BENT) if device.kind == "bent" else None,
+        formula=Bent(FormulaBackend(shape), BENT) if device.kind == "bent" else None, fixed=fixed(device),
     )  # fmt: skip
     return Study(
         device=device, limit_bytes=limit, records=outcome.records, asked=simulator.calls,
@@ -165,16 +166,22 @@ def run_device(device: Device, model: Path, data: Path, folder: Path, real: Real
     )  # fmt: skip
 
 
+def fixed(device: Device) -> Fixed:
+    """At the edge everything but the buckets."""
+    if device.kind != "edge":
+        return Fixed()
+    return Fixed(
+        stage=2, micro_batch=device.size, gradient_checkpointing=False, offload_optimizer="none",
+        world_size=probe_hardware().world_size,
+    )  # fmt: skip
+
+
 def limit_bytes(device: Device, shape: ModelShape, recipe: Recipe) -> int:
     """What a rank may hold."""
     if device.kind != "edge":
         return device.size * MIB
     cluster = probe_hardware()
-    choice = Choice(
-        zero=hf_auto_zero(2, shape),
-        batch=batch_sizes(recipe, micro_batch=device.size, world_size=cluster.world_size),
-        gradient_checkpointing=False,
-    )
+    choice = make_choice(shape, recipe, cluster, fixed=fixed(device))
     return estimate_memory(shape, recipe, choice, cluster).gpu.used.expected
 
 
