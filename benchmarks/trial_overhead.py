@@ -25,7 +25,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-import zplan.tuner.study
 from benchmarks.measured import FOLDER
 from zplan import files
 from zplan.backends.real import RealBackend, trial_environment
@@ -36,7 +35,7 @@ from zplan.probe import probe_hardware
 from zplan.recipe import Method, Recipe
 from zplan.report.labels import choice_label
 from zplan.trial import RESULT_FILE, SPEC_FILE, Outcome, TrialResult, TrialSpec
-from zplan.tuner.study import run_study
+from zplan.tuner.study import Effort, run_study
 
 REPORT = Path(__file__).parents[1] / "reports" / "trial_overhead.md"
 WORK = FOLDER / "trial_overhead"
@@ -112,12 +111,12 @@ def run(method: Method, trials: int, cluster: Cluster) -> None:
         model=str(folder), dataset=str(assets.dataset_path.resolve()), dtype="fp32", max_length=64, train_batch_size=2,
         method=method,
     )  # fmt: skip
-    zplan.tuner.study._LEAST_GAIN = 0.0
     backend = RealBackend(WORK / "trials")
     try:
         run_study(
             recipe=recipe, shape=probe_config(folder / "config.json", name="demo"), cluster=cluster,
-            model_path=str(folder), backend=SideBySide(warm=backend, method=method), n_trials=trials, timed_steps=2,
+            model_path=str(folder), backend=SideBySide(warm=backend, method=method),
+            effort=Effort(n_trials=trials, timed_steps=2, least_gain=0.0),
             study_path=str(WORK / f"{method}.journal"), calibration_dir=WORK,
         )  # fmt: skip
     finally:

@@ -39,7 +39,7 @@ from zplan.probe import probe_hardware
 from zplan.recipe import Recipe
 from zplan.trial import Outcome, TrialResult, TrialSpec
 from zplan.tuner.ledger import Record, out_of_memory
-from zplan.tuner.study import run_study
+from zplan.tuner.study import Effort, run_study
 from zplan.units import MIB
 from zplan.zero_config import Choice
 
@@ -156,7 +156,8 @@ def run_device(device: Device, model: Path, data: Path, folder: Path, real: Real
     cluster, backend, simulator = limited_cluster(limit), Limited(real, limit), Noted(SimulatedBackend(shape))
     outcome = run_study(
         recipe=recipe, shape=shape, cluster=cluster, model_path=str(model), backend=backend, simulator=simulator,
-        n_trials=TRIALS, study_path=str(folder / f"{device.kind}-{device.size}.journal"), calibration_dir=folder,
+        effort=Effort(n_trials=TRIALS), study_path=str(folder / f"{device.kind}-{device.size}.journal"),
+        calibration_dir=folder,
         formula=Bent(FormulaBackend(shape), BENT) if device.kind == "bent" else None, fixed=fixed(device),
     )  # fmt: skip
     return Study(

@@ -14,7 +14,7 @@ from zplan.errors import ZplanError
 from zplan.trial import TrialResult, TrialSpec
 from zplan.tuner.ledger import Record, Running
 from zplan.tuner.propose import Proposal
-from zplan.tuner.study import Progress, StudyOutcome, run_study
+from zplan.tuner.study import Effort, Progress, StudyOutcome, run_study
 
 SHAPE = toy_shape(2048, 24)
 
@@ -43,7 +43,15 @@ class Printer:
         print("message", text, flush=True)
 
 
-def tune(study_path: str, n_trials: int, seconds: float = 0.0, **more: object) -> StudyOutcome:
+def tune(
+    study_path: str,
+    n_trials: int,
+    seconds: float = 0.0,
+    *,
+    timeout_seconds: float | None = None,
+    least_gain: float = 0.01,
+    **more: object,
+) -> StudyOutcome:
     """A search in the toy world, without a ranking."""
     zplan.tuner.study.rank_candidates = lambda *args, **kwargs: ()
     arguments: dict[str, object] = {
@@ -55,7 +63,8 @@ def tune(study_path: str, n_trials: int, seconds: float = 0.0, **more: object) -
         "observer": Printer(),
         "calibration_dir": Path(tempfile.mkdtemp()),
     }
-    return run_study(model_path="toy", n_trials=n_trials, study_path=study_path, **(arguments | more))  # type: ignore[arg-type]
+    effort = Effort(n_trials=n_trials, timeout_seconds=timeout_seconds, least_gain=least_gain)
+    return run_study(model_path="toy", effort=effort, study_path=study_path, **(arguments | more))  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -208,6 +208,14 @@ def test_the_time_limit_ends_the_search(tmp_path: Path) -> None:
     assert len(outcome.records) < 20
 
 
+def test_a_search_ends_when_too_little_is_promised(tmp_path: Path) -> None:
+    early = tune(_study(tmp_path), 16, least_gain=10.0)
+    assert "promises only" in early.stop_reason
+    assert len([record for record in early.records if record.origin != "confirm"]) < 12
+    whole = tune(str(tmp_path / "whole.journal"), 16, least_gain=0.0)
+    assert "16 trials are done" in whole.stop_reason
+
+
 def _start(study: str, n_trials: int, seconds: float, *, limit_bytes: int | None = None) -> subprocess.Popen[str]:
     def limit() -> None:
         if limit_bytes is not None:

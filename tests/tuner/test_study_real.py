@@ -16,7 +16,7 @@ from zplan.plan import Plan
 from zplan.planner import Fixed
 from zplan.recipe import Recipe
 from zplan.trial import Outcome, TrialResult, TrialSpec
-from zplan.tuner.study import run_study
+from zplan.tuner.study import Effort, run_study
 from zplan.zero_config import Choice, ZeroConfig, batch_sizes
 
 CLUSTER = toy_cluster(kind="cpu", gpus=2)
@@ -53,11 +53,10 @@ def test_a_real_study_of_two_ranks_becomes_a_plan_that_resumes(
             cluster=CLUSTER,
             model_path=str(tiny_model_dir),
             backend=backend,
-            n_trials=n_trials,
+            effort=Effort(n_trials=n_trials, timed_steps=2),
             study_path=str(tmp_path / "study.journal"),
             plan_path=tmp_path / "best.json",
             fixed=Fixed(world_size=2),
-            timed_steps=2,
             calibration_dir=tmp_path,
         )
         return [record.result for record in outcome.records]

@@ -24,7 +24,7 @@ from zplan.report.terminal import progress_heading, progress_line, render_front,
 from zplan.tuner.ledger import Objective, Record, Running, has_speed, load_study
 from zplan.tuner.propose import Proposal
 from zplan.tuner.storage import without_password
-from zplan.tuner.study import Progress, StudyOutcome, run_study
+from zplan.tuner.study import Effort, Progress, StudyOutcome, run_study
 from zplan.tuner.winner import make_plan
 
 WORK_DIR = Path(".zplan/trials")
@@ -57,12 +57,14 @@ def tune(
     runner = make_backend(backend, job)
     model_path = model_folder(job.recipe.model) if backend == "real" else job.recipe.model
     observer = Screen(console, world_size=job.cluster.world_size, quiet=quiet)
+    effort = Effort(
+        n_trials=trials, timeout_seconds=timeout_seconds, timed_steps=timed_steps, deadline_seconds=deadline_seconds
+    )
     try:
         outcome = run_study(
             recipe=job.recipe, shape=job.shape, cluster=job.cluster, model_path=model_path, backend=runner,
-            n_trials=trials, study_path=study, plan_path=plan_path, fixed=job.fixed, observer=observer,
-            timeout_seconds=timeout_seconds, seed=seed, timed_steps=timed_steps,
-            deadline_seconds=deadline_seconds, objective=as_objective(objective),
+            effort=effort, study_path=study, plan_path=plan_path, fixed=job.fixed, observer=observer, seed=seed,
+            objective=as_objective(objective),
             simulator=SimulatedBackend(job.shape) if backend == "real" and job.shape.config else None,
         )  # fmt: skip
     finally:

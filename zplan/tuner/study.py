@@ -28,10 +28,8 @@ from zplan.tuner.space import Problem, Space
 from zplan.tuner.winner import compared, front_records, make_plan, rank_records
 from zplan.zero_config import Choice
 
-_LEAST_GAIN = 0.01
-"""Expected improvement, as a fraction, below which another trial is not worth its time."""
 _PATIENCE = 3
-"""Proposals in a row that expect less."""
+"""Proposals in a row that expect less than `Effort.least_gain`."""
 _LEAST_TRIALS = 6
 """Trials that ran before the model's expectation is trusted to stop a search."""
 _SAME_FAILURES = 3
@@ -105,10 +103,14 @@ class Effort:
     """How much a search may cost."""
 
     n_trials: int
+    """Trials that the study has when it is done, earlier runs' included, confirmations not."""
     timeout_seconds: float | None = None
     warmup_steps: int = WARMUP_STEPS
     timed_steps: int = 3
     deadline_seconds: float = 600.0
+    """Of one trial."""
+    least_gain: float = 0.01
+    """Expected improvement, as a fraction, below which another trial is not worth its time; 0 ends no search."""
 
 
 def run_study(
@@ -118,16 +120,12 @@ def run_study(
     cluster: Cluster,
     model_path: str,
     backend: Backend,
-    n_trials: int,
+    effort: Effort,
     study_path: str,
     plan_path: Path | str | None = None,
     fixed: Fixed | None = None,
     observer: Observer | None = None,
-    timeout_seconds: float | None = None,
     seed: int = 0,
-    timed_steps: int = 3,
-    warmup_steps: int = WARMUP_STEPS,
-    deadline_seconds: float = 600.0,
     simulator: Backend | None = None,
     formula: Predictor | None = None,
     calibration_dir: Path | None = None,
@@ -138,9 +136,7 @@ def run_study(
     Args:
         model_path: folder that the trials open.
         backend: answers the trials.
-        n_trials: trials that the study has when it is done, earlier runs' included, confirmations not.
         study_path: journal file, or a database URL.
-        deadline_seconds: of one trial.
         simulator: confirms a suggestion before it costs a trial; None skips that.
         formula: predicts; FormulaBackend unless given.
         calibration_dir: where what was learned about this machine is kept; the user's cache by default.
@@ -151,35 +147,33 @@ def run_study(
         ConfigError: the study belongs to another recipe or cluster, a knob that does not exist.
         MachineError: the machine is broken, or the study cannot be written.
     """
-    fixed = fixed if fixed is not None else Fixed()
     question = Question(recipe=recipe, cluster=cluster, evidence=backend.evidence, objective=objective)
     ledger = open_ledger(study_path, question)
-    narrowing = narrow(fixed)
-    space = Space(Problem(shape=shape, recipe=recipe, cluster=cluster), narrowing.ranges, narrowing.base)
-    ranking = tuple(candidate.choice for candidate in rank_candidates(shape, recipe, cluster, fixed=narrowing.fixed))
-    effort = Effort(
-        n_trials=n_trials, timeout_seconds=timeout_seconds, warmup_steps=warmup_steps, timed_steps=timed_steps,
-        deadline_seconds=deadline_seconds,
-    )  # fmt: skip
+    space, ranking = narrowed_space(shape, question, fixed)
     search = Search(
         question=question, ledger=ledger, space=space, shape=shape, ranking=ranking, backend=backend,
         formula=formula if formula is not None else FormulaBackend(shape), simulator=simulator, effort=effort,
         model_path=model_path, observer=observer if observer is not None else Silent(), seed=seed,
     )  # fmt: skip
     num_resumed = len(ledger.records())
-    stop_reason = search.run()
-    confirmed = search.confirm_winner()
-    records, allowed = ledger.records(), search.allowed_records()
-    plan = make_plan(question, allowed, model_path=model_path, study_path=study_path)
+    stop_reasons = search.run(), search.confirm_winner()
+    plan = make_plan(question, search.allowed_records(), model_path=model_path, study_path=study_path)
     if plan is not None and plan_path is not None:
         files.save(plan, plan_path)
-    ranked = rank_records(allowed)
     return StudyOutcome(
-        records=records, best=ranked[0] if ranked else None, plan=plan,
-        accuracy=calibrate_machine(question, records, study_path, calibration_dir),
-        stop_reason="; ".join(text for text in (stop_reason, confirmed) if text), num_resumed=num_resumed,
-        objective=objective, front=tuple(front_records(allowed)),
+        records=ledger.records(), best=search.best(), plan=plan, stop_reason="; ".join(filter(None, stop_reasons)),
+        accuracy=calibrate_machine(question, ledger.records(), study_path, calibration_dir),
+        num_resumed=num_resumed, objective=objective, front=tuple(front_records(search.allowed_records())),
     )  # fmt: skip
+
+
+def narrowed_space(shape: ModelShape, question: Question, fixed: Fixed | None) -> tuple[Space, tuple[Choice, ...]]:
+    """Every knob within the user's decisions, and the planner's ranking under them."""
+    recipe, cluster = question.recipe, question.cluster
+    narrowing = narrow(fixed if fixed is not None else Fixed())
+    space = Space(Problem(shape=shape, recipe=recipe, cluster=cluster), narrowing.ranges, narrowing.base)
+    ranked = rank_candidates(shape, recipe, cluster, fixed=narrowing.fixed)
+    return space, tuple(candidate.choice for candidate in ranked)
 
 
 @dataclass(kw_only=True)
@@ -219,7 +213,7 @@ class Search:
             proposal = self._next()
             if proposal is None:
                 return "every configuration that can fit has been tried"
-            low = proposal.expected_gain is not None and proposal.expected_gain < _LEAST_GAIN
+            low = proposal.expected_gain is not None and proposal.expected_gain < self.effort.least_gain
             hopeless = hopeless + 1 if low else 0
             ran = sum(has_speed(record.result) for record in self.ledger.records())
             if hopeless >= _PATIENCE and ran >= _LEAST_TRIALS:
@@ -231,6 +225,10 @@ class Search:
     def allowed_records(self) -> tuple[Record, ...]:
         """The trials within the user's ranges; earlier runs of the study may have had wider ones."""
         return tuple(record for record in self.ledger.records() if self.space.contains(record.choice))
+
+    def best(self) -> Record | None:
+        """The fastest of them that ran every time it was tried."""
+        return next(iter(rank_records(self.allowed_records())), None)
 
     def _budget_ends(self) -> str:
         finished = sum(record.origin != "confirm" for record in self.ledger.records())
@@ -293,8 +291,8 @@ class Search:
     def _to_beat(self, proposal: Proposal) -> tuple[float, ...]:
         """Timed steps of the fastest trial; none for what must run to its end: a confirmation, what may be small."""
         must_end = proposal.origin == "confirm" or self.question.objective == "pareto"
-        ranked = [] if must_end else rank_records(self.allowed_records())
-        return ranked[0].result.timed_step_seconds if ranked else ()
+        best = None if must_end else self.best()
+        return best.result.timed_step_seconds if best is not None else ()
 
     def _record(self, trial: Running, proposal: Proposal, result: TrialResult) -> Record:
         return Record(
@@ -303,13 +301,11 @@ class Search:
         )  # fmt: skip
 
     def _progress(self) -> Progress:
-        records = self.allowed_records()
         finished = sum(record.origin != "confirm" for record in self.ledger.records())
         left = max(0, self.effort.n_trials - finished)
-        ranked = rank_records(records)
         return Progress(
-            num_finished=finished, n_trials=self.effort.n_trials, best=ranked[0] if ranked else None,
-            front=tuple(front_records(records)),
+            num_finished=finished, n_trials=self.effort.n_trials, best=self.best(),
+            front=tuple(front_records(self.allowed_records())),
             remaining_seconds=left * self._mean_duration() if self._durations else None,
         )  # fmt: skip
 
