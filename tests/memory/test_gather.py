@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from tests.memory.choices import BATCH, LORA_ON_SMOLLM, SMOLLM, shape_of
+from tests.memory.choices import BATCH, FULL_ON_SMOLLM, LORA_ON_SMOLLM, SMOLLM, shape_of
 from zplan.memory.coordinator import Act, Action, Coordinator, Fetches, Limits
 from zplan.memory.course import course
-from zplan.memory.gather import Gathering
+from zplan.memory.gather import Gathering, most_of
 from zplan.memory.instances import Instances
 from zplan.memory.meter import Kind, Meter
 from zplan.memory.script import Op
@@ -39,17 +39,13 @@ def test_a_persistent_parameter_is_gathered_with_the_others_only_after_a_step_wi
 
 
 def test_a_flat_buffer_stays_until_the_last_of_its_parameters_is_needed() -> None:
-    coordinator, schedule = two_modules(1), []
-    for module in (2, 0, 1):
-        schedule.append(coordinator.pre_module(module))
-        schedule.append(coordinator.post_module(module))
-    meter = Meter()
-    engine = Stage3Engine(meter, TWO, shard(TWO, SMALL, 2), SMALL, num_ranks=2, itemsize=2, schedule=tuple(schedule))
+    coordinator, meter = two_modules(1), Meter()
+    engine = Stage3Engine(meter, TWO, shard(TWO, SMALL, 2), SMALL, num_ranks=2, itemsize=2)
     held = []
     for module in (2, 0, 1):
-        engine.pre_module(module)
+        engine.follow(coordinator.pre_module(module))
         held.append(meter.by_kind[Kind.GATHERED_PARAMETERS])
-        engine.post_module(module)
+        engine.follow(coordinator.post_module(module))
     flat = copies = 2 * (100 + 4)
     assert held == [flat, flat + copies, copies]  # the embedding stays: its next use was skipped by the prefetch
 
@@ -72,7 +68,7 @@ def test_more_micro_steps_never_gather_less(prefetch: int, reuse: int) -> None:
     walked = course(recording, checkpointing=True, fetches=True)
     gathering = Gathering(walked.script, recording.items, recipe.weight_bytes)
     one, two, three = (
-        gathering.bytes_of(Choice(zero=zero, batch=replace(BATCH, gradient_accumulation_steps=steps))).moments
+        most_of(gathering.steps_of(Choice(zero=zero, batch=replace(BATCH, gradient_accumulation_steps=steps))))
         for steps in (1, 2, 3)
     )
     assert all(more >= less for more, less in zip(two, one, strict=True))
@@ -101,7 +97,7 @@ def test_an_offloaded_embedding_is_still_gathered_while_its_gradient_is_reduced(
     choice = Choice(zero=zero, batch=replace(BATCH, gradient_accumulation_steps=1, world_size=8))
     recording = record(SMOLLM, recipe, layout(SMOLLM, recipe), micro_batch=1, on_cpu=False, partitioned=True)
     walked = course(recording, checkpointing=True, fetches=True)
-    gathered = Gathering(walked.script, recording.items, recipe.weight_bytes).bytes_of(choice).moments
+    gathered = most_of(Gathering(walked.script, recording.items, recipe.weight_bytes).steps_of(choice))
     last = next(number for number, (op, _) in enumerate(walked.script.calls) if op == Op.END_BACKWARD)
     assert gathered[2 * last] >= 2 * 49152 * 576
     assert gathered[2 * last + 2] == 0
@@ -111,7 +107,7 @@ def test_an_offloaded_embedding_is_still_gathered_while_its_gradient_is_reduced(
 def test_without_reduce_scatter_the_reduced_bucket_is_multiplied_into_a_copy(ranks: int, copied: int) -> None:
     zero = replace(SMALL, reduce_scatter=False)
     meter = Meter()
-    engine = Stage3Engine(meter, TWO, shard(TWO, zero, ranks), zero, num_ranks=ranks, itemsize=2, schedule=())
+    engine = Stage3Engine(meter, TWO, shard(TWO, zero, ranks), zero, num_ranks=ranks, itemsize=2)
     engine.gradient(1)
     engine.gradient(0)
     meter.mark()
@@ -141,3 +137,47 @@ def test_other_families_linear_layers_keep_nothing() -> None:
     recipe = LORA_ON_SMOLLM
     recording = record(SMOLLM, recipe, layout(SMOLLM, recipe), micro_batch=1, on_cpu=False, partitioned=True)
     assert viewed_numbers(recording) == frozenset()
+
+
+def test_second_copies_of_two_and_of_four_ranks_are_not_taken_for_each_other() -> None:
+    """hpZ over four ranks is cut over two where there are only two; the weights are the same for any even cut."""
+    zero = ZeroConfig(stage=3, zero_hpz_partition_size=4)
+    recording = record(
+        SMOLLM, FULL_ON_SMOLLM, layout(SMOLLM, FULL_ON_SMOLLM), micro_batch=1, on_cpu=False, partitioned=True
+    )
+    script = course(recording, checkpointing=True, fetches=True).script
+    few, many = (Choice(zero=zero, batch=replace(BATCH, world_size=ranks)) for ranks in (2, 8))
+    asked_before = Gathering(script, recording.items, 2)
+    asked_before.of_later_steps(few)
+    assert (
+        asked_before.of_later_steps(many).moments == Gathering(script, recording.items, 2).of_later_steps(many).moments
+    )
+
+
+@pytest.mark.parametrize("model", ["smollm2-135m", "falcon-7b", "mixtral-8x7b"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("live", [10_000_000, 700_000_000, 10**12])
+@pytest.mark.parametrize("reuse", [0, 300_000_000])
+def test_laps_that_are_skipped_bring_what_following_them_brings(model: str, method: str, live: int, reuse: int) -> None:
+    shape = shape_of(model)
+    recipe = Recipe(model=model, method=method, train_batch_size=1, max_length=64)  # type: ignore[arg-type]
+    recording = record(shape, recipe, layout(shape, recipe), micro_batch=1, on_cpu=False, partitioned=True)
+    script = course(recording, checkpointing=True, fetches=True).script
+    zero = ZeroConfig(
+        stage=3, stage3_max_live_parameters=live, stage3_max_reuse_distance=reuse, zero_hpz_partition_size=2
+    )
+    choice = Choice(zero=zero, batch=BATCH)
+    skipping = Gathering(script, recording.items, 2)
+    following = Gathering(replace(script, laps=()), recording.items, 2)
+    assert most_of(skipping.steps_of(choice)) == most_of(following.steps_of(choice))
+
+
+def test_with_room_for_two_layers_most_of_thirty_are_skipped() -> None:
+    recording = record(
+        SMOLLM, FULL_ON_SMOLLM, layout(SMOLLM, FULL_ON_SMOLLM), micro_batch=1, on_cpu=False, partitioned=True
+    )
+    script = course(recording, checkpointing=True, fetches=True).script
+    limits = Limits(prefetch=1_000_000, live=7_000_000, reuse=0)
+    runs = Gathering(script, recording.items, 2).schedule(limits, frozenset())
+    assert sum(run.times for run in runs if run.laps) == 2 * 30
+    assert sum(run.laps is not None for run in runs) < 2 * 10

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 
 from tests.memory.choices import BATCH, FULL_ON_SMOLLM, LORA_ON_SMOLLM, SMOLLM, choices
-from zplan.memory.coordinator import Coordinator, Limits
+from zplan.memory.coordinator import Act, Coordinator, Limits
 from zplan.memory.course import course
 from zplan.memory.gather import Gathering
 from zplan.memory.instances import instances
@@ -38,23 +38,14 @@ def whole_engine_peaks(walked: Course, recipe: Recipe, choice: Choice) -> dict[s
         Op.RECOMPUTED_MODULE: coordinator.recomputed_module,
         Op.END_RECOMPUTED: lambda _: coordinator.end_recomputed(),
     }
-    schedule = tuple(hooks[op](number) for op, number in script.calls if op in hooks)
-    engine = Stage3Engine(
-        meter, items, shards, choice.zero, num_ranks=ranks, itemsize=recipe.weight_bytes, schedule=schedule
-    )
+    engine = Stage3Engine(meter, items, shards, choice.zero, num_ranks=ranks, itemsize=recipe.weight_bytes)
     act = {
         Op.NOTHING: lambda _: None,
         Op.BEGIN: lambda _: engine.begin_micro_step(),
-        Op.PRE_MODULE: engine.pre_module,
-        Op.POST_MODULE: engine.post_module,
-        Op.KEPT_MODULE: engine.post_module,
-        Op.RECOMPUTED_MODULE: engine.recomputed_module,
-        Op.END_RECOMPUTED: lambda _: engine.end_recomputed(),
-        Op.READ_HEAD: lambda _: engine.read_head(script.head),
+        Op.READ_HEAD: lambda _: engine.follow([(Act.READ, script.head)]),
         Op.GRADIENT: engine.gradient,
-        Op.END_BACKWARD: lambda _: engine.end_backward(),
         Op.STEP: lambda _: engine.step(),
-        Op.END_STEP: lambda _: engine.end_step(),
+        Op.END_STEP: lambda _: engine.follow([(Act.UPDATE, ())]),
     }
     if choice.batch.gradient_accumulation_steps > 1:
         engine.cut_all_again()
@@ -64,7 +55,13 @@ def whole_engine_peaks(walked: Course, recipe: Recipe, choice: Choice) -> dict[s
         phase = STEP_PHASES[next(index for index in range(3) if firsts[index] <= number < firsts[index + 1])]
         meter.mark()
         before = meter.peak_bytes
-        act[Op(op)](argument)
+        if op in hooks:
+            engine.follow(hooks[op](argument))
+        elif op == Op.END_BACKWARD:
+            engine.end_backward()
+            engine.follow([(Act.GIVE_BACK, ())])
+        else:
+            act[op](argument)
         moments = (walked.moments[2 * number] + before, walked.moments[2 * number + 1] + meter.peak_bytes)
         peaks[phase] = max(peaks[phase], *moments)
     return peaks
@@ -80,7 +77,8 @@ def test_gathered_parameters_and_gradients_followed_apart_add_up_to_one_engine(r
     )
     walked = course(recording, checkpointing=choice.gradient_checkpointing, fetches=True)
     replay = Replay(walked.script, recording.items, recipe.weight_bytes, None)
-    replay.gathered = Gathering(walked.script, recording.items, recipe.weight_bytes).of_later_steps
+    gathering = Gathering(walked.script, recording.items, recipe.weight_bytes)
+    replay.gathered = lambda choice: ((gathering.of_later_steps(choice), 0),)
     apart = replay.peaks(walked, choice)
     whole = whole_engine_peaks(walked, recipe, choice)
     assert {phase: sum(kinds) for phase, kinds in apart.items()} == whole

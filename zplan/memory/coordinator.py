@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import accumulate
 
@@ -37,12 +36,16 @@ class Act(IntEnum):
     """Released, but the recomputed graph still holds the gathered tensor."""
     FORGET = 5
     """The graph has used it."""
+    READ = 6
+    """The loss reads the head's weight outside of any module, or is done with it."""
+    GIVE_BACK = 7
+    """Backward is over: whatever is still gathered goes."""
+    UPDATE = 8
+    """The update is done."""
 
 
 Action = tuple[int, tuple[int, ...]]
 """(Act, parameters)."""
-Schedule = tuple[tuple[Action, ...], ...]
-"""For every call of a module's hook, before and after, in the order of the step: what happens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,7 @@ class Fetches:
     """The same trace as the release of a leaf module sees it: every module with all parameters within it."""
     leaf_numbers: frozenset[int] = frozenset()
     """Parameters of leaf modules."""
+    _distances: dict[tuple[int, int], tuple[tuple[int, int], ...]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -106,6 +110,15 @@ class Fetches:
         index = bisect_left(uses, step)
         return self.passed[uses[index]] - self.passed[step] if index < len(uses) else sys.maxsize
 
+    def distances(self, module: int, step: int) -> tuple[tuple[int, int], ...]:
+        """Each parameter of a module with its distance."""
+        key = (module, step)
+        known = self._distances.get(key)
+        if known is None:
+            owned = self.modules.get(module, ())
+            known = self._distances[key] = tuple((number, self.distance(number, step)) for number in owned)
+        return known
+
 
 @dataclass(slots=True)
 class Bounds:
@@ -123,6 +136,11 @@ class Bounds:
         """It was not."""
         if number < self.high:
             self.high = number
+
+    def include(self, other: Bounds) -> None:
+        """Its comparisons as well."""
+        self.above(other.low)
+        self.not_above(other.high)
 
     def __contains__(self, limit: int) -> bool:
         return self.low < limit <= self.high
@@ -147,7 +165,9 @@ class Limits:
 
 
 @dataclass(slots=True)
-class _Gather:
+class Flight:
+    """A collective that somebody still has to wait for."""
+
     numbers: tuple[int, ...]
     waiting: int
     has_arrived: bool = False
@@ -182,10 +202,11 @@ class Coordinator:
         self.status = [NOT_AVAILABLE] * size
         for number in persistent - missing:
             self.status[number] = AVAILABLE
-        self.queue = deque(fetches.queue)
+        self.head = 0
+        """What of the queue has been taken."""
         self.last_use = [-1] * size
-        self.users: list[set[int]] = [set() for _ in range(size)]
-        self.inflight: dict[int, _Gather] = {}
+        self.users: dict[int, set[int]] = {}
+        self.inflight: dict[int, Flight] = {}
         self.recomputed: list[int] = []
         self.kept: dict[int, tuple[int, ...]] = {}
         self.viewed = viewed
@@ -200,25 +221,24 @@ class Coordinator:
         if needed:
             self._gather(needed)
             for number in needed:
-                self.users[number].add(module)
+                self.users.setdefault(number, set()).add(module)
                 if number in self.inflight:
                     self._wait(number)
             self._pop_queue(needed)
-        if self.queue:
+        if self.head < len(self.fetches.queue):
             self._prefetch()
         self.step += 1
         return tuple(self.actions)
 
     def post_module(self, module: int) -> tuple[Action, ...]:
         """release_sub_module: free what is not used again within stage3_max_reuse_distance elements."""
-        owned = self.fetches.modules.get(module, ())
-        release = [number for number in owned if self._is_releasable(number)]
         released = []
-        for number in owned:
-            self.users[number].discard(module)
-            if number in release and self._release(number):
+        for number, distance in self.fetches.distances(module, self.step):
+            is_releasable = self._is_releasable(number, distance)
+            self._leave(number, module)
+            if is_releasable and self._release(number):
                 released.append(number)
-        forgotten = self.kept.pop(module, ())
+        forgotten = self.kept.pop(module, ()) if self.kept else ()
         return (
             *(((int(Act.RELEASE), tuple(released)),) if released else ()),
             *(((int(Act.FORGET), forgotten),) if forgotten else ()),
@@ -255,7 +275,7 @@ class Coordinator:
         done = self.pre_module(module)
         for number in self.fetches.modules.get(module, ()):
             if not self.trainable[number] and number not in self.persistent:
-                self.users[number].add(RECOMPUTED)
+                self.users.setdefault(number, set()).add(RECOMPUTED)
                 self.recomputed.append(number)
         return done
 
@@ -263,28 +283,32 @@ class Coordinator:
         """release_sub_module of the layer: its recomputed parameters go, however soon they are used again."""
         released = []
         for number in self.recomputed:
-            self.users[number].discard(RECOMPUTED)
+            self._leave(number, RECOMPUTED)
             if number not in self.external and self._release(number):
                 released.append(number)
         self.recomputed = []
         return ((int(Act.RELEASE), tuple(released)),) if released else ()
 
+    def _leave(self, number: int, module: int) -> None:
+        users = self.users.get(number)
+        if users is not None:
+            users.discard(module)
+            if not users:
+                del self.users[number]
+
     def _release(self, number: int) -> bool:
-        if self.status[number] != AVAILABLE or self.users[number]:
+        if self.status[number] != AVAILABLE or number in self.users:
             return False
         self.status[number] = NOT_AVAILABLE
         self.available_numel -= self.fetches.numel[number]
         return True
 
-    def _is_releasable(self, number: int) -> bool:
-        return (
-            number not in self.persistent
-            and number not in self.external
-            and self.last_use[number] <= self.step
-            and self._is_far(self.fetches.distance(number, self.step))
-        )
+    def _is_releasable(self, number: int, distance: int) -> bool:
+        if number in self.persistent or number in self.external or self.last_use[number] > self.step:
+            return False
+        return self.is_far(distance)
 
-    def _is_far(self, distance: int) -> bool:
+    def is_far(self, distance: int) -> bool:
         """Not used again within stage3_max_reuse_distance."""
         if distance >= self.limits.reuse:
             self.reuse.not_above(distance)
@@ -293,37 +317,43 @@ class Coordinator:
         return False
 
     def _pop_queue(self, needed: Sequence[int]) -> None:
-        missing = {number for number in needed if self.last_use[number] < self.step}
-        found: set[int] = set()
-        while self.queue and len(found) < len(missing):
-            number, step = self.queue.popleft()
+        missing = sum(self.last_use[number] < self.step for number in needed)
+        if not missing:
+            return
+        queue, found = self.fetches.queue, set[int]()
+        while self.head < len(queue) and len(found) < missing:
+            number, step = queue[self.head]
+            self.head += 1
             self.last_use[number] = step
             found.add(number)
 
     def _prefetch(self) -> None:
+        """While numel < min(stage3_prefetch_bucket_size, stage3_max_live_parameters - available)."""
+        queue, status, last_use = self.fetches.queue, self.status, self.last_use
         chosen: set[int] = set()
-        numel = 0
-        while self.queue and self._prefetches_more(numel):
-            number, step = self.queue.popleft()
-            self.last_use[number] = max(self.last_use[number], step)
-            if self.status[number] == NOT_AVAILABLE and number not in chosen:
+        numel, last, most = 0, -1, min(self.limits.prefetch, self.limits.live - self.available_numel)
+        while self.head < len(queue) and numel < most:
+            last = numel
+            number, step = queue[self.head]
+            self.head += 1
+            last_use[number] = max(last_use[number], step)
+            if status[number] == NOT_AVAILABLE and number not in chosen:
                 chosen.add(number)
                 numel += self.fetches.numel[number]
+        if last >= 0:
+            self.prefetch.above(last)
+            self.live.above(last + self.available_numel)
+        if self.head < len(queue):
+            self._stops_at(numel)
         if chosen:
             self._gather(sorted(chosen))
 
-    def _prefetches_more(self, numel: int) -> bool:
-        """numel < min(stage3_prefetch_bucket_size, stage3_max_live_parameters - available)."""
-        live = numel + self.available_numel
+    def _stops_at(self, numel: int) -> None:
+        """One of the limits was reached."""
         if numel >= self.limits.prefetch:
             self.prefetch.not_above(numel)
-            return False
-        if live >= self.limits.live:
-            self.live.not_above(live)
-            return False
-        self.prefetch.above(numel)
-        self.live.above(live)
-        return True
+        else:
+            self.live.not_above(numel + self.available_numel)
 
     def decides_alike(self, limits: Limits) -> bool:
         """Whether every decision so far would have been the same under these limits."""
@@ -333,7 +363,7 @@ class Coordinator:
         wanted = tuple(number for number in numbers if self.status[number] == NOT_AVAILABLE)
         if not wanted:
             return
-        gather = _Gather(wanted, len(wanted))
+        gather = Flight(wanted, len(wanted))
         for number in wanted:
             self.status[number] = INFLIGHT
             self.available_numel += self.fetches.numel[number]

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from zplan.memory.coordinator import Fetches
 from zplan.memory.instances import Instances
+from zplan.memory.laps import Laps, laps_of
 from zplan.memory.meter import Kind, Meter
 from zplan.memory.script import HOOKS, Call, Course, Kinds, Op, Reduction, Script
 from zplan.memory.strip import Strip, strip
@@ -50,6 +51,7 @@ class _Walk:
         self.spans: list[int] = []
         self.others: list[Kinds] = []
         self.phases = [0]
+        self.starts: dict[tuple[int, int], list[int]] = {}
         self.strips: dict[tuple[int, int, bool, bool], Strip] = {}
         self.returned = self.locals = 0
         owned = module_parameters(recording) if fetches else {}
@@ -117,6 +119,10 @@ class _Walk:
         self.call(Op.NOTHING)
         self.phases.append(len(self.calls))
 
+    def _begin_lap(self, index: int, way: int) -> None:
+        """A layer of a block begins, on the way forward (1) or back (-1)."""
+        self.starts.setdefault((index, way), []).append(len(self.calls))
+
     # -- forward -------------------------------------------------------------------------------------------------
     def _forward(self) -> None:
         for index, block in enumerate(self.recording.blocks):
@@ -126,6 +132,7 @@ class _Walk:
                 continue
             steps = block.tape.forward_without_saving if self._is_checkpointed(block) else block.tape.forward
             for layer in range(block.laid.repeat):
+                self._begin_lap(index, 1)
                 self._play(steps, index, layer, loses=self._is_checkpointed(block))
                 if self._is_checkpointed(block):
                     self._return_scores()
@@ -221,6 +228,7 @@ class _Walk:
                 continue
             checkpointed = self._is_checkpointed(block)
             for layer in reversed(range(block.laid.repeat)):
+                self._begin_lap(index, -1)
                 if checkpointed:
                     reentrant = r.reentrant and self.fetches
                     again, back = recomputation(block.tape, reentrant=reentrant)
@@ -364,8 +372,22 @@ def _script(walk: _Walk) -> Script:
             head=output_numbers(recording),
             root=walk.root,
             viewed=walk.viewed,
+            laps=_laps(walk, calls) if walk.fetches else (),
         )
     return known
+
+
+def _laps(walk: _Walk, calls: tuple[Call, ...]) -> tuple[Laps, ...]:
+    """The ways through blocks of several layers, in their order."""
+    found = []
+    for (index, way), starts in walk.starts.items():
+        block = walk.recording.blocks[index]
+        laps = laps_of(
+            calls, starts, Op.GRADIENT, parameters=way * len(block.laid.weights),
+            modules=way * max(len(block.modules.numbers), 1), low=walk.recording.items.base[index],
+        )  # fmt: skip
+        found += [laps] if laps else []
+    return tuple(found)
 
 
 def _reduction(items: Instances, calls: tuple[Call, ...], kept: tuple[int, ...], phases: Sequence[int]) -> Reduction:

@@ -5,17 +5,19 @@ Only the hooks of modules move them, and only those: gradients, buckets and redu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from operator import sub
 
-from zplan.memory.coordinator import Action, Coordinator, Limits, Schedule
+from zplan.memory.coordinator import Coordinator, Limits
 from zplan.memory.instances import Instances
+from zplan.memory.laps import Laps
 from zplan.memory.memo import Memo
-from zplan.memory.meter import Gauge
-from zplan.memory.script import Call, Op, Script
-from zplan.memory.stage3 import Shards, Stage3Engine, shard
+from zplan.memory.meter import Gauge, Kind
+from zplan.memory.schedule import Happening, Run, Schedule, Scheduler
+from zplan.memory.script import Op, Script
+from zplan.memory.stage3 import Shards, Stage3Engine, secondary_group, shard
 from zplan.zero_config import Choice
 
 MOST_KEPT = 1024
@@ -24,13 +26,44 @@ ADAM_STATES = 8
 """Bytes an element of what most optimizers make in their first step; less of others only hides a part of that step."""
 MOST_SCHEDULES = 256
 """Of one set of persistent parameters."""
+_PADDINGS: dict[tuple[int, ...], int] = {}
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some moments, repeated, each time with so many bytes more."""
+
+    moments: tuple[int, ...]
+    times: int = 1
+    growth: int = 0
+
+
+@dataclass(frozen=True, eq=False)
 class Gathered:
     """Before every call and at most while it runs, in the order of a course's moments."""
 
-    moments: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+    @cached_property
+    def moments(self) -> tuple[int, ...]:
+        """One by one."""
+        found: list[int] = []
+        for part in self.parts:
+            if part.growth:
+                for time in range(part.times):
+                    found += [num_bytes + time * part.growth for num_bytes in part.moments]
+            else:
+                found += part.moments * part.times
+        return tuple(found)
+
+    @cached_property
+    def largest(self) -> int:
+        """The most at any moment."""
+        return max(max(part.moments, default=0) + max(0, part.growth * (part.times - 1)) for part in self.parts)
+
+
+Steps = tuple[tuple[Gathered, int], ...]
+"""Steps that a run has: what each of them gathers, and bytes that it does not hold yet."""
 
 
 @dataclass(eq=False)
@@ -42,10 +75,9 @@ class Gathering:
     itemsize: int
     _schedules: dict[tuple[frozenset[int], ...], list[tuple[Coordinator, Schedule]]] = field(default_factory=dict)
     _gathered: dict[tuple[object, ...], tuple[Schedule, Gathered]] = field(default_factory=dict)
-    _either: dict[tuple[int, ...], tuple[Gathered, ...]] = field(default_factory=dict)
 
-    def bytes_of(self, choice: Choice) -> Gathered:
-        """What a choice holds in any step: in the micro-steps of the first one, where those hold more.
+    def steps_of(self, choice: Choice) -> Steps:
+        """What a choice holds in a later step, and in the micro-steps of the first one where those can hold more.
 
         The first micro-step has no trace: nothing is prefetched and everything is released after its module, persistent
         parameters too, which therefore are gathered together with the others of their module, in one buffer and in
@@ -62,14 +94,8 @@ class Gathering:
         untraced = replace(shards, persistent=frozenset(), persistent_bytes=0)
         first = self._bytes(choice, untraced, self.first_schedule, has_copies=True)
         second, missing_bytes = self._second_micro_step(choice, shards) or (later, 0)
-        key = (id(first), id(second), id(later), states, shards.persistent_bytes, missing_bytes)
-        known = self._either.get(key)
-        if known is None or known[:3] != (first, second, later):
-            if len(self._either) >= MOST_KEPT:
-                self._either.clear()
-            either = larger(second, larger(first, later, states + shards.persistent_bytes), states + missing_bytes)
-            known = self._either[key] = (first, second, later, either)
-        return known[3]
+        early = ((first, states + shards.persistent_bytes), (second, states + missing_bytes))
+        return (later, 0), *(step for step in early if step[0] is not later and step[0].largest > step[1])
 
     def _second_micro_step(self, choice: Choice, shards: Shards) -> tuple[Gathered, int] | None:
         """The first step's second micro-step has the trace of the first one, which has released the persistent
@@ -109,11 +135,11 @@ class Gathering:
     def _bytes(self, choice: Choice, shards: Shards, schedule: Schedule, *, has_copies: bool) -> Gathered:
         """What a schedule holds. Choices whose schedules turn out alike share it."""
         zero, ranks = choice.zero, choice.batch.world_size
+        copies = 1 if zero.offloads_param else secondary_group(zero, ranks)
         key = (
             id(schedule), zero.stage3_allgather_sequential, zero.offloads_param,
-            ranks == 1, ranks == 1 and zero.offloads_optimizer, zero.zero_hpz_partition_size, has_copies,
-            # a parameter that every rank can cut evenly weighs the same for any number of ranks
-            *((ranks,) if zero.offloads_param else (part * ranks for part in shards.partition)),
+            ranks == 1, ranks == 1 and zero.offloads_optimizer, copies, copies > 1 and has_copies,
+            ranks if zero.offloads_param else padding(self.items, ranks),
         )  # fmt: skip
         known = self._gathered.get(key)
         if known is None or known[0] is not schedule:
@@ -129,20 +155,20 @@ class Gathering:
             if coordinator.decides_alike(limits):
                 return schedule
         coordinator = self._coordinator(limits, persistent, missing)
-        made = self._decide(coordinator, self.script.calls)
+        made = self.scheduler.schedule(coordinator)
         known.append((coordinator, made))
         del known[:-MOST_SCHEDULES]
         return made
 
     @cached_property
+    def scheduler(self) -> Scheduler:
+        return Scheduler(self.script)
+
+    @cached_property
     def first_schedule(self) -> Schedule:
         """Of the first step, whose forward begins with a model that does not own its output projection yet."""
-        hooks = [number for number, (op, _) in enumerate(self.script.calls) if op == Op.PRE_MODULE]
-        first = next((number for number in hooks if self.script.calls[number][1] == self.script.root), 0)
-        calls = (*self.script.calls[:first], *self.script.calls[first + 1 :])
-        decided = self._decide(self._coordinator(NO_TRACE, frozenset()), calls)
-        before = sum(number < first for number in hooks)
-        return (*decided[:before], (), *decided[before:])
+        first = self.script.calls.index((Op.PRE_MODULE, self.script.root))
+        return self.scheduler.schedule(self._coordinator(NO_TRACE, frozenset()), without=first)
 
     def _coordinator(
         self, limits: Limits, persistent: frozenset[int], missing: frozenset[int] = frozenset()
@@ -152,54 +178,73 @@ class Gathering:
             trainable=self.items.trainable, viewed=self.script.viewed, missing=missing,
         )  # fmt: skip
 
-    def _decide(self, coordinator: Coordinator, calls: Sequence[Call]) -> Schedule:
-        act: dict[int, Callable[[int], tuple[Action, ...]]] = {
-            Op.PRE_MODULE: coordinator.pre_module,
-            Op.POST_MODULE: coordinator.post_module,
-            Op.KEPT_MODULE: coordinator.kept_module,
-            Op.VIEWED_MODULE: coordinator.viewed_module,
-            Op.RECOMPUTED_MODULE: coordinator.recomputed_module,
-            Op.END_RECOMPUTED: lambda _: coordinator.end_recomputed(),
-        }
-        return tuple(act[op](module) for op, module in calls if op in act)
+
+@lru_cache(1024)
+def padding(items: Instances, num_ranks: int) -> int:
+    """A number for the elements of every parameter as all ranks hold them, one wherever they are the same: a parameter
+    that every rank can cut evenly weighs the same for any number of ranks."""
+    return _PADDINGS.setdefault(tuple(-(-numel // num_ranks) * num_ranks for numel in items.numel), len(_PADDINGS))
 
 
-def larger(first: Gathered, later: Gathered, absent: int) -> Gathered:
-    """The larger of two steps at every moment; the first does not hold the absent bytes yet."""
-    if max(map(sub, first.moments, later.moments)) <= absent:
-        return later
-    return Gathered(tuple(max(early - absent, late) for early, late in zip(first.moments, later.moments, strict=True)))
+def most_of(steps: Steps) -> tuple[int, ...]:
+    """The most that any of the steps holds, moment by moment."""
+    if len(steps) == 1:
+        return steps[0][0].moments
+    moments = (gathered.moments for gathered, _ in steps)
+    absent = [num_bytes for _, num_bytes in steps]
+    return tuple(max(map(sub, held, absent)) for held in zip(*moments, strict=True))
 
 
 def follow_hooks(of: Gathering, choice: Choice, shards: Shards, schedule: Schedule, has_copies: bool) -> Gathered:
     """Run the engine through the hooks of a step."""
     meter = Gauge()
-    engine = Stage3Engine(
-        meter, of.items, shards, choice.zero, num_ranks=choice.batch.world_size, itemsize=of.itemsize, schedule=schedule
-    )
-    act: dict[int, Callable[[int], None]] = {
-        Op.PRE_MODULE: engine.pre_module,
-        Op.POST_MODULE: engine.post_module,
-        Op.KEPT_MODULE: engine.post_module,
-        Op.VIEWED_MODULE: engine.post_module,
-        Op.RECOMPUTED_MODULE: engine.recomputed_module,
-        Op.END_RECOMPUTED: lambda _: engine.end_recomputed(),
-        Op.READ_HEAD: lambda _: engine.read_head(of.script.head),
-        Op.END_BACKWARD: lambda _: engine.end_backward(),
-        Op.END_STEP: lambda _: engine.end_step(),
-    }
+    engine = Stage3Engine(meter, of.items, shards, choice.zero, num_ranks=choice.batch.world_size, itemsize=of.itemsize)
     if has_copies:
         engine.cut_all_again()
-    moments: list[int] = []
-    for op, number in of.script.calls:
+    return Gathered(tuple(part for run in schedule for part in _follow_run(engine, run)))
+
+
+def _follow_run(engine: Stage3Engine, run: Run) -> list[Part]:
+    """Laps that the coordinator leads alike are alike in bytes, unless the engine stands otherwise in the second."""
+    if run.laps is None or run.times == 1:
+        return [Part(_moments(engine, run.first, run.num_calls, run.happenings))]
+    meter, laps = engine.meter, run.laps
+    total, before = meter.total_bytes, [values.copy() for values in engine.by_parameter]
+    first = _moments(engine, run.first, run.num_calls, run.happenings)
+    if not all(laps.stands_alike(was, now, run.lap + 1) for was, now in zip(before, engine.by_parameter, strict=True)):
+        later = (_later(run, laps, number) for number in range(1, run.times))
+        return [Part(first), *(Part(_moments(engine, start, run.num_calls, made)) for start, made in later)]
+    growth = meter.total_bytes - total
+    meter.add(Kind.GATHERED_PARAMETERS, growth * (run.times - 1))
+    for values in engine.by_parameter:
+        laps.move(values, run.lap + 1, run.times - 1)
+    return [Part(first, run.times, growth)]
+
+
+def _later(run: Run, laps: Laps, number: int) -> tuple[int, tuple[Happening, ...]]:
+    """First call and happenings of a lap that is so many laps later."""
+    calls, way = number * run.num_calls, number * laps.parameters
+    happenings = tuple(
+        (call + calls, tuple((act, tuple(laps.moved(p, way) for p in numbers)) for act, numbers in actions))
+        for call, actions in run.happenings
+    )
+    return run.first + calls, happenings
+
+
+def _moments(engine: Stage3Engine, first: int, num_calls: int, happenings: Sequence[Happening]) -> tuple[int, ...]:
+    """Of some calls in a row."""
+    meter, behind = engine.meter, first
+    found: list[int] = []
+    for call, actions in happenings:
+        found += [meter.total_bytes] * (2 * (call - behind) + 1)
         meter.mark()
-        moments.append(meter.peak_bytes)
-        if op in act:
-            act[op](number)
-        moments.append(meter.peak_bytes)
-    return Gathered(tuple(moments))
+        engine.follow(actions)
+        found.append(meter.peak_bytes)
+        behind = call + 1
+    found += [meter.total_bytes] * (2 * (first + num_calls - behind))
+    return tuple(found)
 
 
-def gathering(script: Script, items: Instances, itemsize: int) -> Memo[Choice, Gathered]:
+def gathering(script: Script, items: Instances, itemsize: int) -> Memo[Choice, Steps]:
     """What is gathered during a script, by what that depends on of a choice."""
-    return Memo(Gathering(script, items, itemsize).bytes_of, most_kept=MOST_KEPT)
+    return Memo(Gathering(script, items, itemsize).steps_of, most_kept=MOST_KEPT)

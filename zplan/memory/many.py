@@ -124,6 +124,7 @@ class Estimator:
         self.shape, self.recipe, self.cluster, self.rank = shape, recipe, cluster, rank
         self.laid, self.on_cpu = layout(shape, recipe), cluster.gpu.kind == "cpu"
         self._arrays: dict[int, tuple[Course | Gathered, Ints]] = {}
+        self._sums: dict[tuple[int, int], tuple[Course, Gathered, Ints]] = {}
         self._standing = Memo(self._of_rank, most_kept=MOST_KEPT)
         self._still = _Table(self._of_phases)
         self._bases = _Table(self._base)
@@ -183,8 +184,20 @@ class Estimator:
         replay = replay_of(course.script, instances(self.laid), self.recipe.weight_bytes, self.rank)
         moments = self._array(course)
         if choice.zero.stage == 3:
-            moments = np.maximum.reduceat(moments + self._array(replay.gathered(choice)), replay.cuts[:-1])
+            found = [self._with_parameters(replay, course, held) - absent for held, absent in replay.gathered(choice)]
+            moments = np.maximum.reduce(found)
         return _Base(replay, moments)
+
+    def _with_parameters(self, replay: Replay, course: Course, gathered: Gathered) -> Ints:
+        """The moments of the reduction; a course meets the same parameters in many choices."""
+        key = (id(course), id(gathered))
+        known = self._sums.get(key)
+        if known is None:
+            if len(self._sums) >= MOST_ARRAYS:
+                self._sums.clear()
+            totals = self._array(course) + self._array(gathered)
+            known = self._sums[key] = (course, gathered, np.maximum.reduceat(totals, replay.cuts[:-1]))
+        return known[2]
 
     def _held_by(self, replay: Replay, choice: Choice) -> Ints:
         held = follow_gradients(
@@ -197,7 +210,8 @@ class Estimator:
         if known is None:
             if len(self._arrays) >= MOST_ARRAYS:
                 self._arrays.clear()
-            known = self._arrays[id(source)] = (source, np.array(source.moments, dtype=np.int64))
+            made = np.array(source.moments, dtype=np.int64) if isinstance(source, Course) else _one_by_one(source)
+            known = self._arrays[id(source)] = (source, made)
         return known[1]
 
     def _peaks(self, choices: Sequence[Choice]) -> dict[StepPhase, Ints]:
@@ -224,3 +238,12 @@ class Estimator:
             for phase, moments in replay.phases.items():
                 peaks[phase].append(totals[:, moments].max(axis=1))
         return {phase: np.concatenate(parts)[pair_of] for phase, parts in peaks.items()}
+
+
+def _one_by_one(gathered: Gathered) -> Ints:
+    """Its moments, as an array."""
+    parts = []
+    for part in gathered.parts:
+        once, growth = np.array(part.moments, dtype=np.int64), np.arange(part.times, dtype=np.int64) * part.growth
+        parts.append((once + growth[:, np.newaxis]).ravel())
+    return np.concatenate(parts)

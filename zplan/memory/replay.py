@@ -17,7 +17,7 @@ from itertools import chain, pairwise
 from operator import add
 from typing import Protocol
 
-from zplan.memory.gather import Gathered, gathering
+from zplan.memory.gather import Steps, gathering, most_of
 from zplan.memory.instances import Instances
 from zplan.memory.memo import Memo
 from zplan.memory.meter import Kind, Meter
@@ -47,6 +47,16 @@ class Held:
     kinds: tuple[Kinds, ...]
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class _Base:
+    """A course of ZeRO-3 with its parameters."""
+
+    moments: Sequence[int]
+    """Of the reduction: all but what the gradients hold."""
+    gathered: Sequence[int]
+    """Of the script: parameters alone."""
+
+
 @dataclass(eq=False)
 class Replay:
     """One script on one set of parameters in one dtype, and what was asked about it.
@@ -60,8 +70,8 @@ class Replay:
     itemsize: int
     rank: int | None
     held: Memo[Choice, Held] = field(init=False)
-    gathered: Memo[Choice, Gathered] = field(init=False)
-    _bases: dict[tuple[int, int], tuple[Course, Gathered, Sequence[int]]] = field(default_factory=dict)
+    gathered: Memo[Choice, Steps] = field(init=False)
+    _bases: dict[tuple[int, int], tuple[Course, Steps, _Base]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.held = held_by(self.script.reduction, self.items, self.itemsize, self.rank)
@@ -83,37 +93,37 @@ class Replay:
 
     def peaks(self, course: Course, choice: Choice) -> dict[StepPhase, Kinds]:
         """Bytes by kind at the largest moment of each phase."""
-        gathered = self.gathered(choice) if choice.zero.stage == 3 else None
+        gathered = self._most(course, self.gathered(choice)) if choice.zero.stage == 3 else None
         held = self.held(choice)
-        totals = list(map(add, self._base(course, gathered), held.moments))
+        outside = course.moments if gathered is None else gathered.moments
+        totals = list(map(add, outside, held.moments))
         found: dict[StepPhase, Kinds] = {}
         for phase, moments in self.phases.items():
             index = totals.index(max(totals[moments]), moments.start)
             found[phase] = tuple(map(add, self._kinds(course, gathered, index), held.kinds[index]))
         return found
 
-    def _base(self, course: Course, gathered: Gathered | None) -> Sequence[int]:
-        """Activations, loss and gathered parameters at the moments of the reduction."""
-        if gathered is None:
-            return course.moments
-        key = (id(course), id(gathered))
+    def _most(self, course: Course, steps: Steps) -> _Base:
+        """Activations, loss and gathered parameters of a course of ZeRO-3."""
+        key = (id(course), id(steps))
         known = self._bases.get(key)
         if known is None:
-            totals = list(map(add, course.moments, gathered.moments))
-            base = [max(totals[first:end]) for first, end in pairwise(self.cuts)]
+            gathered = most_of(steps)
+            totals = list(map(add, course.moments, gathered))
+            moments = [max(totals[first:end]) for first, end in pairwise(self.cuts)]
             if len(self._bases) >= MOST_KEPT:
                 self._bases.clear()
-            known = self._bases[key] = (course, gathered, base)
+            known = self._bases[key] = (course, steps, _Base(moments, gathered))
         return known[2]
 
-    def _kinds(self, course: Course, gathered: Gathered | None, index: int) -> Kinds:
+    def _kinds(self, course: Course, gathered: _Base | None, index: int) -> Kinds:
         """What the bytes of a moment of the reduction are, outside the reduction."""
         if gathered is None:
             return course.kinds(index)
         moments = range(self.cuts[index], self.cuts[index + 1])
-        moment = max(moments, key=lambda number: course.moments[number] + gathered.moments[number])
+        moment = max(moments, key=lambda number: course.moments[number] + gathered.gathered[number])
         kinds = list(course.kinds(moment))
-        kinds[Kind.GATHERED_PARAMETERS] += gathered.moments[moment]
+        kinds[Kind.GATHERED_PARAMETERS] += gathered.gathered[moment]
         return tuple(kinds)
 
 
@@ -178,7 +188,7 @@ def _engine(meter: Meter, items: Instances, choice: Choice, *, itemsize: int, ra
     if zero.stage == 3:
         # gradients are cut alike whether their parameter persists or not
         shards = shard(items, ZeroConfig(), ranks)
-        return Stage3Engine(meter, items, shards, zero, num_ranks=ranks, itemsize=itemsize, schedule=())
+        return Stage3Engine(meter, items, shards, zero, num_ranks=ranks, itemsize=itemsize)
     if zero.stage:
         return Stage12Engine(meter, items, partition(items, ranks, rank), zero, itemsize=itemsize, partial=partial)
     return Stage0Engine(meter, items, itemsize=itemsize, num_ranks=ranks, partial=partial)

@@ -8,6 +8,7 @@ from enum import IntEnum
 from typing import Literal
 
 from zplan.memory.coordinator import Fetches
+from zplan.memory.laps import Laps
 
 StepPhase = Literal["forward", "backward", "step"]
 STEP_PHASES: tuple[StepPhase, ...] = ("forward", "backward", "step")
@@ -83,6 +84,8 @@ class Script:
     """Number of the model itself among the modules."""
     viewed: frozenset[int] = frozenset()
     """Weights whose product keeps a view of the gathered tensor."""
+    laps: tuple[Laps, ...] = ()
+    """Where its layers are called alike."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from zplan.memory.coordinator import Schedule
+from zplan.memory.coordinator import Action
 from zplan.memory.instances import Instances
 from zplan.memory.meter import Kind, Meter
 from zplan.zero_config import ZeroConfig
@@ -107,11 +107,7 @@ def secondary_group(zero: ZeroConfig, num_ranks: int) -> int:
 
 
 class Stage3Engine:
-    """The bytes of a schedule of the parameter coordinator, and the gradient path of one micro-step.
-
-    Args:
-        schedule: what the coordinator does at every call of a module's hook, in the order of the step.
-    """
+    """The bytes of what the parameter coordinator does, and the gradient path of one micro-step."""
 
     def __init__(
         self,
@@ -122,18 +118,17 @@ class Stage3Engine:
         *,
         num_ranks: int,
         itemsize: int,
-        schedule: Schedule,
     ) -> None:
         self.meter, self.items, self.shards, self.zero = meter, items, shards, zero
         self.num_ranks, self.itemsize = num_ranks, itemsize
-        self.actions = iter(schedule)
         self.held = [0] * len(items.numel)
-        self.kept: dict[int, int] = {}
+        self.kept = [0] * len(items.numel)
         self.bytes = [b * numel for b, numel in zip(items.itemsize, items.numel, strict=True)]
-        self.secondary: set[int] = set()
+        self.secondary = [0] * len(items.numel)
         self.padded_bytes = [b * part * num_ranks for b, part in zip(items.itemsize, shards.partition, strict=True)]
         self.act: tuple[Callable[[tuple[int, ...]], None], ...] = (
-            self._gather, self._arrive, self._settle, self._release, self._keep, self._forget
+            self._gather, self._arrive, self._settle, self._release, self._keep, self._forget, self.read_head,
+            self._give_back, self.end_step,
         )  # fmt: skip
         self.reads_head = False
         self.bucket: list[int] = []
@@ -141,25 +136,15 @@ class Stage3Engine:
         self.own: dict[int, int] = {}
 
     # -- parameters ----------------------------------------------------------------------------------------------
-    def pre_module(self, _module: int) -> None:
-        """fetch_sub_module, as scheduled."""
-        self._next()
-
-    def post_module(self, _module: int) -> None:
-        """release_sub_module, as scheduled."""
-        self._next()
-
-    def recomputed_module(self, _module: int) -> None:
-        """fetch_sub_module within a reentrant recomputation, as scheduled."""
-        self._next()
-
-    def end_recomputed(self) -> None:
-        """release_sub_module of a recomputed layer, as scheduled."""
-        self._next()
-
-    def _next(self) -> None:
-        for act, numbers in next(self.actions):
+    def follow(self, actions: Sequence[Action]) -> None:
+        """What the coordinator does at a call."""
+        for act, numbers in actions:
             self.act[act](numbers)
+
+    @property
+    def by_parameter(self) -> tuple[list[int], ...]:
+        """All that it remembers of gathered parameters, in the order of all parameters."""
+        return self.held, self.kept, self.secondary
 
     def _is_coalesced(self, numbers: tuple[int, ...]) -> bool:
         """Several parameters share one flat buffer (all_gather_coalesced)."""
@@ -215,8 +200,8 @@ class Stage3Engine:
         if group == 1 or self.zero.offloads_param:
             return
         for number in numbers:
-            if self.items.trainable[number] and number not in self.secondary:
-                self.secondary.add(number)
+            if self.items.trainable[number] and not self.secondary[number]:
+                self.secondary[number] = 1
                 self.meter.add(Kind.GATHERED_PARAMETERS, self.padded_bytes[number] // group)
 
     def _release(self, numbers: tuple[int, ...]) -> None:
@@ -232,7 +217,8 @@ class Stage3Engine:
 
     def _forget(self, numbers: tuple[int, ...]) -> None:
         for number in numbers:
-            self.meter.add(Kind.GATHERED_PARAMETERS, -self.kept.pop(number, 0))
+            self.meter.add(Kind.GATHERED_PARAMETERS, -self.kept[number])
+            self.kept[number] = 0
 
     def read_head(self, numbers: tuple[int, ...]) -> None:
         """A single rank copies the head in the first step, before it is known as external; called again when it goes.
@@ -249,12 +235,15 @@ class Stage3Engine:
         self.meter.add(Kind.GATHERED_PARAMETERS, -size if self.reads_head else size)
         self.reads_head = not self.reads_head
 
-    def end_step(self) -> None:
+    def end_step(self, _numbers: tuple[int, ...]) -> None:
         """Persistent parameters, partitioned before the update, are gathered again after it.
 
         Source: deepspeed 0.19.8, stage3.py (step: _partition_all_parameters, _post_step).
         """
         self.meter.touch(Kind.GATHERED_PARAMETERS, self.shards.persistent_bytes)
+
+    def _give_back(self, _numbers: tuple[int, ...]) -> None:
+        self.meter.add(Kind.GATHERED_PARAMETERS, -self.meter.by_kind[Kind.GATHERED_PARAMETERS])
 
     # -- gradients -----------------------------------------------------------------------------------------------
     def begin_micro_step(self) -> None:
@@ -273,9 +262,8 @@ class Stage3Engine:
         self.bucket_numel += numel
 
     def end_backward(self) -> None:
-        """The epilogue reduces what is left, and what is still gathered is given back."""
+        """The epilogue reduces what is left."""
         self._reduce()
-        self.meter.add(Kind.GATHERED_PARAMETERS, -self.meter.by_kind[Kind.GATHERED_PARAMETERS])
 
     def _reduce(self) -> None:
         if not self.bucket:

@@ -1,0 +1,318 @@
+"""Schedule: what ZeRO-3's coordinator does over a whole step. Laps that go alike are followed once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import takewhile
+
+from zplan.memory.coordinator import Act, Action, Bounds, Coordinator, Flight
+from zplan.memory.laps import Laps
+from zplan.memory.script import Op, Script
+
+Happening = tuple[int, tuple[Action, ...]]
+"""(call, actions)."""
+_STEPS = (Op.PRE_MODULE, Op.RECOMPUTED_MODULE)
+"""Calls that the coordinator counts."""
+_LEAVING = (Op.POST_MODULE, Op.KEPT_MODULE, Op.VIEWED_MODULE)
+
+
+@dataclass(frozen=True, eq=False, slots=True, kw_only=True)
+class Run:
+    """Some calls in a row, or a lap and those after it that go as it does."""
+
+    first: int
+    num_calls: int
+    happenings: tuple[Happening, ...]
+    laps: Laps | None = None
+    lap: int = 0
+    times: int = 1
+
+
+Schedule = tuple[Run, ...]
+"""Of all calls of a script, in their order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stretch:
+    """The calls of one lap, or those between laps."""
+
+    first: int
+    num_calls: int
+    hooks: tuple[tuple[int, int, int], ...]
+    """(call, operation, module) of the calls in which something can happen."""
+    releases: tuple[tuple[int, int], ...]
+    """Every release: module, and the steps from the start of the stretch to it."""
+    laps: Laps | None = None
+    lap: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """Where the coordinator stood before a lap."""
+
+    status: list[int]
+    last_use: list[int]
+    flights: list[tuple[int, tuple[int, ...], int, bool]]
+    users: dict[int, set[int]]
+    kept: dict[int, tuple[int, ...]]
+    step: int
+    head: int
+    available_numel: int
+
+    @classmethod
+    def of(cls, now: Coordinator) -> _Before:
+        flights = [
+            (number, flight.numbers, flight.waiting, flight.has_arrived) for number, flight in now.inflight.items()
+        ]
+        users = {number: set(modules) for number, modules in now.users.items()}
+        return cls(
+            now.status.copy(), now.last_use.copy(), flights, users, now.kept.copy(), now.step, now.head,
+            now.available_numel,
+        )  # fmt: skip
+
+
+@dataclass(eq=False)
+class Scheduler:
+    """Leads coordinators through one script."""
+
+    script: Script
+    _distances: dict[tuple[int, int, int], tuple[int, ...]] = field(default_factory=dict)
+    _regular: dict[tuple[int, int, int], list[int]] = field(default_factory=dict)
+
+    def schedule(self, coordinator: Coordinator, *, without: int | None = None) -> Schedule:
+        """Args:
+        without: a call that is left out.
+        """
+        laps_alike = {
+            laps: laps.are_alike(coordinator.persistent) and laps.are_alike(coordinator.viewed)
+            for laps in self.script.laps
+        }
+        live, stretches = Bounds(), iter(self._stretches)
+        runs: list[Run] = []
+        for stretch in stretches:
+            before = _Before.of(coordinator) if stretch.laps and laps_alike[stretch.laps] else None
+            coordinator.live = Bounds()
+            happenings = self._follow(coordinator, stretch, without)
+            skipped = self._skipped(coordinator, before, stretch) if before else 0
+            if before and skipped:
+                assert stretch.laps is not None
+                self._skip(coordinator, before, stretch.laps, stretch.lap + 1, skipped)
+                for _ in range(skipped):
+                    next(stretches)
+            live.include(coordinator.live)
+            runs.append(
+                Run(
+                    first=stretch.first, num_calls=stretch.num_calls, happenings=happenings, laps=stretch.laps,
+                    lap=stretch.lap, times=1 + skipped,
+                )
+            )  # fmt: skip
+        coordinator.live = live
+        return tuple(runs)
+
+    @cached_property
+    def _stretches(self) -> tuple[_Stretch, ...]:
+        """All calls, cut before and behind every lap."""
+        found: list[_Stretch] = []
+        end = 0
+        for laps in self.script.laps:
+            found.append(self._stretch(end, laps.first))
+            for lap in range(laps.count):
+                first = laps.first + lap * laps.num_calls
+                found.append(self._stretch(first, first + laps.num_calls, laps, lap))
+            end = laps.first + laps.count * laps.num_calls
+        found.append(self._stretch(end, len(self.script.calls)))
+        return tuple(found)
+
+    def _stretch(self, first: int, end: int, laps: Laps | None = None, lap: int = 0) -> _Stretch:
+        hooks, releases, steps = [], [], 0
+        for call in range(first, end):
+            op, module = self.script.calls[call]
+            if op not in _LEAVING and op not in _ACTS and op not in _STEPS and op != Op.END_RECOMPUTED:
+                continue
+            steps += op in _STEPS
+            if op in _LEAVING:
+                if not self.script.fetches.modules.get(module):
+                    continue
+                releases.append((module, steps))
+            hooks.append((call, op, module))
+        return _Stretch(
+            first=first, num_calls=end - first, hooks=tuple(hooks), releases=tuple(releases), laps=laps, lap=lap
+        )
+
+    def _follow(self, coordinator: Coordinator, stretch: _Stretch, without: int | None) -> tuple[Happening, ...]:
+        act: dict[int, Callable[[int], tuple[Action, ...]]] = {
+            Op.PRE_MODULE: coordinator.pre_module,
+            Op.POST_MODULE: coordinator.post_module,
+            Op.KEPT_MODULE: coordinator.kept_module,
+            Op.VIEWED_MODULE: coordinator.viewed_module,
+            Op.RECOMPUTED_MODULE: coordinator.recomputed_module,
+            Op.END_RECOMPUTED: lambda _: coordinator.end_recomputed(),
+        }
+        happenings: list[Happening] = []
+        for call, op, module in stretch.hooks:
+            if call != without:
+                does = _ACTS.get(op)
+                actions = ((int(does), self.script.head),) if does is not None else act[op](module)
+                if actions:
+                    happenings.append((call, actions))
+        return tuple(happenings)
+
+    # -- laps that go alike --------------------------------------------------------------------------------------
+    def _skipped(self, now: Coordinator, before: _Before, stretch: _Stretch) -> int:
+        """How many laps after this one go as it did."""
+        laps, lap = stretch.laps, stretch.lap + 1
+        assert laps is not None
+        if lap == laps.count or not _stands_alike(now, before, laps, lap):
+            return 0
+        most = min(
+            laps.count - lap,
+            self._fetched_alike(now, before, laps),
+            _prefetched_alike(now, now.available_numel - before.available_numel),
+            _forgotten_alike(now, before, laps),
+        )
+        return self._released_alike(now, before, stretch, most)
+
+    def _fetched_alike(self, now: Coordinator, before: _Before, laps: Laps) -> int:
+        """For how many laps the queue brings the same again."""
+        width, steps = now.head - before.head, now.step - before.step
+        if not width:
+            return laps.count
+        key = (width, laps.parameters, steps)
+        known = self._regular.get(key)
+        queue = self.script.fetches.queue
+        if known is None:
+            known = self._regular[key] = [0] * (len(queue) + 1)
+            for place in reversed(range(len(queue) - width)):
+                number, step = queue[place]
+                is_alike = queue[place + width] == (number + laps.parameters, step + steps)
+                known[place] = 1 + known[place + 1] if is_alike else 0
+        return known[before.head] // width
+
+    def _released_alike(self, now: Coordinator, before: _Before, stretch: _Stretch, most: int) -> int:
+        """For how many laps, `most` at most, the same parameters are far from their next use; notes how far."""
+        assert stretch.laps is not None
+        steps, reuse = now.step - before.step, now.limits.reuse
+        did = [distance >= reuse for distance in self._lap_distances(stretch, 0, before.step)]
+        for number in range(1, most + 1):
+            distances = self._lap_distances(stretch, number, before.step + number * steps)
+            if [distance >= reuse for distance in distances] != did:
+                return number - 1
+            for distance in distances:
+                now.is_far(distance)
+        return most
+
+    def _lap_distances(self, stretch: _Stretch, later: int, step: int) -> tuple[int, ...]:
+        """How far it is to the next use, at every release of a lap that is that much later."""
+        key = (stretch.first, later, step)
+        known = self._distances.get(key)
+        if known is None:
+            assert stretch.laps is not None
+            fetches, way = self.script.fetches, later * stretch.laps.modules
+            known = self._distances[key] = tuple(
+                distance
+                for module, steps in stretch.releases
+                for _, distance in fetches.distances(module + way, step + steps)
+            )
+        return known
+
+    def _skip(self, now: Coordinator, before: _Before, laps: Laps, lap: int, skipped: int) -> None:
+        """Put the coordinator behind laps that go as the one before them."""
+        steps, grown, way = (
+            now.step - before.step,
+            now.available_numel - before.available_numel,
+            skipped * laps.parameters,
+        )
+        laps.move(now.status, lap, skipped)
+        laps.move(now.last_use, lap, skipped)
+        ahead = laps.from_lap_on(lap + skipped)
+        now.last_use[ahead] = [step + skipped * steps for step in now.last_use[ahead]]
+        moved: dict[int, Flight] = {}
+        flights: dict[int, Flight] = {}
+        for number, flight in now.inflight.items():
+            if id(flight) not in moved:
+                numbers = tuple(laps.moved(other, way) for other in flight.numbers)
+                moved[id(flight)] = Flight(numbers, flight.waiting, flight.has_arrived)
+            flights[laps.moved(number, way)] = moved[id(flight)]
+        now.inflight = flights
+        gained, lost = now.kept.keys() - before.kept.keys(), before.kept.keys() - now.kept.keys()
+        for number in range(1, skipped + 1):
+            for module in gained:
+                kept = tuple(other + number * laps.parameters for other in now.kept[module])
+                now.kept[module + number * laps.modules] = kept
+            for module in lost:
+                del now.kept[module + number * laps.modules]
+        if now.live.low >= 0:
+            now.live.above(now.live.low + skipped * grown)
+        if now.live.high < sys.maxsize:
+            now.live.not_above(now.live.high + skipped * grown)
+        now.step += skipped * steps
+        now.head += skipped * (now.head - before.head)
+        now.available_numel += skipped * grown
+
+
+_ACTS: dict[int, Act] = {Op.READ_HEAD: Act.READ, Op.END_BACKWARD: Act.GIVE_BACK, Op.END_STEP: Act.UPDATE}
+
+
+def _stands_alike(now: Coordinator, before: _Before, laps: Laps, lap: int) -> bool:
+    """Whether the coordinator stands before a lap as it stood before the one ahead of it."""
+    left = now.last_use[laps.of(lap - 1)]
+    return (
+        not now.recomputed
+        and now.users == before.users
+        and not any(laps.has(number) for number in now.users)
+        and len(now.inflight) == len(before.flights)
+        and laps.stands_alike(before.status, now.status, lap)
+        and _flights_alike(now, before, laps, lap)
+        and max(left) < now.step
+        and _uses_alike(now, before, laps, lap)
+    )
+
+
+def _flights_alike(now: Coordinator, before: _Before, laps: Laps, lap: int) -> bool:
+    ahead = laps.from_lap_on(lap)
+    if any(laps.has(number) and not ahead.start <= number < ahead.stop for number in now.inflight):
+        return False
+    way = laps.parameters
+    moved = {
+        laps.moved(number, way): (tuple(laps.moved(other, way) for other in numbers), waiting, arrived)
+        for number, numbers, waiting, arrived in before.flights
+    }
+    return moved == {
+        number: (flight.numbers, flight.waiting, flight.has_arrived) for number, flight in now.inflight.items()
+    }
+
+
+def _uses_alike(now: Coordinator, before: _Before, laps: Laps, lap: int) -> bool:
+    """Uses ahead that were taken from the queue; how long ago an earlier one was does not matter."""
+    ahead, steps, past = laps.from_lap_on(lap), now.step - before.step, now.step - 1
+    earlier = before.last_use[ahead.start - laps.parameters : ahead.stop - laps.parameters]
+    return all(
+        use == was + steps or (use <= past and was + steps <= past)
+        for use, was in zip(now.last_use[ahead], earlier, strict=True)
+    )
+
+
+def _prefetched_alike(now: Coordinator, grown: int) -> int:
+    """For how many laps stage3_max_live_parameters is above, and is not above, what it was compared with."""
+    limit, live = now.limits.live, now.live
+    if grown > 0 and live.low >= 0:
+        return (limit - 1 - live.low) // grown
+    if grown < 0:
+        return (live.high - limit) // -grown
+    return sys.maxsize
+
+
+def _forgotten_alike(now: Coordinator, before: _Before, laps: Laps) -> int:
+    """For how many laps what the graph has kept of them is there to be forgotten."""
+    lost = [(module, before.kept[module]) for module in before.kept.keys() - now.kept.keys()]
+
+    def is_kept(number: int) -> bool:
+        return all(
+            now.kept.get(module + number * laps.modules) == tuple(other + number * laps.parameters for other in numbers)
+            for module, numbers in lost
+        )
+
+    return sum(1 for _ in takewhile(is_kept, range(1, laps.count)))
