@@ -82,3 +82,17 @@ def test_a_bucket_is_expected_to_change_less_than_a_stage() -> None:
     bucket = model.speed(features(knobs, {**tried, "reduce_bucket_size": 10**6}), log(100))[1]
     stage = model.speed(features(knobs, {**tried, "stage": 3}), log(100))[1]
     assert bucket < stage / 2
+
+
+def test_a_few_trials_that_agree_do_not_make_it_certain_of_a_stage_that_was_never_tried() -> None:
+    """Under the smallest scale alone a stage deviates by at most 0.5 x sqrt(0.15^2 + 0.10^2)."""
+    knobs = make_knobs(Problem(shape=toy_shape(), recipe=TOY_RECIPE, cluster=toy_cluster()))
+
+    def point(stage: int) -> np.ndarray:  # type: ignore[type-arg]
+        draft = {"world_size": 4, "stage": stage, "train_micro_batch_size_per_gpu": 1, "gradient_checkpointing": True}
+        return features(knobs, draft)
+
+    agreeing = [_ran(point(stage), 100, 100) for stage in (0, 1, 2)]
+    scattered = [_ran(point(stage), 100, speed) for stage, speed in zip((0, 1, 2), (60, 100, 160), strict=True)]
+    after = [Surrogate(ran, make_kernel(knobs)).speed(point(3), log(100))[1] for ran in (agreeing, scattered)]
+    assert 0.5 * (0.15**2 + 0.10**2) ** 0.5 < after[0] < after[1]

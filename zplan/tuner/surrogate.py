@@ -10,7 +10,7 @@ Source: Rasmussen & Williams 2006, algorithm 2.1 and section 2.7 (exact regressi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import erf, exp, log, pi, sqrt
 from typing import Literal, TypeAlias
 
@@ -80,21 +80,20 @@ def make_kernel(knobs: Sequence[Knob]) -> Kernel:
     )
 
 
-def _scaled(kernel: Kernel, first: float, second: float) -> Kernel:
-    return tuple(replace(part, deviation=part.deviation * (first if part.order == 1 else second)) for part in kernel)
+def _variances(kernel: Kernel) -> tuple[float, float]:
+    """Prior variance of first and of second order."""
+    first, second = ([part.deviation**2 for part in kernel if part.order == order] for order in (1, 2))
+    return sum(first), sum(second)
 
 
-def _prior_variance(kernel: Kernel) -> float:
-    return sum(part.deviation**2 for part in kernel)
-
-
-def _covariance(kernel: Kernel, left: Vector, right: Vector) -> Vector:
-    total = np.zeros((len(left), len(right)))
+def _covariances(kernel: Kernel, left: Vector, right: Vector) -> tuple[Vector, Vector]:
+    """Of first and of second order, before they are scaled."""
+    totals = {1: np.zeros((len(left), len(right))), 2: np.zeros((len(left), len(right)))}
     for part in kernel:
         own = list(part.columns)
         distances = ((left[:, None, own] - right[None, :, own]) ** 2).sum(axis=-1)
-        total += part.deviation**2 * np.exp(-0.5 * distances)
-    return total
+        totals[part.order] += part.deviation**2 * np.exp(-0.5 * distances)
+    return totals[1], totals[2]
 
 
 def _coordinates(knob: Knob, value: Value | None) -> list[float]:
@@ -123,10 +122,37 @@ class Observation:
     out_of_memory: bool = False
 
 
+class Process:
+    """Exact regression on residuals under one scale of the prior, their unknown mean included (ordinary kriging)."""
+
+    def __init__(self, scales: tuple[float, float], covariances: tuple[Vector, Vector], residuals: Vector) -> None:
+        self.scales = scales
+        noisy = self._scaled(*covariances) + _NOISE**2 * np.eye(len(residuals))
+        self._inverse = np.linalg.inv(noisy)
+        self._ones = self._inverse.sum(axis=0)
+        self._mean = float(self._ones @ residuals / self._ones.sum())
+        self._weights = self._inverse @ (residuals - self._mean)
+        fit = (residuals - self._mean) @ self._weights
+        self.log_likelihood = float(-0.5 * (fit + np.linalg.slogdet(noisy)[1] + log(self._ones.sum())))
+        """The mean integrated out (restricted maximum likelihood), constants aside."""
+
+    def _scaled(self, first: Vector, second: Vector) -> Vector:
+        return self.scales[0] ** 2 * first + self.scales[1] ** 2 * second
+
+    def residuals(self, near: tuple[Vector, Vector], prior: tuple[float, float]) -> tuple[Vector, Vector]:
+        """Means and standard deviations of points from their covariances with the trials, one row a point."""
+        row = self._scaled(*near)
+        variances = self._scaled(*map(np.array, prior)) - ((row @ self._inverse) * row).sum(axis=1)
+        variances += (1.0 - row @ self._ones) ** 2 / self._ones.sum()  # of the mean itself
+        return self._mean + row @ self._weights, np.sqrt(np.maximum(variances, 1e-8))
+
+
 class Surrogate:
     """Fitted to the trials so far; predicts speed and fit of any configuration.
 
-    The process has an unknown mean (ordinary kriging): the formula's common error costs one trial, not a prior.
+    The process has an unknown mean (ordinary kriging): the formula's common error costs one trial, not a prior. How far
+    the formula may be off is not known either: every scale of the prior counts by its likelihood, so that a few trials
+    that agree with the formula do not make it certain about a stage that was never tried.
     """
 
     def __init__(self, observations: Sequence[Observation], kernel: Kernel) -> None:
@@ -139,28 +165,28 @@ class Surrogate:
         """That of every trial that ran, in the order of the observations."""
         if not ran:
             return
-        residuals = np.array([residual for _, residual in ran])
-        self._kernel = max(
-            (_scaled(kernel, first, second) for first in _SCALES[0] for second in _SCALES[1]),
-            key=lambda kernel: _log_likelihood(_covariance(kernel, self._points, self._points), residuals),
-        )
-        covariance = _covariance(self._kernel, self._points, self._points)
-        self._inverse = np.linalg.inv(covariance + _NOISE**2 * np.eye(len(ran)))
-        self._ones = self._inverse.sum(axis=0)
-        self._mean = float(self._ones @ residuals / self._ones.sum())
-        self._weights = self._inverse @ (residuals - self._mean)
+        covariances, residuals = _covariances(kernel, self._points, self._points), np.array([found for _, found in ran])
+        self._processes = [Process((f, s), covariances, residuals) for f in _SCALES[0] for s in _SCALES[1]]
+        likelihoods = np.array([process.log_likelihood for process in self._processes])
+        self._shares = np.exp(likelihoods - likelihoods.max())
+        self._shares /= self._shares.sum()
         means, _ = self.speeds(self._points, np.array([item.log_predicted for item, _ in ran]))
         self.believed, self.best = means, float(means.max())
+
+    def _each(self, points: Vector, log_predicted: Vector) -> list[tuple[float, Vector, Vector]]:
+        """Share, means and standard deviations of log tokens/s under every scale."""
+        near, prior = _covariances(self._kernel, points, self._points), _variances(self._kernel)
+        found = (process.residuals(near, prior) for process in self._processes)
+        return [(share, log_predicted + m, d) for share, (m, d) in zip(self._shares, found, strict=True)]
 
     def speeds(self, points: Vector, log_predicted: Vector) -> tuple[Vector, Vector]:
         """Means and standard deviations of log tokens/s of many configurations, one a row."""
         if not len(self._points):
-            return log_predicted, np.full(len(points), sqrt(_prior_variance(self._kernel)))
-        near = _covariance(self._kernel, points, self._points)
-        means = log_predicted + self._mean + near @ self._weights
-        variances = _prior_variance(self._kernel) - ((near @ self._inverse) * near).sum(axis=1)
-        variances += (1.0 - near @ self._ones) ** 2 / self._ones.sum()  # of the mean itself
-        return means, np.sqrt(np.maximum(variances, 1e-8))
+            return log_predicted, np.full(len(points), sqrt(sum(_variances(self._kernel))))
+        each = self._each(points, log_predicted)
+        means: Vector = np.sum([share * mean for share, mean, _ in each], axis=0)
+        squares = [share * (deviation**2 + (mean - means) ** 2) for share, mean, deviation in each]
+        return means, np.sqrt(np.sum(squares, axis=0))
 
     def speed(self, point: Vector, log_predicted: float) -> tuple[float, float]:
         """Mean and standard deviation of log tokens/s of one configuration."""
@@ -186,22 +212,19 @@ class Surrogate:
 
     def gains(self, points: Vector, log_predicted: Vector) -> Vector:
         """Expected improvement of many configurations, memory aside."""
-        means, deviations = self.speeds(points, log_predicted)
         if self.best is None:
-            return means
-        z = (means - self.best) / deviations
-        below = np.array([0.5 * (1 + erf(value / sqrt(2))) for value in z])
-        found: Vector = deviations * (z * below + np.exp(-0.5 * z * z) / sqrt(2 * pi))
+            return log_predicted
+        found: Vector = np.zeros(len(points))
+        for share, means, deviations in self._each(points, log_predicted):
+            found += share * _expected_excess((means - self.best) / deviations, deviations)
         return found
 
 
-def _log_likelihood(covariance: Vector, residuals: Vector) -> float:
-    """Of the residuals, their unknown mean integrated out (restricted maximum likelihood), constants aside."""
-    noisy = covariance + _NOISE**2 * np.eye(len(residuals))
-    inverse = np.linalg.inv(noisy)
-    ones = inverse.sum(axis=0)
-    centred = residuals - ones @ residuals / ones.sum()
-    return float(-0.5 * (centred @ inverse @ centred + np.linalg.slogdet(noisy)[1] + log(ones.sum())))
+def _expected_excess(z: Vector, deviations: Vector) -> Vector:
+    """Of normal variables over a floor that lies z standard deviations below their means."""
+    below = np.array([0.5 * (1 + erf(value / sqrt(2))) for value in z])
+    found: Vector = deviations * (z * below + np.exp(-0.5 * z * z) / sqrt(2 * pi))
+    return found
 
 
 def _fit_limit(observations: Sequence[Observation]) -> float:
