@@ -29,6 +29,8 @@ _SEEDS = 4
 """Trials from the baseline and the ranking before the model takes over."""
 _LOOKS = 24
 """Configurations of the pool that fit by formula and are compared in full."""
+_MOST_REFUSALS = 24
+"""Simulations that refuse, one after the other, before a search is at its end: each takes seconds."""
 _TRAINER_MICRO_BATCH = 8
 """per_device_train_batch_size of transformers' TrainingArguments."""
 
@@ -88,7 +90,7 @@ class Proposer:
         seed = self._next_seed(taken, started=len(records) + len(running))
         if seed is not None:
             return seed
-        return self._next_by_model(records, running, taken)
+        return self._next_by_model(records, running)
 
     def _next_seed(self, taken: set[str], *, started: int) -> Proposal | None:
         baseline = self._next_baseline(taken)
@@ -113,16 +115,29 @@ class Proposer:
                 return proposal
         return None
 
-    def _next_by_model(self, records: Sequence[Record], running: Sequence[Running], taken: set[str]) -> Proposal | None:
-        model = Surrogate([self._observe(record) for record in records], self._kernel)
-        candidates = self._candidates(records, model, taken)
-        pool = {item.key: item for item in candidates if item.promising and item.key not in taken}
-        gains = self._gains(model, records, pool)
-        for key in sorted(pool, key=lambda key: (-gains[key], key)):
-            proposal = self._proposal(pool[key], "search", expected_gain=gains[key] if model.best is not None else None)
-            if key not in self._screen.refused:
+    def _next_by_model(self, records: Sequence[Record], running: Sequence[Running]) -> Proposal | None:
+        """What promises most. A refusal by the simulation teaches where memory ends, and the rest is compared anew."""
+        for _ in range(_MOST_REFUSALS):
+            taken = {record.key for record in records} | {trial.key for trial in running} | self._screen.refused
+            found = self._most_promising(records, taken)
+            if found is None:
+                return None
+            proposal = self._proposal(found[0], "search", expected_gain=found[1])
+            if not self._screen.says_no(found[0]):
                 return proposal
         return None
+
+    def _most_promising(self, records: Sequence[Record], taken: set[str]) -> tuple[Screened, float | None] | None:
+        """It and its expected gain, which nobody knows before a first trial ran."""
+        observations = [*map(self._observe, records), *map(self._observe_refusal, self._screen.refusals())]
+        model = Surrogate(observations, self._kernel)
+        candidates = self._candidates(records, model, taken)
+        pool = {item.key: item for item in candidates if item.promising and item.key not in taken}
+        if not pool:
+            return None
+        gains = self._gains(model, records, pool)
+        best = min(pool, key=lambda key: (-gains[key], key))
+        return pool[best], gains[best] if model.best is not None else None
 
     def propose(self, choice: Choice, origin: Origin) -> Proposal:
         """A configuration that is already decided."""
@@ -144,8 +159,6 @@ class Proposer:
 
     def _gains(self, model: Surrogate, records: Sequence[Record], pool: Mapping[str, Screened]) -> dict[str, float]:
         """Key -> what a trial of it is expected to add: to the best speed, or to the front."""
-        if not pool:
-            return {}
         points = np.array([self._point(item.key, item.choice) for item in pool.values()])
         speeds = np.array([_log_speed(item.predicted) for item in pool.values()])
         fits = np.array([model.likely_fits(self._log_share(item.predicted)) for item in pool.values()])
@@ -190,6 +203,13 @@ class Proposer:
             log_share=self._log_share(predicted),
             out_of_memory=out_of_memory(record.result),
         )
+
+    def _observe_refusal(self, item: Screened) -> Observation:
+        """As good as a trial that ran out of memory."""
+        return Observation(
+            point=self._point(item.key, item.choice), log_predicted=_log_speed(item.predicted), log_measured=None,
+            log_share=self._log_share(item.predicted), out_of_memory=True,
+        )  # fmt: skip
 
     def _log_share(self, predicted: TrialResult) -> float:
         cluster = self._screen.template.cluster

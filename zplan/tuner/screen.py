@@ -78,6 +78,10 @@ class Screen:
             self.refused.add(item.key)
         return self._simulated[item.key]
 
+    def refusals(self) -> list[Screened]:
+        """What the simulation said no to."""
+        return [item for key in self._simulated if self.says_no(item := self._seen[key])]
+
     def says_no(self, item: Screened) -> bool:
         """Whether the simulation was asked and ran out of memory."""
         result = self._simulated.get(item.key)
