@@ -12,13 +12,19 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-_UNCACHEABLE: Any = object()
+from zplan.simulate.learned import LEARNED
+
+_UNCACHEABLE: Any = ()
 _SLICE = torch.ops.aten.slice.Tensor
 _ABSOLUTE = frozenset({torch.ops.aten.as_strided.default})
 """Operations whose result does not move with its argument's storage offset."""
 _FACTORIES = frozenset({torch.ops.aten.empty.memory_format, torch.ops.aten.zeros.default, torch.ops.aten.ones.default})
 """Operations without a tensor among their arguments that are asked for often."""
 _SAME, _VIEW, _NEW, _CONSTANT = range(4)
+_LAYOUT = "_zplan_layout"
+"""Where a tensor remembers the number of its layout."""
+_META = torch.device("meta")
+_NOWHERE, _CLOSE = (0,), (1,)
 
 
 class _Output(NamedTuple):
@@ -35,6 +41,9 @@ class _Output(NamedTuple):
     """For _VIEW: from the argument's own offset."""
     dtype: Any = None
     device: Any = None
+    layout: int = -1
+    storage_bytes: int = 0
+    """For _NEW."""
 
 
 class DispatchCache:
@@ -42,12 +51,19 @@ class DispatchCache:
 
     Args:
         track: told of every tensor that may have a new storage.
+        track_new: told of every tensor that has one: tensor, device, bytes.
     """
 
-    def __init__(self, track: Callable[[torch.Tensor], None], fake_mode: FakeTensorMode) -> None:
+    def __init__(
+        self,
+        track: Callable[[torch.Tensor], None],
+        track_new: Callable[[torch.Tensor, torch.device, int], None],
+        fake_mode: FakeTensorMode,
+    ) -> None:
         self._track = track
+        self._track_new = track_new
         self._fake_mode = fake_mode
-        self._entries: dict[Any, Any] = {}
+        self._entries = LEARNED.entries
         self.hits = self.misses = 0
 
     def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -56,7 +72,7 @@ class DispatchCache:
             if sliced is not None:
                 return sliced
         tensors: list[FakeTensor] = []
-        parts: list[Any] = [func]
+        parts: list[Any] = [id(func), torch.get_default_dtype()]
         cacheable = _describe(args, parts, tensors) and (not kwargs or _describe_named(kwargs, parts, tensors))
         if not cacheable or not (tensors or func in _FACTORIES):
             return self._run(func, args, kwargs)
@@ -64,57 +80,62 @@ class DispatchCache:
         entry = self._entries.get(key)
         if entry is None:
             out = self._run(func, args, kwargs)
-            self._entries[key] = _learn(func, out, tensors)
+            LEARNED.add(func, key, _learn(func, out, tensors))
             self.misses += 1
             return out
-        if entry is _UNCACHEABLE:
+        if not entry:  # _UNCACHEABLE
             return self._run(func, args, kwargs)
         self.hits += 1
         container, outputs = entry
-        made = [self._make(output, tensors) for output in outputs]
-        return made[0] if container is None else container(made)
+        if container is None:
+            return self._make(outputs[0], tensors)
+        return container([self._make(output, tensors) for output in outputs])
 
     def _slice(self, base: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
         """DeepSpeed cuts its flat buffers at another offset for every parameter, so no memory would help."""
-        shape, stride = list(base.shape), base.stride()
-        if type(base) is not FakeTensor or base.constant is not None or not shape:
+        if type(base) is not FakeTensor or base.constant is not None or step < 1:
             return None
-        if step < 1:
+        shape, strides = list(base.shape), list(base.stride())
+        if not shape:
             return None
         start, end, _ = slice(start, end).indices(shape[dim])
+        offset = base.storage_offset() + min(start, shape[dim]) * strides[dim]
         shape[dim] = max(0, -(-(end - start) // step))
-        strides = list(stride)
         strides[dim] *= step
-        offset = min(start, base.shape[dim]) * stride[dim]
-        output = _Output(_VIEW, 0, None, tuple(shape), tuple(strides), offset, base.dtype, base._fake_device)
-        return self._make(output, [base])
+        return self._view(base, shape, strides, offset, base.dtype, base._fake_device)
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs) if kwargs else func(*args)
+        _forget_layouts(args)
+        if kwargs:
+            _forget_layouts(kwargs.values())
         for item in out if isinstance(out, (list, tuple)) else (out,):
             if isinstance(item, torch.Tensor):
                 self._track(item)
         return out
 
     def _make(self, output: _Output, tensors: list[FakeTensor]) -> Any:
-        if output.how == _SAME:
-            return tensors[output.argument]
-        if output.how == _CONSTANT:
-            return output.value
+        how, argument, value, shape, stride, offset, dtype, device, layout, storage_bytes = output
+        if how == _NEW:
+            made = _blank(shape, stride, dtype, storage_bytes)
+            _dress(made, self._fake_mode, device)[_LAYOUT] = layout
+            self._track_new(made, device, storage_bytes)
+            return made
+        if how == _SAME:
+            return tensors[argument]
+        if how == _CONSTANT:
+            return value
+        base = tensors[argument]
+        made = self._view(base, shape, stride, base.storage_offset() + offset, dtype, device)
+        made.__dict__[_LAYOUT] = layout
+        return made
+
+    def _view(self, base: FakeTensor, shape: Any, stride: Any, offset: Any, dtype: Any, device: Any) -> Any:
+        """Another look at a tensor's storage."""
+        made = _blank(_NOWHERE, _CLOSE, dtype, 0)
         with torch._C._DisableTorchDispatch():
-            inner = torch.empty_strided(
-                output.shape if output.how == _NEW else (0,),
-                output.stride if output.how == _NEW else (1,),
-                dtype=output.dtype,
-                device="meta",
-            )
-            if output.how == _VIEW:
-                base = tensors[output.argument]
-                offset = base.storage_offset() + output.offset
-                inner.set_(base.untyped_storage(), offset, output.shape, output.stride)
-            made = new_fake_tensor(inner, self._fake_mode, output.device)
-        if output.how == _NEW:
-            self._track(made)
+            made.set_(base.untyped_storage(), offset, shape, stride)
+        _dress(made, self._fake_mode, device)
         return made
 
 
@@ -123,10 +144,14 @@ def _describe(values: Any, parts: list[Any], tensors: list[FakeTensor]) -> bool:
     for value in values:
         kind = type(value)
         if kind is FakeTensor:
-            if value.constant is not None:
+            state = value.__dict__
+            if state["constant"] is not None:
                 return False
             tensors.append(value)
-            parts.append((value.shape, value.stride(), value.dtype, value._fake_device))
+            number = state.get(_LAYOUT)
+            if number is None:
+                number = state[_LAYOUT] = _number(value)
+            parts.append(number)
         elif kind is list or kind is tuple:
             parts.append(len(value))
             if not _describe(value, parts, tensors):
@@ -142,11 +167,6 @@ def _describe(values: Any, parts: list[Any], tensors: list[FakeTensor]) -> bool:
 def _describe_named(kwargs: dict[str, Any], parts: list[Any], tensors: list[FakeTensor]) -> bool:
     parts.extend(kwargs)
     return _describe(kwargs.values(), parts, tensors)
-
-
-_PLAIN = frozenset(
-    {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size}
-)
 
 
 def _learn(func: Any, out: Any, tensors: list[FakeTensor]) -> Any:
@@ -181,6 +201,7 @@ def _learn_tensor(item: torch.Tensor, tensors: list[FakeTensor], fresh: set[int]
         "offset": item.storage_offset(),
         "dtype": item.dtype,
         "device": item._fake_device,
+        "layout": _number(item),
     }
     storage = item.untyped_storage()
     for number, tensor in enumerate(tensors):
@@ -192,13 +213,37 @@ def _learn_tensor(item: torch.Tensor, tensors: list[FakeTensor], fresh: set[int]
     if item.storage_offset() or not exact or storage._cdata in fresh:
         return None
     fresh.add(storage._cdata)
-    return _Output(_NEW, **layout)
+    return _Output(_NEW, storage_bytes=storage.nbytes(), **layout)
+
+
+def _number(tensor: FakeTensor) -> int:
+    return LEARNED.number((tensor.shape, tensor.stride(), tensor.dtype, tensor._fake_device))
+
+
+_PLAIN = frozenset(
+    {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size}
+)
+
+
+def _forget_layouts(values: Any) -> None:
+    """An operation that ran may have changed its arguments in place: `set_`, `resize_`, `t_`."""
+    for value in values:
+        if type(value) is FakeTensor:
+            value.__dict__.pop(_LAYOUT, None)
+        elif isinstance(value, (list, tuple)):
+            _forget_layouts(value)
+
+
+def forget_layout(tensor: torch.Tensor) -> None:
+    """To be called by whoever gives a tensor other sizes, another dtype or another device beside all dispatch."""
+    tensor.__dict__.pop(_LAYOUT, None)
 
 
 _BLANK: dict[str, Any] = {"constant": None, "pytype": None, "dispatch_keys": None, "real_tensor": None}
 for _memo in ("nonzero_memo", "item_memo", "unique_memo", "unique_consecutive_memo", "nested_int_memo"):
     _BLANK.update({f"_{_memo}": None, f"_{_memo}_vc": None, f"_{_memo}_epoch": None})
 _KEYS_DEVICE = torch.device("cpu")
+_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
 def new_fake_tensor(inner: torch.Tensor, fake_mode: Any, device: torch.device, requires_grad: bool = False) -> Any:
@@ -210,8 +255,22 @@ def new_fake_tensor(inner: torch.Tensor, fake_mode: Any, device: torch.device, r
         FakeTensor, inner, requires_grad, dispatch_device=True, device_for_backend_keys=_KEYS_DEVICE
     )
     torch._C._set_throw_on_mutable_data_ptr(made)
-    state = made.__dict__
+    _dress(made, fake_mode, device)
+    return made
+
+
+def _blank(shape: Any, stride: Any, dtype: torch.dtype, storage_bytes: int) -> Any:
+    """A tensor with a storage of its own and without the attributes of a FakeTensor."""
+    return torch.Tensor._make_wrapper_subclass(
+        FakeTensor, shape, strides=stride, dtype=dtype, device=_META, dispatch_device=True,
+        storage_size=storage_bytes, _extra_dispatch_keys=_KEYS,
+    )  # fmt: skip
+
+
+def _dress(made: Any, fake_mode: Any, device: torch.device) -> dict[str, Any]:
+    """Give a tensor the attributes of a FakeTensor, and return them."""
+    state: dict[str, Any] = made.__dict__
     state.update(_BLANK)
     state["_fake_device"] = device
     state["fake_mode"] = fake_mode
-    return made
+    return state

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from zplan.simulate.collectives import COLLECTIVES, CollectiveRecorder
 from zplan.simulate.device import DEVICE
-from zplan.simulate.dispatch_cache import new_fake_tensor
+from zplan.simulate.dispatch_cache import forget_layout, new_fake_tensor
 from zplan.simulate.ops import StandInOp
 from zplan.simulate.tracker import Tracker
 
@@ -209,6 +209,7 @@ def _data_property() -> property:
 
     def set_data(self: torch.Tensor, value: torch.Tensor) -> None:
         base.__set__(self, value)
+        forget_layout(self)
         if isinstance(self, FakeTensor) and isinstance(value, FakeTensor):
             self.fake_device = value.fake_device
             self.constant = None

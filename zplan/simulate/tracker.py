@@ -70,7 +70,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.operation: Any = ""
         """The operation that was dispatched last."""
         self._pin_next = False
-        self.run = DispatchCache(self.track, fake_mode) if fake_mode is not None else self.run_and_track
+        self.run = DispatchCache(self.track, self.track_new, fake_mode) if fake_mode is not None else self.run_and_track
         self.enter_phase("load")
 
     @classmethod
@@ -100,6 +100,12 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.track(item)
         return out
 
+    def track_new(self, tensor: torch.Tensor, device: torch.device, num_bytes: int) -> None:
+        """Count the storage of a tensor that is known to have its own."""
+        kind = self.kinds.get(device.type)
+        if kind is not None:
+            self._count(tensor.untyped_storage(), kind, num_bytes)
+
     def track(self, tensor: torch.Tensor) -> None:
         """Count the storage of a tensor that an operation returned, if it is new."""
         storage = tensor.untyped_storage()
@@ -109,10 +115,13 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kind = self.kinds.get(tensor.device.type)
         if kind is None:
             return
+        self._count(storage, kind, storage.nbytes())
+
+    def _count(self, storage: torch.UntypedStorage, kind: MemoryKind, num_bytes: int) -> None:
         if self._pin_next and kind == "host":
             kind = "pinned"
-        block = self._allocate(kind, storage.nbytes())
-        self.live[key] = (block, weakref.ref(storage, partial(self._forget, key)))
+        key = storage._cdata
+        self.live[key] = (self._allocate(kind, num_bytes), weakref.ref(storage, partial(self._forget, key)))
 
     def _allocate(self, kind: MemoryKind, requested: int) -> Block:
         counted = (requested + 511) & ~511 if kind == "gpu" else requested

@@ -1,7 +1,7 @@
 """`python -m zplan.simulate.worker`: one JSON request per line on stdin, one JSON answer per line on stdout.
 
 The libraries are imported once; every request runs in a fork of this process, so that no run leaves anything behind
-for the next. It ends when stdin does.
+for the next but what operations return for arguments of known layouts. It ends when stdin does.
 """
 
 from __future__ import annotations
@@ -105,20 +105,31 @@ def _set_decorators(compile_: Any, disable: Any) -> None:
 
 
 def _answer_in_child(line: str, answers: IO[str]) -> None:
-    """Fork, run, and say how it ended if the child cannot."""
+    """Fork, run, and say how it ended if the child cannot; what operations return need not be learned again."""
+    from zplan.simulate.learned import LEARNED
+
+    read, write = os.pipe()
     child = os.fork()
     if child == 0:
         code = 1
         try:
             _refuse_network()
+            LEARNED.start()
             answers.write(json.dumps(answer(json.loads(line))) + "\n")
             answers.flush()
+            with open(write, "wb") as pipe:
+                pipe.write(LEARNED.news())
             code = 0
         finally:
             os._exit(code)
+    os.close(write)
+    with open(read, "rb") as pipe:
+        news = pipe.read()
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
-    if code != 0:
+    if code == 0:
+        LEARNED.absorb(news)
+    else:
         how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
         answers.write(json.dumps({"error": {"what": f"the simulation ended with {how}", "cause": "broken"}}) + "\n")
         answers.flush()

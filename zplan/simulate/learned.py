@@ -1,0 +1,66 @@
+"""Learned: what operations returned for arguments of these layouts; a fork tells its parent, so no run learns it again.
+
+An entry says nothing of a run: the outputs' layouts follow from the operation, its arguments and the default dtype.
+"""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import torch
+
+Layout = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
+"""Shape, stride, dtype, device: all of a tensor that decides what operations make of it."""
+MOST_ENTRIES = 50_000
+"""A run has a few hundred; a worker that serves many models stops here."""
+
+
+class Learned:
+    """Entries by (id of the operation, rest of the key), and the numbers of layouts that keys are made of."""
+
+    def __init__(self) -> None:
+        self.entries: dict[tuple[Any, ...], Any] = {}
+        self.layouts: dict[Layout, int] = {}
+        self._added: list[tuple[Any, tuple[Any, ...]]] = []
+        self._first_layout = 0
+
+    def number(self, layout: Layout) -> int:
+        """Two tensors of one number are the same to every operation."""
+        return self.layouts.setdefault(layout, len(self.layouts))
+
+    def add(self, func: Any, key: tuple[Any, ...], entry: Any) -> None:
+        self.entries[key] = entry
+        self._added.append((func, key))
+
+    def start(self) -> None:
+        """What is added from now on is news to the parent."""
+        self._added = []
+        self._first_layout = len(self.layouts)
+
+    def news(self) -> bytes:
+        """What was added since the start, for the parent's `absorb`; operations travel by name."""
+        layouts = list(self.layouts)[self._first_layout :]
+        entries = [(str(func), key[1:], self.entries[key]) for func, key in self._added]
+        return pickle.dumps((self._first_layout, layouts, entries))
+
+    def absorb(self, news: bytes) -> None:
+        """Take over what a fork has learned; its numbers continue those of this process at the time of the fork."""
+        first_layout, layouts, entries = pickle.loads(news)
+        if first_layout != len(self.layouts) or len(self.entries) > MOST_ENTRIES:
+            return
+        for layout in layouts:
+            self.number(layout)
+        for name, rest, entry in entries:
+            self.entries[(id(_operation(name)), *rest)] = entry
+
+
+def _operation(name: str) -> Any:
+    """`aten.mul.Tensor` -> the operation."""
+    found: Any = torch.ops
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+LEARNED = Learned()
