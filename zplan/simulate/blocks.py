@@ -68,13 +68,13 @@ class Pool:
 
     def insert(self, block: Block) -> None:
         block.age_base = self.clock.searches
-        bisect.insort(self.free, (block.key, block), key=lambda entry: entry[0])
+        bisect.insort(self.free, (block.key, block))  # no two keys are equal, so no blocks are compared
 
     def remove(self, block: Block) -> None:
         del self.free[self.position(block.key)]
 
     def position(self, key: Key) -> int:
-        return bisect.bisect_left(self.free, key, key=lambda entry: entry[0])
+        return bisect.bisect_left(self.free, (key,))  # less than any (key, block), and no less than a smaller key's
 
     def age(self, block: Block) -> int:
         return self.clock.searches - block.age_base
