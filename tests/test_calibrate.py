@@ -13,7 +13,16 @@ from tests.oracle import toy_cluster
 from tests.tuner_process import tune
 from zplan import calibrate
 from zplan.backends.formula import FormulaBackend
-from zplan.calibrate import Corrections, accuracy, corrections_path, known_corrections, learn, machine_name, remember
+from zplan.calibrate import (
+    Corrections,
+    accuracy,
+    corrections_path,
+    known_corrections,
+    learn,
+    machine_name,
+    outdated,
+    remember,
+)
 from zplan.candidates import Candidate, Fixed, evaluate
 from zplan.catalog import find_model
 from zplan.commands.estimate import estimate
@@ -24,6 +33,7 @@ from zplan.job import Job
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.trial import Evidence, Outcome, TrialResult, TrialSpec
+from zplan.tuner.study import Silent
 from zplan.zero_config import Choice, ZeroConfig, batch_sizes
 
 CLUSTER = toy_cluster()
@@ -119,6 +129,31 @@ def test_a_damaged_file_is_named_and_may_be_deleted(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not JSON") as caught:
         known_corrections(CLUSTER, tmp_path)
     assert caught.value.fix == f"rm {corrections_path(CLUSTER, tmp_path)}"
+
+
+def test_corrections_measured_with_one_warm_up_step_are_not_used_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until a search has measured anew."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    remember(CLUSTER, _pairs([1.5, 1.5, 1.5]))
+    path = corrections_path(CLUSTER)
+    path.write_text(path.read_text(encoding="utf-8").replace("zplan.calibration/2", "zplan.calibration/1"))
+    assert known_corrections(CLUSTER) is None
+    job = Job(shape=SHAPE, recipe=RECIPE, cluster=CLUSTER, fixed=Fixed(), choice=CHOICE)
+    data = estimate(job, explain=None, verbose=False, quiet=True).data()
+    assert data["evidence"] == "formula"
+    assert [line for line in data["warnings"] if str(path) in line and "warmed up for one step" in line]
+    told: list[str] = []
+
+    class Listener(Silent):
+        def message(self, text: str) -> None:
+            told.append(text)
+
+    tune(str(tmp_path / "study.journal"), 3, observer=Listener(), calibration_dir=None, cluster=CLUSTER)
+    assert sum("warmed up for one step" in line for line in told) == 1
+    assert outdated(CLUSTER) == ""
+    assert known_corrections(CLUSTER) is not None
 
 
 def test_a_correction_never_turns_does_not_fit_into_fits() -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import exp, log
 from pathlib import Path
@@ -24,6 +25,11 @@ _LEAST_SAMPLES = 3
 """Below this a median is a guess."""
 _MOST_SAMPLES = 400
 _LIBRARIES = ("zplan", "torch", "deepspeed", "transformers", "trl", "peft", "accelerate", "optuna")
+_SCHEMA = "zplan.calibration/2"
+_OUTDATED = {
+    "zplan.calibration/1": "its trials warmed up for one step, and the peak of a training is that of its second"
+}
+"""Earlier schemas, and why what they hold is not used any more."""
 Quantity = Literal["gpu_bytes", "host_bytes", "tokens_per_second"]
 QUANTITIES: tuple[Quantity, ...] = ("gpu_bytes", "host_bytes", "tokens_per_second")
 _FIELDS: dict[Quantity, str] = {
@@ -47,7 +53,7 @@ class Sample:
 class Corrections:
     """Everything that trials on one machine with one set of versions have shown."""
 
-    schema: Literal["zplan.calibration/1"] = "zplan.calibration/1"
+    schema: Literal["zplan.calibration/2"] = "zplan.calibration/2"
     machine: str
     versions: Mapping[str, str]
     samples: tuple[Sample, ...] = field(default=())
@@ -99,17 +105,25 @@ def corrections_path(cluster: Cluster, folder: Path | None = None) -> Path:
 
 
 def load_corrections(cluster: Cluster, versions: Mapping[str, str], folder: Path | None = None) -> Corrections:
-    """What is known about this machine; nothing if its libraries have changed since.
+    """What is known about this machine; nothing if its libraries, or the way trials measure, have changed since.
 
     Raises:
         ConfigError: the file is damaged.
     """
     path = corrections_path(cluster, folder)
     nothing = Corrections(machine=machine_name(cluster), versions=dict(versions))
-    if not path.exists():
+    if not path.exists() or outdated(cluster, folder):
         return nothing
-    try:
+    with _named(path):
         known = files.load(Corrections, path)
+    return known if dict(known.versions) == dict(versions) and known.machine == nothing.machine else nothing
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Says what the file is that cannot be read, and that it may be deleted."""
+    try:
+        yield
     except ConfigError as error:
         raise ConfigError(
             error.what,
@@ -117,7 +131,21 @@ def load_corrections(cluster: Cluster, versions: Mapping[str, str], folder: Path
             fix=f"rm {path}",
             problems=error.problems,
         ) from error
-    return known if dict(known.versions) == dict(versions) and known.machine == nothing.machine else nothing
+
+
+def outdated(cluster: Cluster, folder: Path | None = None) -> str:
+    """A line that says why what earlier trials taught about this machine is not used; empty if it is, or there is none.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    path = corrections_path(cluster, folder)
+    if not path.exists():
+        return ""
+    with _named(path):
+        data = files.load_json(path)
+    reason = _OUTDATED.get(str(data.get("schema"))) if isinstance(data, dict) else None
+    return f"the corrections in {path} are not used: {reason}; zplan tune measures anew" if reason else ""
 
 
 def known_corrections(cluster: Cluster, folder: Path | None = None) -> Corrections | None:

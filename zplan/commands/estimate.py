@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from zplan.answer import best_index, candidates_data, estimate_data
-from zplan.calibrate import Corrections, known_corrections
+from zplan.calibrate import Corrections, known_corrections, outdated
 from zplan.commands import Answer
 from zplan.corrected import correct, correction_data, correction_line
 from zplan.errors import ExitCode
@@ -23,6 +23,7 @@ def estimate(job: Job, *, explain: str | None, verbose: bool, quiet: bool) -> An
     """Answer by formula: no GPU, no torch, no network."""
     if explain is not None:
         return _explained(job, explain)
+    job = replace(job, warnings=(*job.warnings, *filter(None, [outdated(job.cluster)])))
     if job.choice is not None:
         return _detail(job, verbose=verbose, quiet=quiet)
     return _ranked(job, quiet=quiet)

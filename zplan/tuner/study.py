@@ -12,7 +12,7 @@ from typing import Protocol
 from zplan import files
 from zplan.backends.base import Backend, Predictor
 from zplan.backends.formula import FormulaBackend
-from zplan.calibrate import Accuracy, accuracy, corrections_path, remember
+from zplan.calibrate import Accuracy, accuracy, corrections_path, outdated, remember
 from zplan.errors import ConfigError, MachineError
 from zplan.hardware import Cluster
 from zplan.model_shape import ModelShape
@@ -156,6 +156,8 @@ def run_study(
         model_path=model_path, observer=observer if observer is not None else Silent(), seed=seed,
     )  # fmt: skip
     num_resumed = len(ledger.records())
+    if backend.evidence == "measured" and (line := outdated(cluster, calibration_dir)):
+        search.observer.message(line)
     stop_reasons = search.run(), search.confirm_winner()
     plan = make_plan(question, search.allowed_records(), model_path=model_path, study_path=study_path)
     if plan is not None and plan_path is not None:
