@@ -169,6 +169,16 @@ def test_what_the_simulation_refuses_never_costs_a_trial(tmp_path: Path, gpu_gib
     assert simulator.refused  # each of which would have been the next trial
 
 
+def test_a_search_in_which_the_simulation_refuses_everything_says_so(tmp_path: Path) -> None:
+    simulator = Noted(Oracle(SHAPE, evidence="simulated", memory_error=2.0))
+    fixed = Fixed(stage=2, offload_optimizer="none", world_size=4)  # 84 % of the card and more, by formula
+    outcome = tune(_study(tmp_path), 4, simulator=simulator, cluster=toy_cluster(gpu_gib=8), fixed=fixed)
+    refused = len(simulator.refused)
+    assert outcome.records == ()
+    assert f"of those that fit by formula the simulation refused {refused}" in outcome.stop_reason
+    assert refused >= 8
+
+
 def test_a_baseline_that_the_simulation_refuses_gives_way_to_the_next(tmp_path: Path) -> None:
     more = {"formula": Oracle(SHAPE, evidence="formula", memory_error=0.9), "cluster": toy_cluster(gpu_gib=7)}
     simulator = Noted(Oracle(SHAPE, evidence="simulated"))
