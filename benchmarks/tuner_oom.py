@@ -4,8 +4,8 @@
 
 Studies of a tiny model as `zplan tune` runs them: the formula screens, the simulation confirms what comes near the
 limit, real trials of two gloo ranks measure. Each study has a device of another size: from barely enough to plenty; or
-`edge`, as large to the byte as the formula says that one configuration is, whose micro-batch and stage the study keeps,
-so that it varies the buckets around what just fits; or `bent`, where the formula says nine tenths of the bytes and lets
+`edge`, as large to the byte as the formula says that one configuration is, whose stage the study keeps, and whose
+micro-batch is the largest that it tries; or `bent`, where the formula says nine tenths of the bytes and lets
 pass what does not fit, so that the simulation has to refuse it. A trial
 whose fullest rank held more live tensor bytes than the device has, counted by the trial itself, is out of memory.
 Afterwards every trial's configuration is simulated too, whether the search had asked or not, and what the simulation
@@ -56,7 +56,7 @@ class Device:
 
     kind: Literal["round", "edge", "bent"]
     size: int
-    """MiB; at the edge the micro-batch of the configuration that just fits."""
+    """MiB; at the edge the micro-batch of the configuration that just fits by formula."""
 
     @property
     def name(self) -> str:
@@ -70,9 +70,12 @@ class Device:
 
 DEVICES = (
     *(Device(kind="round", size=size) for size in (40, 48, 80, 160, 320)),
-    *(Device(kind="edge", size=size) for size in (1, 2, 4)),
+    *(Device(kind="edge", size=size) for size in (2, 4, 8)),
     *(Device(kind="bent", size=size) for size in (40, 80, 160)),
 )
+
+
+_AT_EDGE = Fixed(stage=2, gradient_checkpointing=False, offload_optimizer="none")
 
 
 @dataclass
@@ -168,13 +171,10 @@ def run_device(device: Device, model: Path, data: Path, folder: Path, real: Real
 
 
 def fixed(device: Device) -> Fixed:
-    """At the edge everything but the buckets."""
+    """At the edge the stage, and the micro-batch from above."""
     if device.kind != "edge":
         return Fixed()
-    return Fixed(
-        stage=2, micro_batch=device.size, gradient_checkpointing=False, offload_optimizer="none",
-        world_size=probe_hardware().world_size,
-    )  # fmt: skip
+    return replace(_AT_EDGE, settings=(f"train_micro_batch_size_per_gpu=1..{device.size}",))
 
 
 def limit_bytes(device: Device, shape: ModelShape, recipe: Recipe) -> int:
@@ -182,7 +182,7 @@ def limit_bytes(device: Device, shape: ModelShape, recipe: Recipe) -> int:
     if device.kind != "edge":
         return device.size * MIB
     cluster = probe_hardware()
-    choice = make_choice(shape, recipe, cluster, fixed=fixed(device))
+    choice = make_choice(shape, recipe, cluster, fixed=replace(_AT_EDGE, micro_batch=device.size))
     return estimate_memory(shape, recipe, choice, cluster).gpu.used.expected
 
 
