@@ -61,10 +61,18 @@ METHODS: dict[str, Method] = {
     "TPE": tpe_search,
     "DeepSpeed autotuner": deepspeed_autotuner,
 }
-WORLD_SOURCE = ("zplan/memory", "zplan/speed", "zplan/catalog", "zplan/tuner/space.py", "benchmarks/tuner_world.py")
+WORLD_SOURCE = (
+    "zplan/memory",
+    "zplan/speed",
+    "zplan/catalog",
+    "zplan/backends/formula.py",
+    "zplan/tuner/space.py",
+    "zplan/tuner/ranges.py",
+    "zplan/tuner/pool.py",
+    "benchmarks/tuner_world.py",
+)
 SOURCES = {
     "zplan": (
-        "zplan/tuner/pool.py",
         "zplan/tuner/propose.py",
         "zplan/tuner/surrogate.py",
         "zplan/tuner/screen.py",

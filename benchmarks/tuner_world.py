@@ -44,6 +44,9 @@ PROBLEMS: tuple[tuple[str, str, int, str], ...] = (
 )
 
 
+_ANSWERED_BY = ("zplan/memory", "zplan/speed", "zplan/catalog", "zplan/model_shape.py", "zplan/backends/formula.py")
+
+
 @dataclass
 class Oracle:
     """The unbent formula of one problem, remembered on disk by configuration and by the code that answers."""
@@ -55,7 +58,7 @@ class Oracle:
 
     def __post_init__(self) -> None:
         self._formula = FormulaBackend(self.shape)
-        self._source = source_digest("zplan/memory", "zplan/speed", "zplan/catalog", "zplan/model_shape.py")
+        self._source = source_digest(*_ANSWERED_BY)
         if self.path is not None and self.path.exists():
             entries = (json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines())
             self.answers = {e["key"]: _slim(e["answer"]) for e in entries if e["source"] == self._source}
