@@ -14,7 +14,8 @@ import argparse
 import random
 import sys
 import time
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +59,49 @@ class Case:
     checkpointing: bool
     loss: str
     attention: str
+    adapter: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of Recipe that describe it, where they are not the default ones."""
 
 
 def cases() -> list[Case]:
-    """Models x stages x draws of every other knob; the same list every time."""
-    return [
+    """Models x stages x draws of every other knob, then what was added; the same list every time."""
+    drawn = [
         _draw(random.Random(f"{SEED} {model} {stage} {number}"), model, stage)
         for number in range(DRAWS)
         for model in MODELS
         for stage in (0, 1, 2, 3)
     ]
+    return [*drawn, *added_cases()]
+
+
+def added_cases() -> list[Case]:
+    """Configurations of other draws on which the formula was wrong once, and knobs that no draw turns."""
+    cpu = OffloadOptimizer(device="cpu")
+    return [
+        _added("qwen2.5-7b", "lora", 3, world_size=64, micro_batch=2, accumulation=2, contiguous_gradients=False,
+               reduce_bucket_size=200_000_000, offload_optimizer=cpu, stage3_prefetch_bucket_size=500_000_000),
+        _added("mistral-7b", "full", 3, world_size=2, accumulation=2, max_length=2048, loss="full",
+               contiguous_gradients=False, reduce_bucket_size=5_000_000, offload_optimizer=cpu,
+               offload_param=OffloadParam(device="cpu"), stage3_prefetch_bucket_size=500_000_000,
+               stage3_max_live_parameters=30_000_000, stage3_max_reuse_distance=0),
+        _added("falcon-7b", "lora", 3, max_length=2048, attention="eager", stage3_prefetch_bucket_size=0),
+        _added("falcon-7b", "lora", 3, world_size=2, max_length=4096, offload_optimizer=cpu,
+               stage3_prefetch_bucket_size=0, stage3_max_live_parameters=30_000_000, stage3_max_reuse_distance=0),
+        _added("phi-3-mini", "lora", 0, micro_batch=4),
+        _added("mistral-7b", "lora", 3, adapter={"lora_dropout": 0.05}),
+        _added("qwen3-4b", "lora", 2, checkpointing=False, adapter={"lora_dropout": 0.05}),
+    ]  # fmt: skip
+
+
+def _added(model: str, method: str, stage: int, **other: Any) -> Case:
+    """A case of two layers; what Case has no field for is one of ZeroConfig."""
+    of_case = {
+        "world_size": 8, "micro_batch": 1, "accumulation": 1, "max_length": 1024, "checkpointing": True, "loss": "nll",
+        "attention": "sdpa", "adapter": {},
+    }  # fmt: skip
+    of_case = {name: other.pop(name, value) for name, value in of_case.items()}
+    zero = ZeroConfig(stage=stage, **other)  # type: ignore[arg-type]
+    return Case(model=model, method=method, layers=2, zero=zero, **of_case)  # type: ignore[arg-type]
 
 
 def _draw(chance: random.Random, model: str, stage: int) -> Case:
@@ -172,6 +206,7 @@ def request_of(case: Case) -> SimulationRequest:
         recipe=Recipe(
             model=case.model, method=case.method, max_length=case.max_length, loss=case.loss,  # type: ignore[arg-type]
             train_batch_size=batch.train_batch_size, attention=case.attention,  # type: ignore[arg-type]
+            **case.adapter,
         ),
         choice=Choice(zero=case.zero, batch=batch, gradient_checkpointing=case.checkpointing),
         cluster=Cluster(
@@ -287,10 +322,11 @@ def knobs(zero: ZeroConfig) -> str:
 
 def table_line(row: Row) -> str:
     case = row.case
+    extra = "".join(f" {name}={value}" for name, value in case.adapter.items())
     head = (
         f"| {case.zero.stage} | {case.method} | {case.model} | {case.layers} | {case.world_size} |"
         f" {case.micro_batch} x {case.accumulation} | {case.max_length} | {'yes' if case.checkpointing else 'no'} |"
-        f" {case.loss} | {case.attention} | {knobs(case.zero)} |"
+        f" {case.loss} | {case.attention} | {knobs(case.zero)}{extra} |"
     )
     if row.error:
         return f"{head} {row.error.replace('|', '/')[:160]} | | | | | | | |"

@@ -8,12 +8,13 @@ from tests.memory.test_estimate import SHAPE, cluster, estimate, term_bytes
 from zplan.catalog.find import find_model
 from zplan.memory import operations as ops
 from zplan.memory import scores
+from zplan.memory.block_tape import record_block
 from zplan.memory.coordinator import Act, Coordinator, Fetches, Limits
 from zplan.memory.course import course
 from zplan.memory.estimate import estimate_memory
 from zplan.memory.operations import Sizes
 from zplan.memory.script import Op
-from zplan.memory.tape import Tape, Tensor, Value, record_block
+from zplan.memory.tape import Event, Tape, Tensor, Value
 from zplan.memory.timeline import INNER, record, root_module
 from zplan.memory.trainable import layout
 from zplan.model_shape import ModelShape
@@ -234,3 +235,62 @@ def test_zero_3_keeps_a_norm_on_the_gpu_for_every_offloaded_gradient() -> None:
     count = sum(1 for _ in SHAPE.parameters())
     assert term_bytes(estimate(zero), "gradient norms", "step") == 512 * count
     assert term_bytes(estimate(ZeroConfig(stage=3)), "gradient norms", "step") == 0
+
+
+def test_an_adapter_s_dropout_keeps_its_mask_and_what_passed_it() -> None:
+    shape = find_model("smollm2-135m")
+    assert isinstance(shape, ModelShape)
+    plain = Recipe(model="smollm2-135m", method="lora", max_length=128)
+
+    def kept(recipe: Recipe) -> int:
+        recording = record(shape, recipe, layout(shape, recipe), micro_batch=1, on_cpu=False)
+        tape = next(block.tape for block in recording.blocks if block.laid.block.role == "layer")
+        assert tape is not None
+        return sum(step[1] for step in tape.forward if step[0] == Event.BYTES)
+
+    widths = 6 * 576 + 1536  # q, k, v, o, gate, up; down
+    per_element = 2 + 1  # what passed, in bf16, and a byte of mask
+    inputs_of_lora_a = 2 * (2 * 576 + 1536)  # two norms' outputs and the gated product; attention keeps its own output
+    grown = kept(replace(plain, lora_dropout=0.05)) - kept(plain)
+    assert grown == 128 * (per_element * widths - inputs_of_lora_a), "every lora_A keeps its own input instead"
+
+
+def test_the_hooks_of_a_block_stay_outside_its_recomputation() -> None:
+    def build(tape: Tape, x: Value) -> Value:
+        tape.enter(0)
+        tape.enter(1)
+        out = tape.apply(8, [(x, 8)], saves=(x,))
+        tape.exit(1)
+        tape.exit(0)
+        return out
+
+    tape = record_block(build, 8, 8)
+    of_module = [step for step in tape.recompute_whole if step[0] != Event.BYTES]
+    assert of_module == [(Event.PRE_BACKWARD, 0, 0), (Event.PRE_FORWARD, 1, 0), (Event.POST_FORWARD, 1, 0)]
+
+
+def test_a_recomputation_starts_when_a_saved_tensor_is_asked_for() -> None:
+    def build(tape: Tape, x: Value) -> Value:
+        first = tape.apply(8, [(x, 8)], saves=(x,))
+        return tape.apply(8, [(first, 4)])
+
+    before, *_ = record_block(build, 8, 8).recompute
+    assert before == (Event.BYTES, 4 - 8, 4), "the last node has run: its result is there, the incoming gradient gone"
+
+
+def test_what_a_recomputed_block_returns_besides_its_output_stays_until_its_backward_is_done() -> None:
+    def build(tape: Tape, x: Value) -> Value:
+        weights = tape.apply(100, [(x, 8)], saves_output=True)
+        tape.hold(weights)
+        return tape.apply(8, [(weights, 100)], saves=(weights,))
+
+    def peak_of(*, returns_held: bool) -> int:
+        net = peak = 0
+        for event, change, above in record_block(build, 8, 8, returns_held=returns_held).backward_after_whole:
+            if event == Event.BYTES:
+                peak, net = max(peak, net + above), net + change
+        return peak
+
+    assert peak_of(returns_held=False) == 100
+    # the zeros that are its gradient are somebody else's: the sum of the two gradients is a third tensor
+    assert peak_of(returns_held=True) == 100 + 100 - 8

@@ -12,12 +12,13 @@ from zplan.memory.course import course
 from zplan.memory.gather import Gathering, most_of
 from zplan.memory.instances import Instances
 from zplan.memory.meter import Kind, Meter
+from zplan.memory.owners import module_parameters, viewed_numbers
 from zplan.memory.script import Op
 from zplan.memory.stage3 import Stage3Engine, shard
-from zplan.memory.timeline import Recording, record, viewed_numbers
+from zplan.memory.timeline import Recording, module_bases, record
 from zplan.memory.trainable import layout
 from zplan.recipe import Recipe
-from zplan.zero_config import Choice, OffloadOptimizer, ZeroConfig
+from zplan.zero_config import Choice, OffloadOptimizer, OffloadParam, ZeroConfig
 
 SMALL = ZeroConfig(stage=3, stage3_param_persistence_threshold=4)
 TWO = Instances(
@@ -181,3 +182,32 @@ def test_with_room_for_two_layers_most_of_thirty_are_skipped() -> None:
     runs = Gathering(script, recording.items, 2).schedule(limits, frozenset())
     assert sum(run.times for run in runs if run.laps) == 2 * 30
     assert sum(run.laps is not None for run in runs) < 2 * 10
+
+
+def test_a_view_goes_with_the_node_that_used_it_before_the_gradient_is_reduced() -> None:
+    meter = Meter()
+    engine = Stage3Engine(meter, TWO, shard(TWO, SMALL, 2), SMALL, num_ranks=2, itemsize=2)
+    engine.follow([(Act.GATHER, (0,)), (Act.ARRIVE, (0,)), (Act.KEEP, (0,))])
+    assert meter.by_kind[Kind.GATHERED_PARAMETERS] == 2 * 100
+    engine.follow([(Act.DROP, (0,))])
+    assert meter.by_kind[Kind.GATHERED_PARAMETERS] == 0
+    assert meter.peak_bytes == 0, "what the gradient's hook needs comes after it"
+
+
+def test_adapted_modules_gather_their_lora_a_and_prefetch_at_its_dropout() -> None:
+    recording = record(SMOLLM, LORA_ON_SMOLLM, layout(SMOLLM, LORA_ON_SMOLLM), micro_batch=1, on_cpu=False)
+    index = next(i for i, block in enumerate(recording.blocks) if block.laid.block.role == "layer")
+    names, base = recording.blocks[index].modules.numbers, recording.items.base[index]
+    owned, first = module_parameters(recording), module_bases(recording)[index]
+    weights = recording.blocks[index].laid.weights
+    lora_a = base + next(i for i, weight in enumerate(weights) if weight.module == "self_attn.q_proj.lora_A.default")
+    assert owned[first + names["self_attn.q_proj"]] == (lora_a,)
+    assert lora_a in owned[first + names["self_attn.q_proj.lora_A.default"]]
+    assert first + names["self_attn.q_proj.lora_dropout.default"] not in owned
+
+
+def test_offloaded_persistent_parameters_are_copied_before_they_are_gathered_again() -> None:
+    zero = replace(SMALL, offload_param=OffloadParam(device="cpu"))
+    meter = Meter()
+    Stage3Engine(meter, TWO, shard(TWO, zero, 2), zero, num_ranks=2, itemsize=2).follow([(Act.UPDATE, ())])
+    assert meter.peak_bytes == 2 * 4 + 2 * 2  # gathered, and the partition of one of two ranks

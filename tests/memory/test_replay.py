@@ -61,6 +61,8 @@ def whole_engine_peaks(walked: Course, recipe: Recipe, choice: Choice) -> dict[s
             engine.end_backward()
             engine.follow([(Act.GIVE_BACK, ())])
         else:
+            if op == Op.GRADIENT:
+                engine.follow([(Act.DROP, (argument,))])
             act[op](argument)
         moments = (walked.moments[2 * number] + before, walked.moments[2 * number + 1] + meter.peak_bytes)
         peaks[phase] = max(peaks[phase], *moments)

@@ -38,17 +38,18 @@ def attend(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: V
     container = modules.number(layer.output.rpartition(".")[0])
     tape.enter(container)
     widths = attention_widths(shape)
+    locals_: list[Value] = []
     if shape.config.get("kv_lora_rank"):
         q, k, v = _latent(tape, layer, sizes, modules, x)
     else:
-        q, k, v = _plain(tape, layer, sizes, modules, x)
+        q, k, v, *locals_ = _plain(tape, layer, sizes, modules, x)
     mixed = _mix(tape, shape, sizes, q, k, v, widths)
     if shape.model_type in JOINED_ROTARY and sizes.attention != "eager" and not is_masked(shape, sizes):
         joined = tape.apply(sizes.bytes(widths[1]), [(mixed, sizes.bytes(widths[1]))])
         tape.drop(mixed)
         mixed = joined
     out = ops.linear(tape, modules, sizes, layer.output, mixed, transposed=layer.is_conv1d)
-    tape.drop(q, k, v, mixed)
+    tape.drop(q, k, v, mixed, *locals_)
     tape.exit(container)
     return ops.dropout(tape, sizes, out, shape.hidden_size, sizes.residual_dropout)
 
@@ -77,8 +78,9 @@ def _mix(
     return scores.eager_attention(tape, sizes, q, k, v, *widths, softcap=softcap, fp32_softmax=fp32_softmax)
 
 
-def _plain(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: Value) -> tuple[Value, Value, Value]:
-    q, k, v = _project(tape, layer, sizes, modules, x)
+def _plain(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: Value) -> tuple[Value, ...]:
+    """q, k, v, and what else the attention's frame holds until it returns."""
+    q, k, v, *locals_ = _project(tape, layer, sizes, modules, x)
     _, q_width, k_width, _ = attention_widths(layer.shape)
     for name in layer.head_norms:
         if name.endswith("q_norm"):
@@ -90,7 +92,7 @@ def _plain(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: V
         rotated_k = ops.rotary(tape, sizes, k, k_width)
         tape.drop(q, k)
         q, k = rotated_q, rotated_k
-    return q, k, v
+    return q, k, v, *locals_
 
 
 def _latent(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: Value) -> tuple[Value, Value, Value]:
@@ -162,7 +164,11 @@ def _head_norm(tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, 
     return out
 
 
-def _project(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: Value) -> tuple[Value, Value, Value]:
+def _project(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: Value) -> tuple[Value, ...]:
+    """As `_plain`, before rotation. Falcon keeps the fused projection in a local.
+
+    Source: transformers 5.23.0, models/falcon/modeling_falcon.py (FalconAttention.forward: fused_qkv).
+    """
     shape = layer.shape
     q_width, k_width = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     outs = [ops.linear(tape, modules, sizes, name, x, transposed=layer.is_conv1d) for name in layer.projections]
@@ -175,8 +181,10 @@ def _project(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x:
         else:  # slices, each with a gradient of the whole; Falcon's lists of one index copy
             narrow = sizes.bytes(k_width) if shape.model_type == "falcon" else None
             pieces = tuple(tape.apply(num_bytes, [(outs[0], whole)]) for num_bytes in (None, narrow, narrow))
+        if shape.model_type == "falcon":
+            return *pieces, outs[0]
         tape.drop(outs[0])
-        return pieces[0], pieces[1], pieces[2]
+        return pieces
     q = tape.apply(sizes.bytes(q_width), [(out, sizes.bytes(q_width)) for out in outs[:1]])
     k = tape.apply(sizes.bytes(k_width), [(out, sizes.bytes(k_width)) for out in outs[-1:]])
     v = tape.apply(sizes.bytes(k_width), [(out, sizes.bytes(k_width)) for out in outs[-1:]])
@@ -185,8 +193,12 @@ def _project(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x:
 
 
 def is_masked(shape: ModelShape, sizes: Sizes) -> bool:
-    """Whether sdpa gets a mask and leaves flash attention for it."""
-    return sizes.attention == "sdpa" and is_windowed(shape, sizes.length)
+    """Whether sdpa gets a mask and leaves flash attention for it; Falcon always makes one.
+
+    Source: transformers 5.23.0, models/falcon/modeling_falcon.py (create_causal_mask: allow_is_causal_skip=False).
+    """
+    always = shape.model_type == "falcon"
+    return sizes.attention == "sdpa" and (always or is_windowed(shape, sizes.length))
 
 
 def is_windowed(shape: ModelShape, length: int) -> bool:

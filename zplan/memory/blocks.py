@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from zplan.memory import operations as ops
 from zplan.memory.attention import attend
+from zplan.memory.block_tape import Build
 from zplan.memory.experts import run_experts
 from zplan.memory.layer_modules import LayerModules
 from zplan.memory.operations import Modules, Sizes
-from zplan.memory.tape import Build, Tape, Value
+from zplan.memory.tape import Tape, Value
 from zplan.memory.trainable import LaidBlock
 from zplan.model_shape import ModelShape
 

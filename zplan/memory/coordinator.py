@@ -42,6 +42,8 @@ class Act(IntEnum):
     """Backward is over: whatever is still gathered goes."""
     UPDATE = 8
     """The update is done."""
+    DROP = 9
+    """The node that makes a weight's gradient has run, and with it goes what the graph has kept of the weight."""
 
 
 Action = tuple[int, tuple[int, ...]]

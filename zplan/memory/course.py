@@ -14,6 +14,7 @@ from zplan.memory.coordinator import Fetches
 from zplan.memory.instances import Instances
 from zplan.memory.laps import Laps, laps_of
 from zplan.memory.meter import Kind, Meter
+from zplan.memory.owners import leaf_modules, module_parameters, viewed_numbers
 from zplan.memory.script import HOOKS, Call, Course, Kinds, Op, Reduction, Script
 from zplan.memory.strip import Strip, strip
 from zplan.memory.tape import Event, Step
@@ -24,13 +25,11 @@ from zplan.memory.timeline import (
     entered_modules,
     external_numbers,
     fetch_order,
-    leaf_modules,
     module_bases,
-    module_parameters,
     output_numbers,
     recomputation,
     root_module,
-    viewed_numbers,
+    rotary_modules,
 )
 
 
@@ -175,6 +174,8 @@ class _Walk:
             meter.touch(Kind.ACTIVATIONS, r.hidden_bytes * (2 if number and kind == "table" else 1))
             meter.add(Kind.ACTIVATIONS, 0 if number else r.hidden_bytes)
             self.post(self.module_base[index] + number)
+        for module in rotary_modules(r):
+            self.pre(module)  # its post does nothing: it owns nothing
         meter.add(Kind.ACTIVATIONS, r.embedded_bytes)
         if r.adds_to_embedding:
             is_leaf = r.reentrant and self.checkpointing
@@ -232,17 +233,14 @@ class _Walk:
                 if checkpointed:
                     reentrant = r.reentrant and self.fetches
                     again, back = recomputation(block.tape, reentrant=reentrant)
-                    # autograd makes a zero gradient for the returned weights, and holds the recomputed ones
-                    returned = r.returned_bytes if reentrant else 0
+                    returned = r.returned_bytes if reentrant else 0  # autograd's zero gradient for the weights
                     meter.add(Kind.ACTIVATIONS, returned)
                     self._play(again, index, layer, runs_again=True)
-                    meter.add(Kind.ACTIVATIONS, returned)
                     self._play(back, index, layer)
-                    meter.add(Kind.ACTIVATIONS, -2 * returned)
+                    meter.add(Kind.ACTIVATIONS, -returned)
                     if reentrant:
                         self.call(Op.END_RECOMPUTED)
-                    extra = r.hidden_bytes if reentrant else 0
-                    meter.add(Kind.ACTIVATIONS, -r.hidden_bytes - extra)
+                    meter.add(Kind.ACTIVATIONS, -r.hidden_bytes * (1 + reentrant))
                 else:
                     if self.starts_without_gradient and self._is_first(index, layer):
                         meter.add(Kind.ACTIVATIONS, r.first_norm_bytes)

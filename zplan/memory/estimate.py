@@ -187,7 +187,7 @@ def _gpu(
         engine = sum(term.bytes for term in terms if term.name == KIND_NAMES[Kind.BUCKETS])
         judged = max(judged, judged - engine + documented)
     laid = layout(shape, recipe)
-    largest = max(largest_of_engine(laid, recipe, choice), largest_of_model(shape, recipe, choice))
+    largest = largest_of_engine(laid, recipe, choice) + largest_of_model(shape, recipe, choice)
     ranges = gpu_ranges(judged, largest, outside_allocator(choice, cluster), on_cpu=cluster.gpu.kind == "cpu")
     level, short = gpu_level(ranges.used, cluster.gpu.free_bytes, is_whole=is_whole)
     return GpuEstimate(
@@ -217,7 +217,8 @@ def gpu_ranges(peak: int, largest_block: int, outside: ByteRange, *, on_cpu: boo
     """From the peak of a rank to what its GPU shows. Integers only: whole columns of them are taken as well.
 
     Args:
-        largest_block: the largest tensor that comes and goes.
+        largest_block: the largest tensors that come and go, one of each kind: those of the engine on streams of their
+            own, those of the model.
         outside: what no allocator holds.
     """
     workspace = runtime.NOTHING if on_cpu else runtime.CUBLAS_WORKSPACE
@@ -260,11 +261,11 @@ def largest_of_engine(laid: Layout, recipe: Recipe, choice: Choice) -> int:
 
 
 def largest_of_model(shape: ModelShape, recipe: Recipe, choice: Choice) -> int:
-    """The largest tensor of forward and backward: logits, scores, the middle of an MLP."""
+    """The largest tensors of forward and backward: logits or the middle of an MLP, and scores."""
     tokens, b = choice.batch.train_micro_batch_size_per_gpu * recipe.max_length, recipe.weight_bytes
-    return max(
+    scores = FP32 * tokens * recipe.max_length * shape.num_attention_heads if recipe.attention == "eager" else 0
+    return scores + max(
         FP32 * tokens * shape.vocab_size if recipe.loss == "full" else b * min(tokens, TOKEN_TILE) * VOCAB_TILE,
-        FP32 * tokens * recipe.max_length * shape.num_attention_heads if recipe.attention == "eager" else 0,
         b * tokens * (shape.intermediate_size or 0),
     )
 

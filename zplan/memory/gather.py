@@ -138,7 +138,7 @@ class Gathering:
         copies = 1 if zero.offloads_param else secondary_group(zero, ranks)
         key = (
             id(schedule), zero.stage3_allgather_sequential, zero.offloads_param,
-            ranks == 1, ranks == 1 and zero.offloads_optimizer, copies, copies > 1 and has_copies,
+            ranks == 1, zero.offloads_optimizer, copies, copies > 1 and has_copies,
             ranks if zero.offloads_param else padding(self.items, ranks),
         )  # fmt: skip
         known = self._gathered.get(key)

@@ -140,7 +140,7 @@ class Estimator:
             phases[phase] = phases[phase] + peaks
         peak = np.maximum.reduce(list(phases.values()))
         block, low, expected, high, is_whole = self._engine.columns(choices)
-        largest = np.maximum(block, self._model.columns(choices)[0])
+        largest = block + self._model.columns(choices)[0]
         outside = ByteRange(low=low, expected=expected, high=high)
         ranges = gpu_ranges(peak, largest, outside, on_cpu=self.on_cpu)
         level: Any

@@ -29,10 +29,15 @@ class Sizes:
     partitioned: bool = False
     """ZeRO-3, whose linear keeps its input even if the weight is frozen, and gives gradients that are no views
     (deepspeed 0.19.8, runtime/zero/linear.py, LinearFunctionForZeroStage3)."""
+    multiplies_by_hand: bool = False
+    """Matrices of the layers are no calls of F.linear, the only one that ZeRO-3 replaces (Falcon; transformers 5.23.0,
+    models/falcon/modeling_falcon.py, FalconLinear)."""
     residual_dropout: float = 0.0
     """Behind the attention and behind the MLP."""
     attention_dropout: float = 0.0
     """On eager attention's weights; fused kernels draw theirs as they go."""
+    adapter_dropout: float = 0.0
+    """On the input of every lora_A."""
 
     @property
     def tokens(self) -> int:
@@ -85,7 +90,8 @@ def linear(
     """A linear module, with its adapter if it has one.
 
     The input is kept only for the weight's gradient: a frozen base keeps nothing, lora_A keeps the input, lora_B the
-    r-wide middle (peft 0.21.2, tuners/lora/layer.py, Linear.forward).
+    r-wide middle. lora_dropout is a module of its own, an Identity at rate 0, whose hook prefetches as any other's
+    (peft 0.21.2, tuners/lora/layer.py, update_layer, Linear.forward).
 
     Args:
         transposed: weight stored as (in, out), as GPT-2's Conv1D.
@@ -102,7 +108,10 @@ def linear(
     if not adapted:
         return out
     rank = adapted[0][1].shape[0]
-    middle = _matmul(tape, modules, sizes, f"{name}.lora_A.default", adapted, x, (in_features, rank), flat)
+    thinned = _adapter_dropout(tape, modules, sizes, f"{name}.lora_dropout.default", x, in_features)
+    middle = _matmul(tape, modules, sizes, f"{name}.lora_A.default", adapted, thinned, (in_features, rank), flat)
+    if thinned is not x:
+        tape.drop(thinned)
     second = modules.owner_of(f"{name}.lora_B.default")
     wide = _matmul(tape, modules, sizes, f"{name}.lora_B.default", second, middle, (rank, out_features), flat)
     tape.drop(middle)
@@ -112,6 +121,15 @@ def linear(
     tape.drop(scaled, out)
     tape.exit(modules.number(name))
     return added
+
+
+def _adapter_dropout(tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, width: int) -> Value:
+    """The input as an adapter sees it: itself, or a copy of it beside the mask."""
+    number = modules.number(name)
+    tape.enter(number)
+    out = _with_mask(tape, sizes, x, width) if sizes.adapter_dropout else x
+    tape.exit(number)
+    return out
 
 
 def _matmul(
@@ -127,14 +145,15 @@ def _matmul(
     in_features, out_features = features
     number = modules.number(path)
     tape.enter(number)
+    partitioned = sizes.partitioned and not (sizes.multiplies_by_hand and ".lora_" not in path)
     dequantised = sum(sizes.itemsize * weight.numel for _, weight in owned if weight.itemsize == 0)
     out = tape.apply(
         sizes.bytes(out_features),
         [(x, sizes.bytes(in_features))],
-        saves=(x,) if sizes.partitioned or any(w.trainable and len(w.shape) == 2 for _, w in owned) else (),
+        saves=(x,) if partitioned or any(w.trainable and len(w.shape) == 2 for _, w in owned) else (),
         weights=gradients_of(owned),
         temporary=dequantised,
-        viewed=not flat and not sizes.partitioned,
+        viewed=not flat and not partitioned,
         forward_temporary=dequantised,
     )
     tape.exit(number)
@@ -232,10 +251,14 @@ def dropout(tape: Tape, sizes: Sizes, x: Value, width: int, rate: float) -> Valu
     """
     if rate == 0.0:
         return x
-    whole = sizes.bytes(width)
-    out = tape.apply(whole, [(x, whole)], extra_saved=whole if sizes.on_cpu else sizes.tokens * width)
+    out = _with_mask(tape, sizes, x, width)
     tape.drop(x)
     return out
+
+
+def _with_mask(tape: Tape, sizes: Sizes, x: Value, width: int) -> Value:
+    whole = sizes.bytes(width)
+    return tape.apply(whole, [(x, whole)], extra_saved=whole if sizes.on_cpu else sizes.tokens * width)
 
 
 def activation(tape: Tape, sizes: Sizes, x: Value, width: int, hidden_act: str) -> Value:

@@ -57,8 +57,8 @@ def reserved_range(allocated: ByteRange, *, on_cpu: bool, largest_block: int = 0
         allocated * (1.0 | 1.06 | 1.20), rounded up to 2 MiB segments;   CPU ranks: what is allocated
 
     Args:
-        largest_block: the largest tensor that comes and goes. When the room that it left is split by smaller ones, the
-            next of its kind needs new segments: `high` counts it once more.
+        largest_block: the largest tensors that come and go, one of each kind. When the room that one left is split by
+            smaller ones, or is another stream's, the next of its kind needs new segments: `high` counts it once more.
     """
     if on_cpu:
         return allocated

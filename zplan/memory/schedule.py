@@ -126,11 +126,18 @@ class Scheduler:
         found.append(self._stretch(end, len(self.script.calls)))
         return tuple(found)
 
+    @cached_property
+    def _keeps(self) -> bool:
+        """Whether the graph keeps views of weights."""
+        return any(op in (Op.KEPT_MODULE, Op.VIEWED_MODULE) for op, _ in self.script.calls)
+
     def _stretch(self, first: int, end: int, laps: Laps | None = None, lap: int = 0) -> _Stretch:
         hooks, releases, steps = [], [], 0
         for call in range(first, end):
             op, module = self.script.calls[call]
             if op not in _LEAVING and op not in _ACTS and op not in _STEPS and op != Op.END_RECOMPUTED:
+                if op == Op.GRADIENT and self._keeps:
+                    hooks.append((call, op, module))
                 continue
             steps += op in _STEPS
             if op in _LEAVING:
@@ -150,6 +157,7 @@ class Scheduler:
             Op.VIEWED_MODULE: coordinator.viewed_module,
             Op.RECOMPUTED_MODULE: coordinator.recomputed_module,
             Op.END_RECOMPUTED: lambda _: coordinator.end_recomputed(),
+            Op.GRADIENT: lambda number: ((int(Act.DROP), (number,)),),
         }
         happenings: list[Happening] = []
         for call, op, module in stretch.hooks:

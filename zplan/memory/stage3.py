@@ -13,6 +13,7 @@ from functools import lru_cache
 from zplan.memory.coordinator import Action
 from zplan.memory.instances import Instances
 from zplan.memory.meter import Kind, Meter
+from zplan.memory.runtime import ALLOCATOR_ROUNDING
 from zplan.zero_config import ZeroConfig
 
 FP32 = 4
@@ -128,7 +129,7 @@ class Stage3Engine:
         self.padded_bytes = [b * part * num_ranks for b, part in zip(items.itemsize, shards.partition, strict=True)]
         self.act: tuple[Callable[[tuple[int, ...]], None], ...] = (
             self._gather, self._arrive, self._settle, self._release, self._keep, self._forget, self.read_head,
-            self._give_back, self.end_step,
+            self._give_back, self.end_step, self._drop,
         )  # fmt: skip
         self.reads_head = False
         self.bucket: list[int] = []
@@ -220,6 +221,15 @@ class Stage3Engine:
             self.meter.add(Kind.GATHERED_PARAMETERS, -self.kept[number])
             self.kept[number] = 0
 
+    def _drop(self, numbers: tuple[int, ...]) -> None:
+        """The node that made a weight's gradient has run: the view of the weight that it kept is gone when the gradient
+        reaches its hook.
+
+        Source: torch 2.13.0, torch/csrc/autograd/engine.cpp (call_function: release_variables).
+        """
+        self._forget(numbers)
+        self.meter.mark()
+
     def read_head(self, numbers: tuple[int, ...]) -> None:
         """A single rank copies the head in the first step, before it is known as external; called again when it goes.
 
@@ -236,11 +246,17 @@ class Stage3Engine:
         self.reads_head = not self.reads_head
 
     def end_step(self, _numbers: tuple[int, ...]) -> None:
-        """Persistent parameters, partitioned before the update, are gathered again after it.
+        """Persistent parameters, partitioned before the update, are gathered again after it, out of copies on the GPU
+        if they are offloaded; the norms of offloaded gradients (resident.py) are gone by then.
 
-        Source: deepspeed 0.19.8, stage3.py (step: _partition_all_parameters, _post_step).
+        Source: deepspeed 0.19.8, stage3.py (step: _partition_all_parameters, _post_step; step: norm_for_param_grads).
         """
-        self.meter.touch(Kind.GATHERED_PARAMETERS, self.shards.persistent_bytes)
+        staged, norms = 0, 0
+        if self.zero.offloads_param:
+            staged = sum(self.items.itemsize[p] * self.shards.partition[p] for p in self.shards.persistent)
+        if self.zero.offloads_optimizer:
+            norms = ALLOCATOR_ROUNDING * sum(self.items.trainable)
+        self.meter.touch(Kind.GATHERED_PARAMETERS, max(0, self.shards.persistent_bytes + staged - norms))
 
     def _give_back(self, _numbers: tuple[int, ...]) -> None:
         self.meter.add(Kind.GATHERED_PARAMETERS, -self.meter.by_kind[Kind.GATHERED_PARAMETERS])

@@ -10,7 +10,6 @@ after the node ran), input_buffer.cpp (can_accumulate_inplace: nobody else holds
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -95,14 +94,19 @@ class Tape:
         keeps: saved tensors are held (False: the first forward of a checkpointed block).
         stop_at: recomputation ends when the operation of this number has saved its inputs
             (torch.utils.checkpoint, early_stop); the graph goes on, its bytes do not exist.
+        returns_held: what the block holds is returned beside its output and stays with who recomputes it, until its
+            backward has run; it has a gradient then, zeros that are not counted here.
     """
 
     keeps: bool = True
     stop_at: int | None = None
+    returns_held: bool = False
     steps: list[Step] = field(default_factory=list)
     operations: list[Operation | Division | Marker] = field(default_factory=list)
     num_operations: int = 0
     last_saving: int = 0
+    unpacks_at: int = 0
+    """Steps of the backward before a saved tensor is asked for the first time."""
     _net: int = 0
     _peak: int = 0
     _stopped: bool = False
@@ -152,8 +156,9 @@ class Tape:
 
     def leave(self) -> None:
         """The block returns."""
-        self.drop(*self._held)
-        self._held.clear()
+        if not self.returns_held:
+            self.drop(*self._held)
+            self._held.clear()
 
     def _release(self, tensor: Tensor) -> None:
         tensor.refs -= 1
@@ -266,13 +271,21 @@ class Tape:
     def backward(self, out: Value, gradient_bytes: int) -> None:
         """Play the recorded operations backwards from a gradient that is already live outside (not counted here)."""
         out.gradient = Tensor(gradient_bytes)
+        self.unpacks_at = 0
+        for value in self._held:
+            value.gradient = Tensor(value.storage.bytes)
+            value.gradient.refs += 1
         for operation in reversed(self.operations):
             if isinstance(operation, Marker):
                 self._emit(Event.POST_BACKWARD if operation.enters else Event.PRE_BACKWARD, operation.module)
             elif isinstance(operation, Division):
                 self._join(operation)
             elif operation.out.gradient is not None:
+                if operation.saved and not self.unpacks_at:
+                    self.flush()
+                    self.unpacks_at = len(self.steps)
                 self._node(operation)
+        self.drop(*self._held)
         self.flush()
 
     def _node(self, operation: Operation) -> None:
@@ -318,62 +331,3 @@ class Tape:
             value.gradient = Tensor(known.bytes)
             self._release(known)
             self._release(result)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockTape:
-    """What the replay needs of one block: steps of its forward, recomputation and backward."""
-
-    forward: tuple[Step, ...]
-    """With saved tensors kept; ends with the output live and the input released unless it was saved."""
-    forward_without_saving: tuple[Step, ...]
-    """The first forward of a checkpointed block: the input stays, the output is new."""
-    recompute: tuple[Step, ...]
-    """Up to the early stop; ends with the saved tensors live. It begins with the modules whose backward hook comes
-    before the first saved tensor is asked for: asking for it is what starts a recomputation."""
-    backward: tuple[Step, ...]
-    """After a forward that kept; includes freeing the saved tensors and the incoming gradient, ends with the
-    gradient of the input live."""
-    backward_after_recompute: tuple[Step, ...]
-    recompute_whole: tuple[Step, ...]
-    """Reentrant checkpointing knows no early stop: the whole forward runs again."""
-    backward_after_whole: tuple[Step, ...]
-
-
-Build = Callable[[Tape, Value], Value]
-"""Runs a block's forward on a tape; returns the output."""
-
-
-def record_block(build: Build, input_bytes: int, output_bytes: int) -> BlockTape:
-    """Record one block in the three ways it can run."""
-    kept, kept_backward, last_saving = _run(build, input_bytes, output_bytes, Tape())
-    loose, _, _ = _run(build, input_bytes, output_bytes, Tape(keeps=False), keeps_input=True)
-    again, again_backward, _ = _run(build, input_bytes, output_bytes, Tape(stop_at=last_saving), keeps_input=True)
-    whole, whole_backward, _ = _run(build, input_bytes, output_bytes, Tape(), keeps_input=True)
-    hooks = next((i for i, step in enumerate(again_backward) if step[0] != Event.PRE_BACKWARD), 0)
-    return BlockTape(
-        recompute_whole=whole,
-        backward_after_whole=whole_backward,
-        forward=kept,
-        forward_without_saving=loose,
-        recompute=again_backward[:hooks] + again,
-        backward=kept_backward,
-        backward_after_recompute=again_backward[hooks:],
-    )
-
-
-def _run(
-    build: Build, input_bytes: int, output_bytes: int, tape: Tape, *, keeps_input: bool = False
-) -> tuple[tuple[Step, ...], tuple[Step, ...], int]:
-    source = Value(Tensor(input_bytes, foreign=True))
-    if keeps_input:
-        source.storage.refs += 1
-    out = build(tape, source)
-    tape.leave()
-    tape.drop(source)
-    tape.resume()
-    tape.flush()
-    forward, tape.steps = tuple(tape.steps), []
-    if tape.keeps:
-        tape.backward(out, output_bytes)
-    return forward, tuple(tape.steps), tape.last_saving

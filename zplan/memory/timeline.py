@@ -17,13 +17,14 @@ from zplan.memory.around import (
     first_norm_bytes,
     returned_bytes,
 )
+from zplan.memory.attention import uses_rotary
+from zplan.memory.block_tape import BlockTape, record_block
 from zplan.memory.blocks import build_layer
-from zplan.memory.experts import LEAF, LEAF_FAMILIES
 from zplan.memory.instances import Instances, instances
 from zplan.memory.loss import LossCost, loss_cost
 from zplan.memory.operations import Modules, Sizes, norm
-from zplan.memory.tape import BlockTape, Event, Step, Tape, Value, record_block
-from zplan.memory.trainable import EXPERT_ADAPTERS, LaidBlock, Layout, Weight
+from zplan.memory.tape import Event, Step, Tape, Value
+from zplan.memory.trainable import LaidBlock, Layout, Weight
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 
@@ -93,7 +94,10 @@ def record(
     Args:
         partitioned: stage 3, whose linear modules keep other tensors.
     """
-    key = (id(layout), recipe.attention, recipe.loss, recipe.max_length, recipe.dtype, micro_batch, on_cpu, partitioned)
+    key = (
+        id(layout), recipe.attention, recipe.loss, recipe.max_length, recipe.dtype, recipe.lora_dropout, micro_batch,
+        on_cpu, partitioned,
+    )  # fmt: skip
     known = _RECORDINGS.get(key)
     if known is not None and known.layout is layout:
         return known
@@ -104,9 +108,11 @@ def record(
         attention=recipe.attention,
         on_cpu=on_cpu,
         partitioned=partitioned,
+        multiplies_by_hand=shape.model_type == "falcon",
         fp32_norm_weight=shape.model_type.startswith(("olmo2", "gemma")),
         residual_dropout=dropout_rate(shape, "resid_pdrop", "dropout", "hidden_dropout", "residual_dropout"),
         attention_dropout=dropout_rate(shape, "attn_pdrop", "attention_dropout"),
+        adapter_dropout=recipe.lora_dropout,
     )
     made = _record(shape, recipe, layout, sizes)
     if len(_RECORDINGS) > 4096:
@@ -163,9 +169,8 @@ def _record_one(laid: LaidBlock, shape: ModelShape, sizes: Sizes, hidden: int) -
     modules = Modules.of(laid)
     role = laid.block.role
     if role in ("layer", "encoder_layer"):
-        return Recorded(
-            laid=laid, tape=record_block(build_layer(laid, shape, sizes, modules), hidden, hidden), modules=modules
-        )
+        build, returns = build_layer(laid, shape, sizes, modules), returned_bytes(shape, sizes) > 0
+        return Recorded(laid=laid, tape=record_block(build, hidden, hidden, returns_held=returns), modules=modules)
     if role in ("final", "head"):
         return Recorded(laid=laid, tape=_record_final(laid, shape, sizes, modules, hidden), modules=modules)
     for weight in laid.weights:
@@ -200,6 +205,8 @@ WRAPPERS = (2, 3)
 """Added to the model's number: PEFT's two modules around it, which own nothing, but whose hooks prefetch before it."""
 INNER = 4
 """Added to the model's number: the decoder within it, which owns nothing; its hook prefetches after the model's."""
+ROTARY = 5
+"""Added to the model's number: cos and sin for all layers, made after the embeddings; owns nothing, and prefetches."""
 
 
 def entered_modules(recording: Recording) -> list[int]:
@@ -209,6 +216,16 @@ def entered_modules(recording: Recording) -> list[int]:
     """
     root = root_module(recording)
     return [*((root + number for number in WRAPPERS) if recording.reentrant else ()), root]
+
+
+def rotary_modules(recording: Recording) -> list[int]:
+    """The module of cos and sin, if the model has one; it runs forward only.
+
+    Source: transformers 5.23.0, models/llama/modeling_llama.py (LlamaModel.forward) and its siblings.
+    """
+    shape = recording.shape
+    each = max(len(set(shape.layer_types)), 1) if shape.model_type.startswith("gemma3") else 1
+    return [root_module(recording) + ROTARY] * each if uses_rotary(shape) else []
 
 
 def root_module(recording: Recording) -> int:
@@ -241,95 +258,6 @@ def external_numbers(recording: Recording) -> tuple[int, ...]:
     return () if recording.head_is_embedding or recording.runs_head else output_numbers(recording)
 
 
-def module_parameters(recording: Recording) -> dict[int, tuple[int, ...]]:
-    """Module number -> the parameters it owns."""
-    owned: dict[int, list[int]] = {}
-    for index, base in enumerate(module_bases(recording)):
-        block = recording.blocks[index]
-        names = block.modules.numbers
-        per_layer = max(len(names), 1)
-        for layer in range(block.laid.repeat):
-            first = recording.items.base[index] + layer * len(block.laid.weights)
-            for local, weight in enumerate(block.laid.weights):
-                owner = _owner(weight, recording.shape) or weight.module
-                local_module = names.get(f"{owner}.base_layer", names.get(owner))
-                if local_module is None and block.tape is not None:
-                    continue  # the head's own module never runs
-                owned.setdefault(base + layer * per_layer + (local_module or 0), []).append(first + local)
-    owned[root_module(recording) + recording.runs_head] = list(output_numbers(recording))
-    return {module: tuple(numbers) for module, numbers in owned.items()}
-
-
-def viewed_numbers(recording: Recording) -> frozenset[int]:
-    """Weights of which autograd keeps a view, and with it the gathered storage that ZeRO-3 means to free: stacked
-    weights of experts without adapters, and Falcon's linear layers, which do without the function that ZeRO-3 replaces.
-
-    Source: transformers 5.23.0, integrations/moe.py (_grouped_linear: weight.transpose), models/falcon/
-    modeling_falcon.py (FalconLinear: input @ weight.T); torch 2.13.0, derivatives.yaml (_grouped_mm and mm save it);
-    deepspeed 0.19.8, runtime/zero/linear.py (zero3_linear_wrap keeps the parameter itself).
-    """
-    found = []
-    for index, block in enumerate(recording.blocks):
-        names = {weight.name for weight in block.laid.weights}
-        plain = [
-            local
-            for local, weight in enumerate(block.laid.weights)
-            if len(weight.shape) == 3 and f"{weight.name}.{EXPERT_ADAPTERS[0]}" not in names
-        ]
-        for layer in range(block.laid.repeat):
-            first = recording.items.base[index] + layer * len(block.laid.weights)
-            found += [first + local for local in (*plain, *_transposed(recording, block, layer))]
-    return frozenset(found)
-
-
-def _transposed(recording: Recording, block: Recorded, layer: int) -> list[int]:
-    """Places of Falcon's linear weights in a layer. Those of the first layer that take the embedding's output keep
-    nothing with adapters and without checkpointing: their input needs no gradient.
-
-    Limits: with adapters on some modules only, other inputs of the first layer need none either; they are counted.
-    """
-    shape = recording.shape
-    if shape.model_type != "falcon" or block.laid.block.role != "layer":
-        return []
-    without = {"query_key_value", "dense_h_to_4h"} if shape.config.get("parallel_attn", True) else {"query_key_value"}
-    skipped = without if recording.reentrant and layer == 0 else set()
-    return [
-        local
-        for local, weight in enumerate(block.laid.weights)
-        if len(weight.shape) == 2 and ".lora_" not in weight.name
-        if weight.module.rpartition(".")[2] not in skipped
-    ]
-
-
-def leaf_modules(recording: Recording) -> tuple[frozenset[int], dict[int, tuple[int, ...]]]:
-    """Modules that are gathered as one, and of every module all parameters within it; nothing without such modules."""
-    leaves: set[int] = set()
-    inside: dict[int, tuple[int, ...]] = {}
-    if recording.shape.model_type not in LEAF_FAMILIES:
-        return frozenset(), inside
-    for index, base in enumerate(module_bases(recording)):
-        block = recording.blocks[index]
-        names = block.modules.numbers
-        for layer in range(block.laid.repeat):
-            first = recording.items.base[index] + layer * len(block.laid.weights)
-            for name, number in names.items():
-                module = base + layer * max(len(names), 1) + number
-                inside[module] = tuple(
-                    first + local for local, w in enumerate(block.laid.weights) if f"{w.module}.".startswith(f"{name}.")
-                    or not name
-                )  # fmt: skip
-                if name == LEAF:
-                    leaves.add(module)
-    inside[root_module(recording)] = tuple(range(len(recording.items.numel)))
-    return frozenset(leaves), inside
-
-
-def _owner(weight: Weight, shape: ModelShape) -> str | None:
-    """The leaf module that gathers the weight, if it lies in one."""
-    inside = shape.model_type in LEAF_FAMILIES and weight.module.startswith(f"{LEAF}.")
-    return LEAF if inside else None
-
-
 def recomputation(tape: BlockTape, *, reentrant: bool) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
     """How a checkpointed block runs again in backward, and the backward after it."""
     if reentrant:
@@ -355,6 +283,7 @@ def fetch_order(recording: Recording, *, checkpointing: bool) -> list[int]:
     for index, block in enumerate(recording.blocks):
         if _is_embedding(block):
             order += [bases[index] + number for number in range(len(block.embeddings))]
+            order += rotary_modules(recording)
         for layer in range(block.laid.repeat if block.tape else 0):
             assert block.tape is not None
             collect(block.tape.forward, index, layer)

@@ -1,0 +1,111 @@
+"""Which module owns, reads or keeps which parameters, for the replays of ZeRO-3's hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from zplan.memory.experts import LEAF, LEAF_FAMILIES
+from zplan.memory.timeline import Recorded, Recording, module_bases, output_numbers, root_module
+from zplan.memory.trainable import EXPERT_ADAPTERS, Weight
+from zplan.model_shape import ModelShape
+
+
+def module_parameters(recording: Recording) -> dict[int, tuple[int, ...]]:
+    """Module number -> the parameters it owns."""
+    owned: dict[int, list[int]] = {}
+    for index, base in enumerate(module_bases(recording)):
+        block = recording.blocks[index]
+        names = block.modules.numbers
+        per_layer = max(len(names), 1)
+        for layer in range(block.laid.repeat):
+            first = recording.items.base[index] + layer * len(block.laid.weights)
+            for local, weight in enumerate(block.laid.weights):
+                owner = _owner(weight, recording.shape) or weight.module
+                local_module = names.get(f"{owner}.base_layer", names.get(owner))
+                if local_module is None and block.tape is not None:
+                    continue  # the head's own module never runs
+                for module in (local_module or 0, *_readers(weight, names)):
+                    owned.setdefault(base + layer * per_layer + module, []).append(first + local)
+    owned[root_module(recording) + recording.runs_head] = list(output_numbers(recording))
+    return {module: tuple(numbers) for module, numbers in owned.items()}
+
+
+def _readers(weight: Weight, names: Mapping[str, int]) -> tuple[int, ...]:
+    """Modules that read a weight that is not theirs: an adapted module looks at the dtype of its lora_A, and DeepSpeed
+    gathers it there from then on.
+
+    Source: peft 0.21.2, tuners/lora/layer.py (Linear.forward: lora_A.weight.dtype); deepspeed 0.19.8,
+    runtime/zero/parameter_offload.py (ZeROOrderedDict.__getitem__).
+    """
+    around, found, _ = weight.module.partition(".lora_A.")
+    return (names[around],) if found and around in names else ()
+
+
+def _owner(weight: Weight, shape: ModelShape) -> str | None:
+    """The leaf module that gathers the weight, if it lies in one."""
+    inside = shape.model_type in LEAF_FAMILIES and weight.module.startswith(f"{LEAF}.")
+    return LEAF if inside else None
+
+
+def viewed_numbers(recording: Recording) -> frozenset[int]:
+    """Weights of which autograd keeps a view, and with it the gathered storage that ZeRO-3 means to free: stacked
+    weights of experts without adapters, and Falcon's linear layers, which do without the function that ZeRO-3 replaces.
+
+    Source: transformers 5.23.0, integrations/moe.py (_grouped_linear: weight.transpose), models/falcon/
+    modeling_falcon.py (FalconLinear: input @ weight.T); torch 2.13.0, derivatives.yaml (_grouped_mm and mm save it);
+    deepspeed 0.19.8, runtime/zero/linear.py (zero3_linear_wrap keeps the parameter itself).
+    """
+    found = []
+    for index, block in enumerate(recording.blocks):
+        names = {weight.name for weight in block.laid.weights}
+        plain = [
+            local
+            for local, weight in enumerate(block.laid.weights)
+            if len(weight.shape) == 3 and f"{weight.name}.{EXPERT_ADAPTERS[0]}" not in names
+        ]
+        for layer in range(block.laid.repeat):
+            first = recording.items.base[index] + layer * len(block.laid.weights)
+            found += [first + local for local in (*plain, *_transposed(recording, block, layer))]
+    return frozenset(found)
+
+
+def _transposed(recording: Recording, block: Recorded, layer: int) -> list[int]:
+    """Places of Falcon's linear weights in a layer. Those of the first layer that take the embedding's output keep
+    nothing with adapters and without checkpointing: their input needs no gradient.
+
+    Limits: with adapters on some modules only, other inputs of the first layer need none either; they are counted.
+    """
+    shape = recording.shape
+    if shape.model_type != "falcon" or block.laid.block.role != "layer":
+        return []
+    without = {"query_key_value", "dense_h_to_4h"} if shape.config.get("parallel_attn", True) else {"query_key_value"}
+    skipped = without if recording.reentrant and layer == 0 else set()
+    return [
+        local
+        for local, weight in enumerate(block.laid.weights)
+        if len(weight.shape) == 2 and ".lora_" not in weight.name
+        if weight.module.rpartition(".")[2] not in skipped
+    ]
+
+
+def leaf_modules(recording: Recording) -> tuple[frozenset[int], dict[int, tuple[int, ...]]]:
+    """Modules that are gathered as one, and of every module all parameters within it; nothing without such modules."""
+    leaves: set[int] = set()
+    inside: dict[int, tuple[int, ...]] = {}
+    if recording.shape.model_type not in LEAF_FAMILIES:
+        return frozenset(), inside
+    for index, base in enumerate(module_bases(recording)):
+        block = recording.blocks[index]
+        names = block.modules.numbers
+        for layer in range(block.laid.repeat):
+            first = recording.items.base[index] + layer * len(block.laid.weights)
+            for name, number in names.items():
+                module = base + layer * max(len(names), 1) + number
+                inside[module] = tuple(
+                    first + local for local, w in enumerate(block.laid.weights) if f"{w.module}.".startswith(f"{name}.")
+                    or not name
+                )  # fmt: skip
+                if name == LEAF:
+                    leaves.add(module)
+    inside[root_module(recording)] = tuple(range(len(recording.items.numel)))
+    return frozenset(leaves), inside
