@@ -9,6 +9,7 @@ warm-up steps, and switched off before the timed ones.
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -74,8 +75,20 @@ class CudaMeter:
         return self._peak
 
 
+class _Watched(weakref.ref[torch.UntypedStorage]):
+    """A counted storage: its address and the bytes it was counted with."""
+
+    __slots__ = ("key", "size")
+    key: int
+    size: int
+
+
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all CPU storages that operators return, until they are freed.
+
+    The last reference to a tensor of a collective is sometimes dropped by one of gloo's threads, a moment after the
+    rank went on: only the counting thread changes the counts, others leave a note. Such a storage was alive until then,
+    so two runs of one trial may differ by those, as a rule a few scalars.
 
     Limits: memory inside an operator (workspaces) is not seen, nor are weights mapped from a file.
     """
@@ -84,7 +97,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.live_bytes = 0
         self.peak_bytes = 0
-        self._sizes: dict[int, int] = {}
+        self._watched: dict[int, _Watched] = {}
+        self._freed: deque[int] = deque()
+        """Sizes that are yet to be taken off."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -93,19 +108,28 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._note(leaf.untyped_storage())
         return result
 
+    def settle(self) -> None:
+        """Take off what was freed until now."""
+        while self._freed:
+            self.live_bytes -= self._freed.popleft()
+
     def _note(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         size = storage.nbytes()
-        known = self._sizes.get(key)
-        if known is None:
-            weakref.finalize(storage, self._forget, key).atexit = False
-        if known != size:
-            self._sizes[key] = size
-            self.live_bytes += size - (known or 0)
+        watched = self._watched.get(key)
+        if watched is None:
+            watched = self._watched[key] = _Watched(storage, self._forget)
+            watched.key, watched.size = key, 0
+        if watched.size != size:
+            self.settle()
+            self.live_bytes += size - watched.size
+            watched.size = size
             self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
-    def _forget(self, key: int) -> None:
-        self.live_bytes -= self._sizes.pop(key, 0)
+    def _forget(self, watched: _Watched) -> None:
+        """In whichever thread drops the storage: nothing here reads a value and writes it back."""
+        del self._watched[watched.key]
+        self._freed.append(watched.size)
 
 
 class CpuMeter:
@@ -132,6 +156,7 @@ class CpuMeter:
             self._live.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def _close(self) -> None:
+        self._live.settle()
         self._peak = max(self._peak, self._live.peak_bytes)
         if self._current is not None:
             self.phases[self._current] = max(self.phases.get(self._current, 0), self._live.peak_bytes)

@@ -107,7 +107,8 @@ def test_a_trial_that_is_clearly_slower_ends_early_with_what_it_measured(
     assert (slow.outcome, len(slow.timed_step_seconds)) == (Outcome.PRUNED, 1), slow.message
     assert "after 1 of 2 timed steps" in slow.message
     assert slow.tokens_per_second
-    # the same warm-up was measured; two runs differ by a few scalars, so as far apart as the bar allows: 1 %
+    # The same warm-up was measured, but not to the byte: one of gloo's threads may be the last to drop the tensors of a
+    # collective (scalars, rarely a bucket), and until it does they are alive. As far apart as the bar allows: 1 %.
     assert set(slow.phases) == set(fast.phases) == {"load", "init", "forward", "backward", "step"}
     assert slow.phases == pytest.approx(fast.phases, rel=0.01)
     assert slow.gpu_allocated_bytes == pytest.approx(fast.gpu_allocated_bytes, rel=0.01)
