@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, set_seed
 
-from sft import build, data
+from sft import build, data, prepared
 from sft.meter import CpuMeter, CudaMeter, make_meter, measure_pinned_bytes, measure_used_bytes, peak_resident_bytes
 from sft.ranks import Rank
 from sft.software import check_software
@@ -129,7 +129,7 @@ def measure_trial(spec: TrialSpec, out_dir: Path, place: Rank, progress: Progres
         kind,
     )
     set_seed(recipe.seed)
-    tokenizer = build.load_tokenizer(spec.model_path)
+    tokenizer = prepared.load_tokenizer(spec)
     progress.enter("load")
     model = build.load_model(spec.model_path, recipe, weights=spec.weights)
     rows = _rows(spec, tokenizer, vocab_size=model.config.get_text_config().vocab_size)
@@ -145,13 +145,9 @@ def measure_trial(spec: TrialSpec, out_dir: Path, place: Rank, progress: Progres
 
 def _rows(spec: TrialSpec, tokenizer: Any, *, vocab_size: int) -> Any:
     recipe = spec.recipe
-    examples: tuple[data.Example, ...] = ()
-    if recipe.dataset is not None:
-        options = data.DataOptions(max_length=recipe.max_length, seed=recipe.seed)
-        examples = data.load_data(recipe.dataset, tokenizer, options).train
     return data.to_dataset(
         data.trial_examples(
-            examples,
+            prepared.load_examples(spec, tokenizer),
             warmup=spec.warmup_steps * recipe.train_batch_size,
             timed=spec.timed_steps * recipe.train_batch_size,
             max_length=recipe.max_length,

@@ -111,6 +111,9 @@ def start_trial(request: dict[str, Any], answers: int) -> Group:
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"request {request} is malformed", because="spec, out and ranks are needed") from error
     spec = files.load(TrialSpec, spec_path)
+    from sft.prepared import prepare_for_forks
+
+    prepare_for_forks(spec)
     return fork_group(lambda: run_rank(spec, out), out, ranks=ranks, answers=answers)
 
 
