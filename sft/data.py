@@ -21,6 +21,8 @@ from zplan.errors import ConfigError
 IGNORED = -100
 """torch.nn.CrossEntropyLoss.ignore_index."""
 _SHOWN = 10
+_SHORT_TOKENS = 8
+"""Of a step whose activations nobody measures or times; its matrices are read and written whatever it is fed."""
 _BATCH = 512
 
 BadRows = Literal["refuse", "skip"]
@@ -282,13 +284,25 @@ def worst_case(num_examples: int, *, max_length: int, vocab_size: int, seed: int
 
 
 def trial_examples(
-    examples: Sequence[Example], *, warmup: int, timed: int, max_length: int, vocab_size: int, seed: int, packing: bool
+    examples: Sequence[Example],
+    *,
+    warmup: int,
+    timed: int,
+    max_length: int,
+    vocab_size: int,
+    seed: int,
+    packing: bool,
+    short: int = 0,
 ) -> tuple[Example, ...]:
     """`warmup` worst-case examples, then `timed` ones drawn from the data (or worst-case ones without data).
 
     With packing, `timed` counts packed sequences: enough examples to fill so many.
+
+    Args:
+        short: of the worst-case examples, how many at the beginning are cut to a few tokens.
     """
-    first = worst_case(warmup, max_length=max_length, vocab_size=vocab_size, seed=seed)
+    longest = worst_case(warmup, max_length=max_length, vocab_size=vocab_size, seed=seed)
+    first = (*(truncate(item, _SHORT_TOKENS) for item in longest[:short]), *longest[short:])
     if not examples:
         return first + worst_case(timed, max_length=max_length, vocab_size=vocab_size, seed=seed + 1)
     generator = random.Random(seed)

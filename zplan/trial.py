@@ -38,8 +38,9 @@ def log_file(rank: int) -> str:
 
 
 WARMUP_STEPS = 2
-"""Both on the longest sequences. Only the second has the optimizer's states while it computes, and ZeRO-3's recorded
-order of parameters: the peak of a training is the peak of its second step, not of its first."""
+"""Only the second has the optimizer's states while it computes, and ZeRO-3's recorded order of parameters: the peak of
+a training is the peak of its second step, not of its first. The second is on the longest sequences, and so is the first
+unless its own peak cannot matter."""
 _STEP_SCATTER = 0.10
 """Standard deviation of the log of one step's seconds, at the least: two or three steps cannot show it themselves."""
 _BOUND_DEVIATIONS = 2.0

@@ -239,6 +239,12 @@ def test_a_trial_begins_with_the_longest_sequences() -> None:
     assert {row.key for row in rows[2:]} == {"a", "b"}
 
 
+def test_a_trial_can_begin_with_short_sequences_before_the_longest() -> None:
+    rows = trial_examples([], warmup=4, timed=1, max_length=64, vocab_size=10, seed=0, packing=False, short=2)
+    assert [len(row.input_ids) for row in rows] == [8, 8, 64, 64, 64]
+    assert all(row.num_label_tokens == len(row.input_ids) for row in rows)
+
+
 def test_a_folder_is_read_to_its_depth_and_a_saved_dataset_by_its_train_split(tokenizer: Any, tmp_path: Path) -> None:
     import datasets
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from sft.measure import may_begin_short
 from tests.sft.warm import WarmServer, make_recipe, make_spec, rank_pids
 from zplan import files
 from zplan.backends.formula import FormulaBackend
@@ -80,6 +81,26 @@ def test_a_trial_measures_the_peak_of_a_training_not_of_its_first_step(
     measured = measure(warm, spec, tmp_path)
     assert measured.phases["backward"] == pytest.approx(predicted["backward"], rel=0.05)  # the aim of a prediction
     assert measured.gpu_allocated_bytes == measured.phases["backward"]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_short_first_step_hides_no_peak(warm: WarmServer, tiny_model_dir: Path, tmp_path: Path, stage: int) -> None:
+    spec = make_spec(make_recipe(tiny_model_dir, None), stage=stage, ranks=2, timed_steps=1)
+    spec = replace(spec, choice=replace(spec.choice, gradient_checkpointing=False))
+    assert may_begin_short(spec)
+    once = measure(warm, spec, tmp_path / "once").phases
+    again = measure(warm, replace(spec, warmup_steps=3), tmp_path / "again").phases  # short, longest, longest
+    assert once == pytest.approx(again, rel=1e-3)  # gloo's threads hold a few scalars longer, now and then
+
+
+def test_only_a_step_whose_peak_cannot_matter_is_short(tiny_model_dir: Path) -> None:
+    spec = make_spec(make_recipe(tiny_model_dir, None))
+    on_gpu = replace(spec.cluster, gpu=replace(spec.cluster.gpu, kind="cuda"))
+    assert may_begin_short(spec)
+    assert not may_begin_short(replace(spec, warmup_steps=1))
+    assert not may_begin_short(replace(spec, cluster=on_gpu))
+    assert not may_begin_short(replace(spec, recipe=replace(spec.recipe, packing=True)))
+    assert not may_begin_short(make_spec(spec.recipe, stage=3))
 
 
 def test_a_trial_without_data_runs_on_worst_case_sequences(
