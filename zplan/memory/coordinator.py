@@ -222,9 +222,13 @@ class Coordinator:
         needed = self.fetches.modules.get(module)
         if needed:
             self._gather(needed)
+            users, inflight = self.users, self.inflight
             for number in needed:
-                self.users.setdefault(number, set()).add(module)
-                if number in self.inflight:
+                if number in users:
+                    users[number].add(module)
+                else:
+                    users[number] = {module}
+                if number in inflight:
                     self._wait(number)
             self._pop_queue(needed)
         if self.head < len(self.fetches.queue):
@@ -319,21 +323,25 @@ class Coordinator:
         return False
 
     def _pop_queue(self, needed: Sequence[int]) -> None:
-        missing = sum(self.last_use[number] < self.step for number in needed)
+        last_use, now = self.last_use, self.step
+        missing = len([number for number in needed if last_use[number] < now])
         if not missing:
             return
         queue, found = self.fetches.queue, set[int]()
         while self.head < len(queue) and len(found) < missing:
             number, step = queue[self.head]
             self.head += 1
-            self.last_use[number] = step
+            last_use[number] = step
             found.add(number)
 
     def _prefetch(self) -> None:
         """While numel < min(stage3_prefetch_bucket_size, stage3_max_live_parameters - available)."""
         queue, status, last_use = self.fetches.queue, self.status, self.last_use
-        chosen: set[int] = set()
         numel, last, most = 0, -1, min(self.limits.prefetch, self.limits.live - self.available_numel)
+        if most <= 0:
+            self._stops_at(0)
+            return
+        chosen: set[int] = set()
         while self.head < len(queue) and numel < most:
             last = numel
             number, step = queue[self.head]
@@ -362,13 +370,14 @@ class Coordinator:
         return limits.prefetch in self.prefetch and limits.live in self.live and limits.reuse in self.reuse
 
     def _gather(self, numbers: Sequence[int]) -> None:
-        wanted = tuple(number for number in numbers if self.status[number] == NOT_AVAILABLE)
+        status = self.status
+        wanted = tuple([number for number in numbers if status[number] == NOT_AVAILABLE])
         if not wanted:
             return
-        gather = Flight(wanted, len(wanted))
+        gather, numel = Flight(wanted, len(wanted)), self.fetches.numel
         for number in wanted:
-            self.status[number] = INFLIGHT
-            self.available_numel += self.fetches.numel[number]
+            status[number] = INFLIGHT
+            self.available_numel += numel[number]
             self.inflight[number] = gather
         self.actions.append((int(Act.GATHER), wanted))
 

@@ -14,6 +14,8 @@ from typing import Any, Generic, TypeVar, cast
 
 Question = TypeVar("Question")
 Answer = TypeVar("Answer")
+_PLAIN = frozenset({int, str, bool, float, type(None)})
+"""Types of nearly everything that is read."""
 
 
 class _Reader:
@@ -27,7 +29,7 @@ class _Reader:
 
     def __getattr__(self, name: str) -> Any:
         value, path = getattr(self._value, name), self._path + name
-        if isinstance(value, int | str | None) or not (is_dataclass(value) or isinstance(value, _Reader)):
+        if type(value) in _PLAIN or not (is_dataclass(value) or isinstance(value, _Reader)):
             self._reads.append((path, value))
         else:
             value = _Reader(value, f"{path}.", self._reads)

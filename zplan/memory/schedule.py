@@ -14,6 +14,8 @@ from zplan.memory.script import Op, Script
 
 Happening = tuple[int, tuple[Action, ...]]
 """(call, actions)."""
+MOST_IN_FLIGHT = 200
+"""Parameters: with more of them a collective spans many layers, and no two laps are alike; not looked for, then."""
 _STEPS = (Op.PRE_MODULE, Op.RECOMPUTED_MODULE)
 """Calls that the coordinator counts."""
 _LEAVING = (Op.POST_MODULE, Op.KEPT_MODULE, Op.VIEWED_MODULE)
@@ -93,7 +95,8 @@ class Scheduler:
         live, stretches = Bounds(), iter(self._stretches)
         runs: list[Run] = []
         for stretch in stretches:
-            before = _Before.of(coordinator) if stretch.laps and laps_alike[stretch.laps] else None
+            looks = stretch.laps and laps_alike[stretch.laps] and len(coordinator.inflight) <= MOST_IN_FLIGHT
+            before = _Before.of(coordinator) if looks else None
             coordinator.live = Bounds()
             happenings = self._follow(coordinator, stretch, without)
             skipped = self._skipped(coordinator, before, stretch) if before else 0
@@ -160,8 +163,11 @@ class Scheduler:
             Op.GRADIENT: lambda number: ((int(Act.DROP), (number,)),),
         }
         happenings: list[Happening] = []
+        modules, queued = self.script.fetches.modules, len(self.script.fetches.queue)
         for call, op, module in stretch.hooks:
-            if call != without:
+            if op == Op.PRE_MODULE and coordinator.head == queued and module not in modules and call != without:
+                coordinator.step += 1  # it needs nothing, and nothing comes after it
+            elif call != without:
                 does = _ACTS.get(op)
                 actions = ((int(does), self.script.head),) if does is not None else act[op](module)
                 if actions:

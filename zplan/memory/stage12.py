@@ -160,7 +160,8 @@ class Stage12Engine:
         self.meter.add(Kind.GRADIENTS, self.own[number])
 
     def _free(self, number: int) -> None:
-        self.meter.add(Kind.GRADIENTS, -self.own.pop(number, 0))
+        if number in self.own:
+            self.meter.add(Kind.GRADIENTS, -self.own.pop(number))
 
     def gradient(self, number: int) -> None:
         """AccumulateGrad ran: keep the gradient, or add it to the one of earlier micro-steps, then maybe reduce."""
@@ -168,7 +169,8 @@ class Stage12Engine:
             self.meter.touch(Kind.GRADIENTS, self.itemsize * self.items.numel[number])
         else:
             self._own(number)
-        self._set_up_buckets()
+        if not self.has_buckets:
+            self._set_up_buckets()
         if self.reduces_in_hooks:
             self._enqueue(number)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from zplan.memory.coordinator import Action
 from zplan.memory.instances import Instances
@@ -147,17 +147,25 @@ class Stage3Engine:
         """All that it remembers of gathered parameters, in the order of all parameters."""
         return self.held, self.kept, self.secondary
 
+    @cached_property
+    def second_copies(self) -> int:
+        """Ranks that share hpZ's second copy on the GPU."""
+        return 1 if self.zero.offloads_param else secondary_group(self.zero, self.num_ranks)
+
+    @cached_property
+    def gathers_together(self) -> bool:
+        return self.num_ranks > 1 and not self.zero.stage3_allgather_sequential
+
     def _is_coalesced(self, numbers: tuple[int, ...]) -> bool:
         """Several parameters share one flat buffer (all_gather_coalesced)."""
-        return self.num_ranks > 1 and len(numbers) > 1 and not self.zero.stage3_allgather_sequential
+        return len(numbers) > 1 and self.gathers_together
 
     def _gather(self, numbers: tuple[int, ...]) -> None:
         flat = 0
         if self._is_coalesced(numbers):
             flat = sum(self.padded_bytes[number] for number in numbers)
         else:
-            for number in numbers:
-                self._hold(number, self._gathered_alone(number))
+            self._hold(numbers, [self._gathered_alone(number) for number in numbers])
         if self.zero.offloads_param:
             self.meter.touch(Kind.GATHERED_PARAMETERS, flat + self._staged_bytes(numbers))
         self.meter.add(Kind.GATHERED_PARAMETERS, flat)
@@ -174,14 +182,14 @@ class Stage3Engine:
             self.items.itemsize[p] * self.shards.partition[p] for p in numbers if p not in self.shards.persistent
         )
 
-    def _hold(self, number: int, num_bytes: int) -> None:
-        self.held[number] = num_bytes
-        self.meter.add(Kind.GATHERED_PARAMETERS, num_bytes)
+    def _hold(self, numbers: Sequence[int], each_bytes: Sequence[int]) -> None:
+        for number, num_bytes in zip(numbers, each_bytes, strict=True):
+            self.held[number] = num_bytes
+        self.meter.add(Kind.GATHERED_PARAMETERS, sum(each_bytes))
 
     def _arrive(self, numbers: tuple[int, ...]) -> None:
         if self._is_coalesced(numbers):
-            for number in numbers:
-                self._hold(number, self.bytes[number])
+            self._hold(numbers, [self.bytes[number] for number in numbers])
 
     def _settle(self, numbers: tuple[int, ...]) -> None:
         if self._is_coalesced(numbers):
@@ -197,8 +205,8 @@ class Stage3Engine:
         Source: deepspeed 0.19.8, partition_parameters.py (_partition_param_sec), stage3.py
         (invalidate_secondary_tensor).
         """
-        group = secondary_group(self.zero, self.num_ranks)
-        if group == 1 or self.zero.offloads_param:
+        group = self.second_copies
+        if group == 1:
             return
         for number in numbers:
             if self.items.trainable[number] and not self.secondary[number]:
@@ -207,9 +215,11 @@ class Stage3Engine:
 
     def _release(self, numbers: tuple[int, ...]) -> None:
         self._cut_again(numbers)
+        released = 0
         for number in numbers:
-            self._hold(number, -self.held[number])
+            released += self.held[number]
             self.held[number] = 0
+        self.meter.add(Kind.GATHERED_PARAMETERS, -released)
 
     def _keep(self, numbers: tuple[int, ...]) -> None:
         self._cut_again(numbers)
