@@ -173,11 +173,11 @@ def test_laps_that_are_skipped_bring_what_following_them_brings(model: str, meth
     assert most_of(skipping.steps_of(choice)) == most_of(following.steps_of(choice))
 
 
-def test_with_room_for_two_layers_most_of_thirty_are_skipped() -> None:
-    recording = record(
-        SMOLLM, FULL_ON_SMOLLM, layout(SMOLLM, FULL_ON_SMOLLM), micro_batch=1, on_cpu=False, partitioned=True
-    )
-    script = course(recording, checkpointing=True, fetches=True).script
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("recipe", [FULL_ON_SMOLLM, LORA_ON_SMOLLM], ids=["full", "lora"])
+def test_with_room_for_two_layers_most_of_thirty_are_skipped(recipe: Recipe, checkpointing: bool) -> None:
+    recording = record(SMOLLM, recipe, layout(SMOLLM, recipe), micro_batch=1, on_cpu=False, partitioned=True)
+    script = course(recording, checkpointing=checkpointing, fetches=True).script
     limits = Limits(prefetch=1_000_000, live=7_000_000, reuse=0)
     runs = Gathering(script, recording.items, 2).schedule(limits, frozenset())
     assert sum(run.times for run in runs if run.laps) == 2 * 30

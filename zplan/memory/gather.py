@@ -74,6 +74,7 @@ class Gathering:
     items: Instances
     itemsize: int
     _schedules: dict[tuple[frozenset[int], ...], list[tuple[Coordinator, Schedule]]] = field(default_factory=dict)
+    _by_limits: dict[tuple[object, ...], Schedule] = field(default_factory=dict)
     _gathered: dict[tuple[object, ...], tuple[Schedule, Gathered]] = field(default_factory=dict)
 
     def steps_of(self, choice: Choice) -> Steps:
@@ -150,6 +151,15 @@ class Gathering:
 
     def schedule(self, limits: Limits, persistent: frozenset[int], missing: frozenset[int] = frozenset()) -> Schedule:
         """What the coordinator does at every hook; one that would decide alike under these limits is taken again."""
+        key = (limits.prefetch, limits.live, limits.reuse, persistent, missing)
+        known = self._by_limits.get(key)
+        if known is None:
+            if len(self._by_limits) >= MOST_KEPT:
+                self._by_limits.clear()
+            known = self._by_limits[key] = self._alike(limits, persistent, missing)
+        return known
+
+    def _alike(self, limits: Limits, persistent: frozenset[int], missing: frozenset[int]) -> Schedule:
         known = self._schedules.setdefault((persistent, missing), [])
         for coordinator, schedule in known:
             if coordinator.decides_alike(limits):

@@ -28,11 +28,8 @@ class Laps:
     """As much for modules."""
     low: int
     """The block's first parameter, in the order of all."""
-
-    @property
-    def high(self) -> int:
-        """Behind the block's last parameter."""
-        return self.low + self.count * abs(self.parameters)
+    high: int
+    """Behind the block's last parameter."""
 
     def has(self, number: int) -> bool:
         """Whether it is a parameter of a lap."""
@@ -78,6 +75,7 @@ def laps_of(
     calls: Sequence[tuple[int, int]],
     starts: Sequence[int],
     of_parameter: int,
+    of_nothing: int,
     *,
     parameters: int,
     modules: int,
@@ -86,14 +84,19 @@ def laps_of(
     """The laps that begin at these calls; None where they are not called alike.
 
     Args:
-        of_parameter: the operation that names a parameter; all others name modules.
+        of_parameter: the operation that names a parameter.
+        of_nothing: the one that names nothing; all others name modules.
     """
     if len(starts) < 2 or not parameters:
         return None
     first, size = starts[0], starts[1] - starts[0]
-    one = calls[first : first + size]
+    ways = {of_parameter: parameters, of_nothing: 0}
+    one = [(op, number, ways.get(op, modules)) for op, number in calls[first : first + size]]
     for lap, start in enumerate(starts):
-        moved = [(op, number + lap * (parameters if op == of_parameter else modules)) for op, number in one]
+        moved = [(op, number + lap * way) for op, number, way in one]
         if start != first + lap * size or list(calls[start : start + size]) != moved:
             return None
-    return Laps(first=first, num_calls=size, count=len(starts), parameters=parameters, modules=modules, low=low)
+    return Laps(
+        first=first, num_calls=size, count=len(starts), parameters=parameters, modules=modules, low=low,
+        high=low + len(starts) * abs(parameters),
+    )  # fmt: skip

@@ -209,6 +209,9 @@ class Scheduler:
         """For how many laps, `most` at most, the same parameters are far from their next use; notes how far."""
         assert stretch.laps is not None
         steps, reuse = now.step - before.step, now.limits.reuse
+        if reuse <= 0:
+            now.is_far(0)  # as is everything
+            return most
         did = [distance >= reuse for distance in self._lap_distances(stretch, 0, before.step)]
         for number in range(1, most + 1):
             distances = self._lap_distances(stretch, number, before.step + number * steps)
