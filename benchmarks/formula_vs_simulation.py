@@ -90,6 +90,11 @@ def added_cases() -> list[Case]:
         _added("phi-3-mini", "lora", 0, micro_batch=4),
         _added("mistral-7b", "lora", 3, adapter={"lora_dropout": 0.05}),
         _added("qwen3-4b", "lora", 2, checkpointing=False, adapter={"lora_dropout": 0.05}),
+        _added("qwen2.5-7b", "lora", 2, adapter={"use_dora": True}),
+        _added("mistral-7b", "lora", 3, checkpointing=False, adapter={"use_dora": True},
+               stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0),
+        _added("qwen2.5-0.5b", "lora", 3, max_length=4096, adapter={"use_dora": True, "lora_dropout": 0.05},
+               stage3_max_live_parameters=0),
     ]  # fmt: skip
 
 

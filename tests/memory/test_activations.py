@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 
 from tests.memory.test_estimate import SHAPE, cluster, estimate, term_bytes
 from zplan.catalog.find import find_model
@@ -12,11 +13,11 @@ from zplan.memory.block_tape import record_block
 from zplan.memory.coordinator import Act, Coordinator, Fetches, Limits
 from zplan.memory.course import course
 from zplan.memory.estimate import estimate_memory
-from zplan.memory.operations import Sizes
+from zplan.memory.operations import Modules, Sizes
 from zplan.memory.script import Op
 from zplan.memory.tape import Event, Tape, Tensor, Value
 from zplan.memory.timeline import INNER, record, root_module
-from zplan.memory.trainable import layout
+from zplan.memory.trainable import Weight, layout
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.zero_config import BatchSizes, Choice, OffloadOptimizer, ZeroConfig
@@ -294,3 +295,35 @@ def test_what_a_recomputed_block_returns_besides_its_output_stays_until_its_back
     assert peak_of(returns_held=False) == 100
     # the zeros that are its gradient are somebody else's: the sum of the two gradients is a third tensor
     assert peak_of(returns_held=True) == 100 + 100 - 8
+
+
+def test_dora_s_norm_holds_three_matrices_and_an_identity_beside_the_output() -> None:
+    """One adapted matrix of 40 inputs and 24 outputs at rank 4, 100 tokens."""
+    size = {"lora_A": (4, 40), "lora_B": (24, 4), "lora_magnitude_vector": (24,)}
+    parts = [("proj", "proj.weight", (24, 40), False)] + [
+        (f"proj.{part}.default", f"proj.{part}.default.weight", shape, True) for part, shape in size.items()
+    ]
+    weights = [
+        Weight(
+            name=name, module=module, numel=prod(shape), shape=shape, itemsize=2, stored_bytes=2 * prod(shape),
+            trainable=trains, group=0,
+        )
+        for module, name, shape, trains in parts
+    ]  # fmt: skip
+    modules = Modules(weights={weight.module: [(number, weight)] for number, weight in enumerate(weights)})
+
+    def build(tape: Tape, x: Value) -> Value:
+        return ops.linear(tape, modules, SIZES, "proj", x)
+
+    tape = record_block(build, 2 * 100 * 40, 2 * 100 * 24)
+    assert tape.forward_without_saving, "the norm is made in every forward"
+    net = peak = 0
+    for event, change, above in tape.forward_without_saving:
+        if event == Event.BYTES:
+            peak, net = max(peak, net + above), net + change
+    matrix, output = 2 * 24 * 40, 2 * 100 * 24
+    identity_and_its_way = 2 * 40 * 40 + 2 * 40 * 4
+    products = 4  # the base's, B A x, and the two products with the magnitude
+    assert peak == max(output + 3 * matrix, (products + 1) * output + matrix, output + identity_and_its_way + matrix)
+    gradients = [weights[step[1]].module for step in tape.backward if step[0] == Event.GRADIENT]
+    assert sorted(gradients) == sorted(module for module, _, _, trains in parts if trains)

@@ -30,6 +30,8 @@ def _of_model(shape: ModelShape, recipe: Recipe) -> list[str]:
         lines.append("ALiBi's scores")
     if shape.config.get("new_decoder_architecture"):
         lines.append("Falcon's copies of keys and values for every head of a group")
+    if recipe.use_dora and (recipe.method == "qlora" or shape.num_local_experts or shape.model_type == "gpt2"):
+        lines.append("DoRA on quantised weights, on experts and on GPT-2's transposed matrices (peft, lora/dora.py)")
     return lines
 
 
@@ -41,11 +43,6 @@ def _of_recipe(recipe: Recipe, choice: Choice) -> list[str]:
         lines.append("8-bit copies of the inputs that LLM.int8() keeps for backward, and its outlier columns")
     if recipe.method == "qlora" and choice.zero.stage == 3:
         lines.append("quantised weights gathered by ZeRO-3 and the quantisation states beside them")
-    if recipe.use_dora:
-        lines.append(
-            "DoRA: a magnitude per output with gradient and states, two temporaries as large as each adapted matrix, "
-            "and outputs kept for backward (peft 0.21, lora/dora.py)"
-        )
     return lines
 
 

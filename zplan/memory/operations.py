@@ -13,6 +13,8 @@ from zplan.memory.trainable import LaidBlock, Weight
 from zplan.recipe import Attention
 
 FP32 = 4
+MAGNITUDE = "lora_magnitude_vector.default"
+"""DoRA's module beside lora_A and lora_B."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +109,10 @@ def linear(
     out = _matmul(tape, modules, sizes, path, owned, x, (in_features, out_features), flat)
     if not adapted:
         return out
+    if modules.owner_of(f"{name}.{MAGNITUDE}"):
+        added = _dora(tape, modules, sizes, name, x, out, flat)
+        tape.exit(modules.number(name))
+        return added
     rank = adapted[0][1].shape[0]
     thinned = _adapter_dropout(tape, modules, sizes, f"{name}.lora_dropout.default", x, in_features)
     middle = _matmul(tape, modules, sizes, f"{name}.lora_A.default", adapted, thinned, (in_features, rank), flat)
@@ -121,6 +127,74 @@ def linear(
     tape.drop(scaled, out)
     tape.exit(modules.number(name))
     return added
+
+
+def _dora(tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, result: Value, flat: bool) -> Value:
+    """result + (m - 1) * result + m * lora_B(lora_A(x)) * scaling, m the trained magnitude over the norm of W + B A.
+
+    For the norm B A is made out of an identity (in x in, kept by its graph as long as B A is), then scaled and added to
+    W: two more of out x in. Both products with m keep their other factor and take one temporary for m's gradient.
+    Under dropout W multiplies the thinned input once more, in place of `result`; without it a bias is taken off first.
+
+    Source: peft 0.21.2, tuners/lora/dora.py (DoraLinearLayer.forward, get_lora_weight, get_weight_norm), variants.py
+    (DoraLinearVariant.forward).
+    """
+    lora_a, lora_b, inner = f"{name}.lora_A.default", f"{name}.lora_B.default", f"{name}.{MAGNITUDE}"
+    (_, first), (_, second) = modules.owner_of(lora_a)[0], modules.owner_of(lora_b)[0]
+    (rank, in_features), out_features = first.shape, second.shape[0]
+    wide = sizes.bytes(out_features)
+    thinned = x
+    if sizes.adapter_dropout:
+        thinned = _adapter_dropout(tape, modules, sizes, f"{name}.lora_dropout.default", x, in_features)
+    tape.enter(modules.number(inner))
+    product = _norm_of_sum(tape, modules, sizes, (lora_a, lora_b), (rank, in_features, out_features))
+    middle = _matmul(tape, modules, sizes, lora_a, modules.owner_of(lora_a), thinned, (in_features, rank), flat)
+    lora = _matmul(tape, modules, sizes, lora_b, modules.owner_of(lora_b), middle, (rank, out_features), flat)
+    tape.drop(middle)
+    again = _base_result(tape, modules, sizes, name, thinned, result, (in_features, out_features))
+    owned = modules.owner_of(inner)
+    left = tape.apply(wide, [(again, wide)], saves=(again,), weights=gradients_of(owned), temporary=wide)
+    right = tape.apply(wide, [(lora, wide)], saves=(lora,), temporary=wide)
+    scaled = tape.apply(wide, [(right, wide)])
+    tape.drop(right)
+    both = tape.apply(wide, [(left, None), (scaled, None)])
+    tape.drop(left, scaled, lora, *product, *((again,) if again is not result else ()))
+    tape.exit(modules.number(inner))
+    out = tape.apply(wide, [(result, None), (both, None)])
+    tape.drop(result, both, *((thinned,) if thinned is not x else ()))
+    return out
+
+
+def _norm_of_sum(
+    tape: Tape, modules: Modules, sizes: Sizes, adapter: tuple[str, str], features: tuple[int, int, int]
+) -> list[Value]:
+    """What is left of the norm's way: B A, and with it the identity and B's input where a graph is made."""
+    rank, in_features, out_features = features
+    identity = tape.new(sizes.itemsize * in_features**2)
+    middle = tape.new(sizes.itemsize * in_features * rank)
+    tape.visit(modules.number(adapter[0]))
+    matrix = sizes.itemsize * in_features * out_features
+    product = tape.new(matrix)
+    tape.visit(modules.number(adapter[1]))
+    kept = [identity, middle]
+    if not tape.keeps:
+        tape.drop(*kept)
+        kept = []
+    tape.touch(2 * matrix)
+    return [product, *kept]
+
+
+def _base_result(
+    tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, result: Value, features: tuple[int, int]
+) -> Value:
+    """What DoRA scales by m - 1."""
+    in_features, out_features = features
+    if sizes.adapter_dropout:
+        saves = (x,) if sizes.partitioned else ()
+        return tape.apply(sizes.bytes(out_features), [(x, sizes.bytes(in_features))], saves=saves)
+    if any(weight.name.endswith("bias") for _, weight in modules.owner_of(name)):
+        return tape.apply(sizes.bytes(out_features), [(result, None)])
+    return result
 
 
 def _adapter_dropout(tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, width: int) -> Value:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from zplan.memory.experts import LEAF, LEAF_FAMILIES
+from zplan.memory.operations import MAGNITUDE
 from zplan.memory.timeline import Recorded, Recording, module_bases, output_numbers, root_module
 from zplan.memory.trainable import EXPERT_ADAPTERS, Weight
 from zplan.model_shape import ModelShape
@@ -31,14 +32,17 @@ def module_parameters(recording: Recording) -> dict[int, tuple[int, ...]]:
 
 
 def _readers(weight: Weight, names: Mapping[str, int]) -> tuple[int, ...]:
-    """Modules that read a weight that is not theirs: an adapted module looks at the dtype of its lora_A, and DeepSpeed
-    gathers it there from then on.
+    """Modules that read a weight that is not theirs: an adapted module looks at the dtype of its lora_A, DoRA's module
+    at the weight itself, and DeepSpeed gathers it there from then on.
 
-    Source: peft 0.21.2, tuners/lora/layer.py (Linear.forward: lora_A.weight.dtype); deepspeed 0.19.8,
+    Source: peft 0.21.2, tuners/lora/layer.py (Linear.forward: lora_A.weight.dtype), dora.py; deepspeed 0.19.8,
     runtime/zero/parameter_offload.py (ZeROOrderedDict.__getitem__).
     """
     around, found, _ = weight.module.partition(".lora_A.")
-    return (names[around],) if found and around in names else ()
+    if found and around in names:
+        return (names[around],)
+    magnitude = names.get(f"{weight.module}.{MAGNITUDE}")
+    return () if magnitude is None else (magnitude,)
 
 
 def _owner(weight: Weight, shape: ModelShape) -> str | None:

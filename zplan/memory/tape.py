@@ -182,6 +182,12 @@ class Tape:
         self.operations.append(Marker(module, True))
         self._emit(Event.PRE_FORWARD, module)
 
+    def visit(self, module: int) -> None:
+        """A module runs on something that needs no gradient: its hooks of the forward alone."""
+        if not self._in_leaf:
+            self._emit(Event.PRE_FORWARD, module)
+            self._emit(Event.POST_FORWARD, module)
+
     def exit(self, module: int) -> None:
         """A module's forward ends."""
         if self._in_leaf:

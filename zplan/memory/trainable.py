@@ -111,6 +111,7 @@ def layout(shape: ModelShape, recipe: Recipe) -> Layout:
         recipe.modules_to_save,
         recipe.dtype,
         recipe.load_in_8bit,
+        recipe.use_dora,
     )
     known = _LAYOUTS.get(key)
     if known is not None and known[0] is shape:
@@ -244,22 +245,29 @@ def _expert_adapter(parameter: ParameterShape, recipe: Recipe) -> tuple[Weight, 
 EXPERT_ADAPTERS = ("expert_lora_A", "expert_lora_B")
 
 
-def _adapter(parameter: ParameterShape, recipe: Recipe) -> tuple[Weight, Weight]:
-    """lora_A (r x in) and lora_B (out x r), in the training dtype: the engine casts the whole module.
+def _adapter(parameter: ParameterShape, recipe: Recipe) -> tuple[Weight, ...]:
+    """lora_A (r x in), lora_B (out x r) and DoRA's magnitude (out), in the training dtype: the engine casts the whole
+    module.
 
-    Source: deepspeed 0.19.8, runtime/engine.py (_configure_distributed_model: module.bfloat16()).
+    Source: deepspeed 0.19.8, runtime/engine.py (_configure_distributed_model: module.bfloat16()); peft 0.21.2,
+    tuners/lora/dora.py (DoraLinearLayer.update_layer).
     """
     out_features, in_features = parameter.shape
-    return tuple(  # type: ignore[return-value]
+    parts: list[tuple[str, tuple[int, ...]]] = [
+        ("lora_A", (recipe.lora_r, in_features)),
+        ("lora_B", (out_features, recipe.lora_r)),
+        *([("lora_magnitude_vector", (out_features,))] if recipe.use_dora else []),
+    ]
+    return tuple(
         Weight(
             name=f"{parameter.module}.{part}.default.weight",
             module=f"{parameter.module}.{part}.default",
-            numel=rows * columns,
-            shape=(rows, columns),
+            numel=prod(size),
+            shape=size,
             itemsize=recipe.weight_bytes,
-            stored_bytes=recipe.weight_bytes * rows * columns,
+            stored_bytes=recipe.weight_bytes * prod(size),
             trainable=True,
             group=0,
         )
-        for part, rows, columns in (("lora_A", recipe.lora_r, in_features), ("lora_B", out_features, recipe.lora_r))
+        for part, size in parts
     )
