@@ -90,6 +90,8 @@ def added_cases() -> list[Case]:
         _added("phi-3-mini", "lora", 0, micro_batch=4),
         _added("mistral-7b", "lora", 3, adapter={"lora_dropout": 0.05}),
         _added("qwen3-4b", "lora", 2, checkpointing=False, adapter={"lora_dropout": 0.05}),
+        _added("smollm2-135m", "full", 3, world_size=2, sub_group_size=2_000_000,
+               offload_optimizer=OffloadOptimizer(device="cpu", ratio=0.4)),
         _added("qwen2.5-7b", "lora", 2, adapter={"use_dora": True}),
         _added("mistral-7b", "lora", 3, checkpointing=False, adapter={"use_dora": True},
                stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0),
@@ -220,7 +222,7 @@ def request_of(case: Case) -> SimulationRequest:
             gpus_per_node=min(8, case.world_size),
             nodes=max(1, case.world_size // 8),
         ),
-        cpu_adam=False,
+        cpu_adam=case.zero.offload_optimizer.ratio < 1,  # which takes no other
     )  # fmt: skip
 
 
@@ -321,6 +323,8 @@ def knobs(zero: ZeroConfig) -> str:
         value = getattr(zero, item.name)
         if value != getattr(default, item.name):
             shown = value.device if isinstance(value, OffloadOptimizer | OffloadParam) else value
+            if isinstance(value, OffloadOptimizer) and value.ratio < 1:
+                shown = f"{shown}:{value.ratio}"
             found.append(f"{item.name.removeprefix('stage3_')}={shown}")
     return " ".join(found)
 

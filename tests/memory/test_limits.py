@@ -16,7 +16,7 @@ from zplan.memory.estimate import estimate_memory
 from zplan.memory.terms import MemoryEstimate
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
-from zplan.zero_config import BatchSizes, Choice, ZeroConfig
+from zplan.zero_config import BatchSizes, Choice, OffloadOptimizer, ZeroConfig
 
 SHAPE = llama_like()
 
@@ -33,6 +33,14 @@ def test_what_is_not_modelled_is_named_and_never_fits(key: str) -> None:
     assert plain.gpu.verdict == "fits"
     assert with_key.gpu.verdict == "tight"
     assert any(note.startswith("not modelled: ") for note in with_key.notes)
+
+
+@pytest.mark.parametrize("options", [{"ratio": 0.5, "device": "nvme"}, {"super_offload": True}])
+def test_states_that_are_offloaded_in_part_or_otherwise_are_named_and_never_fit(options: dict[str, Any]) -> None:
+    offloaded = estimate(ZeroConfig(stage=3, offload_optimizer=OffloadOptimizer(device="cpu")))
+    other = estimate(ZeroConfig(stage=3, offload_optimizer=OffloadOptimizer(**{"device": "cpu", **options})))
+    assert (offloaded.gpu.verdict, other.gpu.verdict) == ("fits", "tight")
+    assert any(note.startswith("not modelled: ") and next(iter(options)) in note for note in other.notes)
 
 
 def test_bloom_has_one_attention_and_others_are_never_called_fitting() -> None:
@@ -81,3 +89,19 @@ def test_a_file_that_splits_the_model_is_refused(section: dict[str, Any]) -> Non
     data = {"train_micro_batch_size_per_gpu": 1, **section}
     with pytest.raises(ConfigError, match="not modelled"):
         read_ds_config(data, recipe=Recipe(model="any", train_batch_size=8), shape=SHAPE, cluster=cluster(8))
+
+
+def test_what_a_ratio_leaves_on_the_gpu_is_sixteen_bytes_an_element_that_the_host_does_not_hold() -> None:
+    def with_ratio(ratio: float) -> MemoryEstimate:
+        states = OffloadOptimizer(device="cpu", ratio=ratio, pin_memory=False)
+        return estimate(ZeroConfig(stage=3, sub_group_size=1, offload_optimizer=states))
+
+    whole, half = with_ratio(1.0), with_ratio(0.5)
+    parts = [-(-parameter.numel // 8) for _, parameter in SHAPE.parameters()]
+    groups = len(parts) // 2  # one parameter a sub-group; matrices come before norms
+    kinds = [parameter.kind for _, parameter in SHAPE.parameters()]
+    matrices = [part for part, kind in zip(parts, kinds, strict=True) if kind != "norm"]
+    left = sum(matrices[:groups])
+    assert half.gpu.phases["init"] - whole.gpu.phases["init"] == (4 + 4) * left
+    assert half.gpu.phases["backward"] - whole.gpu.phases["backward"] == 16 * left + 4 * groups
+    assert whole.host.phases["backward"] - half.host.phases["backward"] == 8 * 16 * left

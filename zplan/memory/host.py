@@ -11,6 +11,8 @@ from math import ceil
 
 from zplan.hardware import Cluster
 from zplan.memory.host_limits import host_limits, verdict_of
+from zplan.memory.instances import instances
+from zplan.memory.stage3 import left_on_gpu
 from zplan.memory.states import optimizer_state_bytes
 from zplan.memory.terms import PHASES, HostEstimate, NvmeEstimate, Phase, Term
 from zplan.memory.trainable import Layout
@@ -163,27 +165,29 @@ def _optimizer(
     """Offloaded master weights, gradients and states of all ranks of the node.
 
         stages 1, 2:  ranks * (4 S + 4 S + b S + b largest), and 8 S from the first step
-        stage 3:      ranks * (4 S + 4 S + b S), and 8 S from the first step
+        stage 3:      ranks * (4 S + 4 S + b S), and 8 S from the first step; less 16 for every element that a ratio
+                      leaves on the GPU
 
     Source: deepspeed 0.19.8, stage_1_and_2.py:463 (cpu_offload buffers), stage3.py (_create_fp32_partitions).
     """
     zero, b = choice.zero, recipe.weight_bytes
-    states = optimizer_state_bytes(recipe.optimizer, numel)
-    master, gradients, low = FP32 * numel, FP32 * numel, b * numel
+    there = numel - sum(left_on_gpu(instances(layout), zero, choice.batch.world_size))
+    states = optimizer_state_bytes(recipe.optimizer, there)
+    master, gradients, low = FP32 * there, FP32 * there, b * numel
     extra = b * layout.largest_trainable if zero.stage < 3 else 0
     source = "deepspeed 0.19.8, stage_1_and_2.py, stage3.py"
     if zero.offload_optimizer.device == "nvme" and zero.stage == 3:
         return _optimizer_on_nvme(layout, recipe, choice, ranks, numel, low, master + states + gradients)
     total = ranks * (master + gradients + low + extra)
-    formula = f"{ranks} ranks x (4 S + 4 S + {b} S), S = {numel}"
-    made = f"{recipe.optimizer} on {numel} elements, from the first step"
+    formula = f"{ranks} ranks x (4 S + 4 S + {b} S), S = {numel}" + (f", {there} of it here" if there < numel else "")
+    made = f"{recipe.optimizer} on {there} elements, from the first step"
     terms = [
         _term("offloaded optimizer", total, STEADY, formula, source),
         _term("offloaded optimizer states", ranks * states, STEPS, made, source),
     ]
     pinned = ranks * (master + gradients + low + extra) if zero.offload_optimizer.pin_memory and not on_cpu else 0
     if pinned:
-        doubled = ranks * FP32 * numel
+        doubled = ranks * FP32 * there
         terms.append(
             _term(
                 "second copy while pinning",

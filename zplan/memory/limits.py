@@ -51,6 +51,13 @@ def _of_zero(choice: Choice) -> list[str]:
     if zero.stage != 3:
         return []
     lines = []
+    if zero.offload_optimizer.device == "nvme" and zero.offload_optimizer.ratio < 1:
+        lines.append(
+            f"offload_optimizer.ratio {zero.offload_optimizer.ratio} with NVMe: which states of the first sub-groups "
+            "stay on the GPU (stage3.py, subgroup_to_device)"
+        )
+    if zero.offloads_optimizer and zero.offload_optimizer.super_offload:
+        lines.append("super_offload: its gradient buffers and the process that runs Adam (superoffload_stage3.py)")
     if zero.zero_hpz_partition_size > 1 and zero.offloads_param:
         lines.append("hpZ's second copy in host memory (offload_param)")
     for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):

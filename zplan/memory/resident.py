@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from zplan.memory.instances import instances
 from zplan.memory.runtime import ALLOCATOR_ROUNDING
-from zplan.memory.stage3 import Shards, secondary_group, sub_groups
+from zplan.memory.stage3 import Shards, left_on_gpu, secondary_group, sub_groups
 from zplan.memory.stage12 import Partitions
 from zplan.memory.states import FP32, optimizer_state_bytes, step_temporary_bytes
 from zplan.memory.terms import Phase, Term
@@ -180,6 +180,27 @@ def _secondary(laid: Layout, choice: Choice) -> list[Term]:
     ]
 
 
+def _left_on_gpu(laid: Layout, choice: Choice) -> list[Term]:
+    """Partial offload (ratio): fp32 masters, gradients and Adam's states of the first sub-groups; their update, by
+    torch's AdamW, takes two temporaries of the largest.
+
+        (4 + 4) n, from the first step on 8 n more, in the step 8 * largest sub-group
+
+    Source: deepspeed 0.19.8, stage3.py:1160 (_create_fp32_partitions), :1342 (initialize_optimizer_states), :1257
+    (_optimizer_step: backup_optimizer); torch 2.13.0, optim/adamw.py (_multi_tensor_adamw).
+    """
+    groups = left_on_gpu(instances(laid), choice.zero, choice.batch.world_size)
+    numel, source = sum(groups), "deepspeed 0.19.8, runtime/zero/stage3.py (subgroup_to_device)"
+    of_ratio = f"of {numel} elements, offload_optimizer.ratio {choice.zero.offload_optimizer.ratio}"
+    states = 2 * FP32 * numel + FP32 * len(groups)
+    return [
+        _term("master weights", FP32 * numel, AFTER_LOAD, f"4 bytes {of_ratio}", source),
+        _term("fp32 gradients", FP32 * numel, AFTER_LOAD, f"4 bytes {of_ratio}", source),
+        _term("optimizer states", states, STEPS, f"8 bytes {of_ratio}", source),
+        _term("optimizer temporaries", 2 * FP32 * max(groups, default=0), ("step",), "8 x the largest of them", source),
+    ]
+
+
 def _stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards) -> Resident:
     """b P + 4 P + states(P) + b P gradients + the bucket + persistent parameters, less what is offloaded.
 
@@ -214,6 +235,7 @@ def _stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards) -> Res
     if bucket:
         terms.append(_term("reduce bucket", bucket, STEPS, f"{b} x {zero.reduce_bucket_size}", source))
     terms += _secondary(laid, choice)
+    terms += _left_on_gpu(laid, choice)
     kept = "gathered for good, but for the update itself (Stage3Engine.end_step)"
     terms.append(_term("persistent parameters", shards.persistent_bytes, ("forward", "backward", "save"), kept, source))
     optimizer = 0 if zero.offloads_optimizer else step_temporary_bytes(recipe.optimizer, max(groups))

@@ -102,6 +102,17 @@ def sub_groups(items: Instances, num_ranks: int, sub_group_size: int) -> SubGrou
     return SubGroups(tuple(totals), tuple(counts))
 
 
+def left_on_gpu(items: Instances, zero: ZeroConfig, num_ranks: int) -> tuple[int, ...]:
+    """Elements of the sub-groups that partial offload leaves on the GPU: the first int((1 - ratio) * count).
+
+    Source: deepspeed 0.19.8, stage3.py:1105 (_create_fp32_partitions: subgroup_to_device).
+    """
+    if zero.stage != 3 or zero.offload_optimizer.device != "cpu" or zero.offload_optimizer.ratio == 1:
+        return ()
+    groups = sub_groups(items, num_ranks, zero.sub_group_size).numel
+    return groups[: int((1 - zero.offload_optimizer.ratio) * len(groups))]
+
+
 def secondary_group(zero: ZeroConfig, num_ranks: int) -> int:
     """Ranks that share hpZ's second copy; 1 without it."""
     return max(1, min(zero.zero_hpz_partition_size, num_ranks))
