@@ -149,6 +149,11 @@ def render(rows: list[dict[str, Any]], cluster: Cluster) -> str:
             f"- {method}: overhead of a trial {ours:.1f} s over {len(warm)} trials of a study, "
             f"{ours / theirs:.0%} of a cold torchrun trial's {theirs:.1f} s over {len(cold)} (goal {GOAL:.0%})."
         )
+        both = fmean(overhead(row) for row in warm if row["trial"] in cold)
+        lines.append(
+            f"- {method}: of the {len(cold)} configurations that were run both ways {both:.1f} s, {both / theirs:.0%}; the "
+            "first of them starts the warm server."
+        )
         table += [_line(method, row, cold.get(row["trial"])) for row in warm]
     return "\n".join([*lines, "", *table, "", (__doc__ or "").partition("reports/trial_overhead.md\n")[2].strip(), ""])
 

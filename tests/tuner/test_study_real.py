@@ -20,6 +20,8 @@ from zplan.tuner.study import Effort, run_study
 from zplan.zero_config import Choice, ZeroConfig, batch_sizes
 
 CLUSTER = toy_cluster(kind="cpu", gpus=2)
+BUCKET = 100_000
+"""Elements of fp32."""
 
 
 def _recipe(model: Path, dataset: Path) -> Recipe:
@@ -30,7 +32,7 @@ def _spec(
     model: Path, dataset: Path, *, deadline_seconds: float = 300.0, best_step_seconds: tuple[float, ...] = ()
 ) -> TrialSpec:
     recipe = _recipe(model, dataset)
-    zero = ZeroConfig(stage=2, reduce_bucket_size=100_000)
+    zero = ZeroConfig(stage=2, reduce_bucket_size=BUCKET)
     return TrialSpec(
         best_step_seconds=best_step_seconds,
         recipe=recipe,
@@ -108,10 +110,11 @@ def test_a_trial_that_is_clearly_slower_ends_early_with_what_it_measured(
     assert "after 1 of 2 timed steps" in slow.message
     assert slow.tokens_per_second
     # The same warm-up was measured, but not to the byte: one of gloo's threads may be the last to drop the tensors of a
-    # collective (scalars, rarely a bucket), and until it does they are alive. As far apart as the bar allows: 1 %.
+    # collective, scalars or a bucket, and until it does they are alive.
+    bucket_bytes = 4 * BUCKET
     assert set(slow.phases) == set(fast.phases) == {"load", "init", "forward", "backward", "step"}
-    assert slow.phases == pytest.approx(fast.phases, rel=0.01)
-    assert slow.gpu_allocated_bytes == pytest.approx(fast.gpu_allocated_bytes, rel=0.01)
+    assert slow.phases == pytest.approx(fast.phases, abs=bucket_bytes)
+    assert slow.gpu_allocated_bytes == pytest.approx(fast.gpu_allocated_bytes, abs=bucket_bytes)
 
 
 @pytest.mark.slow
