@@ -53,6 +53,9 @@ def install_fake_tensor_patches(patches: Patches, tracker: Tracker) -> None:
     """What fake tensors lack to live through DeepSpeed."""
     # with a device's own dispatch keys, `.data =` could not move a parameter between host and device
     patches.set(FakeTensor, "__new__", _new_fake_tensor)
+    # torch looks for a rule of each operation under each mode, in three calls; there is none for the tracker
+    registry = importlib.import_module("torch._library.simple_registry")
+    patches.set(registry, "find_torch_dispatch_rule", _dispatch_rule(registry.find_torch_dispatch_rule))
     # torch swaps `.data` without the fake device, and DeepSpeed moves every parameter by `.data =`
     patches.set(torch.Tensor, "data", _data_property())
     install_resize_tracking(patches, tracker)
@@ -77,6 +80,10 @@ def install_fake_tensor_patches(patches: Patches, tracker: Tracker) -> None:
     patches.set(partition, "_orig_torch_empty", torch.empty)
     # transformers takes a fake tensor for a sign of tracing and then builds masks that training does not build
     patches.set(importlib.import_module("transformers.utils.import_utils"), "is_fake_tensor", lambda x: False)
+
+
+def _dispatch_rule(original: Callable[[Any, type], Any]) -> Callable[[Any, type], Any]:
+    return lambda operation, mode: None if mode is Tracker else original(operation, mode)
 
 
 def install_resize_tracking(patches: Patches, tracker: Tracker) -> None:
@@ -118,11 +125,14 @@ def install_deepspeed_patches(patches: Patches, recorder: CollectiveRecorder) ->
     patches.set(importlib.import_module("deepspeed.utils.nvtx"), "enable_nvtx", False)
     # the same parameters of the same modules are listed for each release up to the reuse distance, 700,000 times
     coordinator = importlib.import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
-    listed = ListedParameters(coordinator.iter_params)
+    listed = listed_parameters(coordinator.iter_params)
     for owner in (coordinator, importlib.import_module("deepspeed.runtime.zero.parameter_offload")):
         patches.set(owner, "iter_params", listed)
         # asked as often; nn.Module answers hasattr by an exception
         patches.set(owner, "z3_leaf_module", lambda module: module.__dict__.get("_z3_leaf", False))
+    # what a module may release is looked up among all modules of the reuse distance, also where it is nothing
+    owner, name = coordinator.PartitionedParameterCoordinator, "_PartitionedParameterCoordinator__params_to_release"
+    patches.set(owner, name, params_to_release(vars(owner)[name], listed))
     # torch reads the signature of an autograd function anew at each of its calls
     patches.set(torch.autograd.function, "inspect", SimpleNamespace(signature=functools.cache(inspect.signature)))
     zero_utils = importlib.import_module("deepspeed.runtime.zero.utils")
@@ -139,23 +149,41 @@ def install_deepspeed_patches(patches: Patches, recorder: CollectiveRecorder) ->
                 patches.set(owner, check, answer)
 
 
-class ListedParameters:
+def listed_parameters(original: Callable[..., Any]) -> Callable[..., tuple[torch.nn.Parameter, ...]]:
     """DeepSpeed's iter_params (runtime/zero/partitioned_param_coordinator.py), asked once for each module.
 
     The engine registers no parameter after its start but external ones, which appear at the first use: a module is
     listed again when their number has changed.
     """
+    own: dict[torch.nn.Module, tuple[int, tuple[torch.nn.Parameter, ...]]] = {}
+    with_children: dict[torch.nn.Module, tuple[int, tuple[torch.nn.Parameter, ...]]] = {}
 
-    def __init__(self, original: Callable[..., Any]) -> None:
-        self._original = original
-        self._listed: dict[tuple[torch.nn.Module, bool], tuple[int, tuple[torch.nn.Parameter, ...]]] = {}
-
-    def __call__(self, module: torch.nn.Module, recurse: bool = False) -> tuple[torch.nn.Parameter, ...]:
+    def iter_params(module: torch.nn.Module, recurse: bool = False) -> tuple[torch.nn.Parameter, ...]:
+        listed = with_children if recurse else own
+        found = listed.get(module)
         external = len(module.__dict__.get("_external_params", ()))
-        found = self._listed.get((module, recurse))
         if found is None or found[0] != external:
-            found = self._listed[module, recurse] = (external, tuple(self._original(module, recurse=recurse)))
+            found = listed[module] = (external, tuple(original(module, recurse=recurse)))
         return found[1]
+
+    return iter_params
+
+
+def params_to_release(original: Callable[..., set[int]], listed: Callable[..., Any]) -> Callable[..., set[int]]:
+    """DeepSpeed's `__params_to_release` (runtime/zero/partitioned_param_coordinator.py) without a search for nothing.
+
+    It starts from the module's parameters that do not persist and only ever discards some. Like the original it gives
+    the same set for the same question, because the caller adds to it.
+    """
+
+    @functools.cache
+    def params_to_release(coordinator: Any, submodule: torch.nn.Module, step_id: int) -> set[int]:
+        parameters = listed(submodule, recurse=submodule.__dict__.get("_z3_leaf", False))
+        if coordinator.is_complete_trace() and all(parameter.ds_persist for parameter in parameters):
+            return set()
+        return original(coordinator, submodule, step_id)
+
+    return params_to_release
 
 
 class Agreement:

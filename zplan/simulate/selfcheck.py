@@ -36,6 +36,7 @@ SEAMS = (
     Seam("torch.utils.backend_registration", "_setup_privateuseone_for_python_backend", ("rename", "backend_module")),
     Seam("torch._subclasses.fake_tensor", "FakeTensor.__new__", ("cls", "fake_mode_or_elem", "elem", "device")),
     Seam("torch._subclasses.fake_tensor", "FakeTensor._normalize_fake_device", ("device",)),
+    Seam("torch._library.simple_registry", "find_torch_dispatch_rule", ("op", "torch_dispatch_class")),
     Seam("torch", "Tensor.data_ptr"),
     Seam("torch", "Tensor.record_stream"),
     Seam("torch", "Tensor.pin_memory"),
@@ -63,6 +64,10 @@ SEAMS = (
     Seam("deepspeed.runtime.zero.utils", "assert_lst_len_same_as_other_ranks"),
     Seam("deepspeed.runtime.zero.partitioned_param_coordinator", "iter_params", ("module", "recurse")),
     Seam("deepspeed.runtime.zero.partitioned_param_coordinator", "z3_leaf_module", ("model",)),
+    Seam(
+        "deepspeed.runtime.zero.partitioned_param_coordinator",
+        "PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release",
+    ),
     Seam("deepspeed.runtime.zero.parameter_offload", "iter_params", ("module", "recurse")),
     Seam("deepspeed.utils.nvtx", "enable_nvtx"),
     Seam("deepspeed.runtime.zero.partition_parameters", "_orig_torch_tensor"),
