@@ -151,8 +151,8 @@ def render(rows: list[dict[str, Any]], cluster: Cluster) -> str:
         )
         both = fmean(overhead(row) for row in warm if row["trial"] in cold)
         lines.append(
-            f"- {method}: of the {len(cold)} configurations that were run both ways {both:.1f} s, {both / theirs:.0%}; the "
-            "first of them starts the warm server."
+            f"- {method}: of the {len(cold)} configurations that were run both ways {both:.1f} s, {both / theirs:.0%}; "
+            "the first of them starts the warm server."
         )
         table += [_line(method, row, cold.get(row["trial"])) for row in warm]
     return "\n".join([*lines, "", *table, "", (__doc__ or "").partition("reports/trial_overhead.md\n")[2].strip(), ""])
