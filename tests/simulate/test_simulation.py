@@ -110,6 +110,7 @@ def test_families_that_do_more_than_llama_does_are_simulated(worker: WorkerClien
 def test_cpu_ranks_are_simulated_too(worker: WorkerClient) -> None:
     report = worker.ask(question(2, kind="cpu", world_size=2))
     assert report.gpu_allocated_bytes > 0
+    assert report.gpu_used_bytes == report.gpu_reserved_bytes == report.gpu_allocated_bytes, "no caching allocator"
     assert report.host_to_device_bytes == 0
 
 

@@ -11,7 +11,7 @@ import resource
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -150,15 +150,26 @@ def bytes_beside_tensors(request: SimulationRequest) -> int:
     return extra.context.expected + extra.nccl.expected
 
 
-def find_oom(request: SimulationRequest, tracker: Tracker, allocated_bytes: int, reserved_bytes: int) -> str:
+def reserved_bytes_of(
+    request: SimulationRequest, tracker: Tracker, peaks: analysis.Peaks
+) -> tuple[int, Mapping[str, int]]:
+    """What the caching allocator holds, at most and in each phase. A CPU rank has none: it holds its tensors."""
+    if request.cluster.gpu.kind != "cuda":
+        return peaks.gpu_bytes, peaks.phases["gpu"]
+    unlimited = CachingAllocator(options=parse_options(request.alloc_conf))
+    phases, _ = analysis.replay(tracker, unlimited)
+    return unlimited.peak_reserved_bytes, phases
+
+
+def find_oom(request: SimulationRequest, tracker: Tracker, reserved_bytes: int) -> str:
     """PyTorch's words if the card is smaller than `reserved_bytes` and what lies beside them; else nothing.
 
-    A CPU rank has no allocator that holds more than its tensors: they must fit into its share of the host.
+    The tensors of a CPU rank must fit into its share of the host.
     """
     gpu, other = request.cluster.gpu, bytes_beside_tensors(request)
     if gpu.kind != "cuda":
-        held, share = format_bytes(allocated_bytes), format_bytes(gpu.free_bytes)
-        return f"a CPU rank holds {held} of tensors, its share is {share}" if allocated_bytes > gpu.free_bytes else ""
+        held, share = format_bytes(reserved_bytes), format_bytes(gpu.free_bytes)
+        return f"a CPU rank holds {held} of tensors, its share is {share}" if reserved_bytes > gpu.free_bytes else ""
     if reserved_bytes + other <= gpu.free_bytes:
         return ""
     card = CachingAllocator(
@@ -177,15 +188,14 @@ def make_report(
     gc.collect()
     peaks = analysis.find_peaks(tracker)
     alive = analysis.alive_at(tracker, peaks.gpu_index)
-    unlimited = CachingAllocator(options=parse_options(request.alloc_conf))
-    reserved, _ = analysis.replay(tracker, unlimited)
+    reserved_bytes, reserved_phases = reserved_bytes_of(request, tracker, peaks)
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return SimulationReport(
         gpu_allocated_bytes=peaks.gpu_bytes,
-        gpu_reserved_bytes=unlimited.peak_reserved_bytes,
-        gpu_used_bytes=unlimited.peak_reserved_bytes + bytes_beside_tensors(request),
+        gpu_reserved_bytes=reserved_bytes,
+        gpu_used_bytes=reserved_bytes + bytes_beside_tensors(request),
         allocated_phases=peaks.phases["gpu"],
-        reserved_phases=reserved,
+        reserved_phases=reserved_phases,
         host_phases=peaks.phases["host"],
         pinned_phases=peaks.phases["pinned"],
         categories=analysis.categories(alive),
@@ -201,7 +211,7 @@ def make_report(
         nvme_written_bytes=NVME_TRAFFIC.written_bytes,
         flops=tracker.flops.get(request.steps - 1, 0),
         samples=peaks.samples,
-        oom_message=find_oom(request, tracker, peaks.gpu_bytes, unlimited.peak_reserved_bytes),
+        oom_message=find_oom(request, tracker, reserved_bytes),
         wall_seconds=wall_seconds,
         cpu_seconds=usage.ru_utime + usage.ru_stime,
         worker_rss_bytes=usage.ru_maxrss * 1024,
