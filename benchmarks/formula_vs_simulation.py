@@ -97,6 +97,10 @@ def added_cases() -> list[Case]:
                stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0),
         _added("qwen2.5-0.5b", "lora", 3, max_length=4096, adapter={"use_dora": True, "lora_dropout": 0.05},
                stage3_max_live_parameters=0),
+        _added("deepseek-v2-lite", "lora", 3, world_size=1, micro_batch=2, max_length=512, stage3_max_reuse_distance=0,
+               reduce_bucket_size=50_000_000, stage3_param_persistence_threshold=0),
+        _added("deepseek-v2-lite", "lora", 3, checkpointing=False, reduce_bucket_size=50_000_000,
+               stage3_max_live_parameters=30_000_000),
     ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from zplan.memory.course import course
 from zplan.memory.gather import Gathering, most_of
 from zplan.memory.instances import Instances
 from zplan.memory.meter import Kind, Meter
-from zplan.memory.owners import module_parameters, viewed_numbers
+from zplan.memory.owners import module_parameters, unread_numbers, viewed_numbers
 from zplan.memory.script import Op
 from zplan.memory.stage3 import Stage3Engine, shard
 from zplan.memory.timeline import Recording, module_bases, record
@@ -204,6 +204,37 @@ def test_adapted_modules_gather_their_lora_a_and_prefetch_at_its_dropout() -> No
     assert owned[first + names["self_attn.q_proj"]] == (lora_a,)
     assert lora_a in owned[first + names["self_attn.q_proj.lora_A.default"]]
     assert first + names["self_attn.q_proj.lora_dropout.default"] not in owned
+
+
+def test_the_wrapper_of_each_stacked_weight_gathers_it_with_its_adapter() -> None:
+    shape = shape_of("deepseek-v2-lite")
+    recipe = Recipe(model="deepseek-v2-lite", method="lora", train_batch_size=1, max_length=64)
+    recording = record(shape, recipe, layout(shape, recipe), micro_batch=1, on_cpu=False, partitioned=True)
+    index = next(i for i, block in enumerate(recording.blocks) if "mlp.experts" in block.modules.numbers)
+    block, first = recording.blocks[index], module_bases(recording)[index]
+    owned, base = module_parameters(recording), recording.items.base[index]
+    for module, weight in (("mlp.experts", "down_proj"), ("mlp.experts.base_layer", "gate_up_proj")):
+        numbers = owned[first + block.modules.numbers[module]]
+        names = [block.laid.weights[number - base].name for number in numbers]
+        stacked = f"mlp.experts.{weight}"
+        assert names == [stacked, f"{stacked}.expert_lora_A", f"{stacked}.expert_lora_B"]
+    assert first + block.modules.numbers["mlp.experts.base_layer.base_layer"] not in owned
+    assert len(unread_numbers(recording)) == 6 * block.laid.repeat
+
+
+def test_what_a_module_reads_without_owning_it_is_gathered_alone_once_even_on_one_rank() -> None:
+    coordinator = Coordinator(
+        Fetches.of([0, 0], {0: (0, 1)}, TWO.numel), Limits(prefetch=0, live=0, reuse=0), persistent=frozenset(),
+        external=(), trainable=TWO.trainable, unread=frozenset({0, 1}), num_unread=1,
+    )  # fmt: skip
+    meter = Meter()
+    engine = Stage3Engine(meter, TWO, shard(TWO, SMALL, 1), SMALL, num_ranks=1, itemsize=2)
+    held = []
+    for _ in range(2):
+        engine.follow(coordinator.pre_module(0))
+        held.append(meter.by_kind[Kind.GATHERED_PARAMETERS])
+        engine.follow(coordinator.post_module(0))
+    assert held == [2 * (100 + 4), 0]
 
 
 def test_offloaded_persistent_parameters_are_copied_before_they_are_gathered_again() -> None:

@@ -44,6 +44,8 @@ class Act(IntEnum):
     """The update is done."""
     DROP = 9
     """The node that makes a weight's gradient has run, and with it goes what the graph has kept of the weight."""
+    FETCH = 10
+    """A parameter that the module does not own is read for the first time and gathered alone."""
 
 
 Action = tuple[int, tuple[int, ...]]
@@ -183,6 +185,8 @@ class Coordinator:
         missing: persistent parameters that are gathered when a module needs them, not before the step.
         external: parameters registered as external; they are not released (release_sub_module).
         trainable: whether each parameter trains.
+        unread: parameters that a module reads without owning them; not known as its own before they were read.
+        num_unread: steps of the first forward, in which they are read.
     """
 
     def __init__(
@@ -195,7 +199,10 @@ class Coordinator:
         trainable: Sequence[bool],
         viewed: frozenset[int] = frozenset(),
         missing: frozenset[int] = frozenset(),
+        unread: frozenset[int] = frozenset(),
+        num_unread: int = 0,
     ) -> None:
+        self.unread, self.num_unread = unread, num_unread
         self.fetches, self.persistent, self.external = fetches, persistent, frozenset(external)
         self.trainable = trainable
         self.limits = limits
@@ -374,12 +381,22 @@ class Coordinator:
         wanted = tuple([number for number in numbers if status[number] == NOT_AVAILABLE])
         if not wanted:
             return
+        if self.step < self.num_unread and self.unread.issuperset(wanted):
+            self._fetch(wanted)
+            return
         gather, numel = Flight(wanted, len(wanted)), self.fetches.numel
         for number in wanted:
             status[number] = INFLIGHT
             self.available_numel += numel[number]
             self.inflight[number] = gather
         self.actions.append((int(Act.GATHER), wanted))
+
+    def _fetch(self, wanted: tuple[int, ...]) -> None:
+        """One after the other, waited for at once (ZeROOrderedDict.__getitem__)."""
+        for number in wanted:
+            self.status[number] = AVAILABLE
+            self.available_numel += self.fetches.numel[number]
+        self.actions.append((int(Act.FETCH), wanted))
 
     def _wait(self, number: int) -> None:
         gather = self.inflight.pop(number)

@@ -14,7 +14,7 @@ from zplan.memory.coordinator import Fetches
 from zplan.memory.instances import Instances
 from zplan.memory.laps import Laps, laps_of
 from zplan.memory.meter import Kind, Meter
-from zplan.memory.owners import leaf_modules, module_parameters, viewed_numbers
+from zplan.memory.owners import leaf_modules, module_parameters, unread_numbers, viewed_numbers
 from zplan.memory.script import HOOKS, Call, Course, Kinds, Op, Reduction, Script
 from zplan.memory.strip import Strip, strip
 from zplan.memory.tape import Event, Step
@@ -370,6 +370,7 @@ def _script(walk: _Walk) -> Script:
             head=output_numbers(recording),
             root=walk.root,
             viewed=walk.viewed,
+            unread=unread_numbers(recording) if walk.fetches else frozenset(),
             laps=_laps(walk, calls) if walk.fetches else (),
         )
     return known

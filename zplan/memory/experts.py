@@ -5,13 +5,13 @@ Legend: T tokens, k experts per token, E experts, h hidden size, b bytes of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from zplan.memory import operations as ops
 from zplan.memory.layer_modules import LayerModules
 from zplan.memory.operations import FP32, Modules, Sizes
 from zplan.memory.tape import Tape, Value
-from zplan.memory.trainable import Weight
+from zplan.memory.trainable import EXPERT_ADAPTERS, Weight
 
 LEAF_FAMILIES = frozenset({"mixtral", "qwen2_moe", "qwen3_moe"})
 """Whose MoE block ZeRO-3 gathers at once and hooks as one module.
@@ -88,15 +88,21 @@ def _grouped(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x:
     inner = shape.moe_intermediate_size or shape.intermediate_size
     rows_hidden, rows_inner = sizes.bytes(picked * shape.hidden_size), sizes.bytes(picked * inner)
     owned = [(i, w) for i, w in enumerate(layer.laid.weights) if len(w.shape) == 3]
-    container = modules.number(owned[0][1].module)
-    tape.enter(container)
+    around = sorted(wrappers(layer.laid.weights).values(), key=len)
+    inside = f"{around[-1]}.base_layer" if around else owned[0][1].module
+    entered = [modules.number(name) for name in (*around, inside)]
+    for number in entered:
+        tape.enter(number)
     first, second = owned[: len(owned) // 2] or owned, owned[len(owned) // 2 :]
     factors = {id(weight): _factors(tape, layer, weight) for _, weight in owned}
     rows = tape.apply(rows_hidden, [(x, sizes.bytes(shape.hidden_size))])
     gate_up = _adapted(tape, sizes, first, factors)
     both = _product(tape, 2 * rows_inner, rows, rows_hidden, gate_up, first)
     gate, up = tape.split(both, 2, 2 * rows_inner)
+    act_number = modules.number(f"{inside}.act_fn")
+    tape.enter(act_number)
     acted = tape.apply(rows_inner, [(gate, rows_inner)], saves=(gate,))
+    tape.exit(act_number)
     product = tape.apply(rows_inner, [(acted, rows_inner), (up, rows_inner)], saves=(acted, up))
     tape.drop(both, gate, up, acted)
     down = _adapted(tape, sizes, second, factors)
@@ -104,8 +110,21 @@ def _grouped(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x:
     tape.drop(product)
     summed = _weigh(tape, layer, sizes, out, scores, picked)
     tape.drop(rows, *gate_up, *down)
-    tape.exit(container)
+    for number in reversed(entered):
+        tape.exit(number)
     return summed
+
+
+def wrappers(weights: Sequence[Weight]) -> dict[str, str]:
+    """Name of each stacked weight with an adapter -> the module that wraps it, reads it and so gathers it and its
+    adapter; they are nested, the last weight's is the outermost, and the experts' own module gathers nothing.
+
+    Source: peft 0.21.2, tuners/lora/layer.py (ParamWrapper, get_param), tuners/tuners_utils.py
+    (_inject_parameters); deepspeed 0.19.8, runtime/zero/parameter_offload.py (ZeROOrderedDict.__getitem__).
+    """
+    names = {weight.name for weight in weights}
+    adapted = [w for w in weights if len(w.shape) == 3 and f"{w.name}.{EXPERT_ADAPTERS[0]}" in names]
+    return {w.name: w.module + ".base_layer" * depth for depth, w in enumerate(reversed(adapted))}
 
 
 def _product(

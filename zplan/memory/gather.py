@@ -178,14 +178,17 @@ class Gathering:
     def first_schedule(self) -> Schedule:
         """Of the first step, whose forward begins with a model that does not own its output projection yet."""
         first = self.script.calls.index((Op.PRE_MODULE, self.script.root))
-        return self.scheduler.schedule(self._coordinator(NO_TRACE, frozenset()), without=first)
+        forward = sum(op == Op.PRE_MODULE for op, _ in self.script.calls[: self.script.phases[1]]) - 1
+        coordinator = self._coordinator(NO_TRACE, frozenset(), num_unread=forward)
+        return self.scheduler.schedule(coordinator, without=first)
 
     def _coordinator(
-        self, limits: Limits, persistent: frozenset[int], missing: frozenset[int] = frozenset()
+        self, limits: Limits, persistent: frozenset[int], missing: frozenset[int] = frozenset(), num_unread: int = 0
     ) -> Coordinator:
         return Coordinator(
             self.script.fetches, limits, persistent=persistent, external=self.script.external,
-            trainable=self.items.trainable, viewed=self.script.viewed, missing=missing,
+            trainable=self.items.trainable, viewed=self.script.viewed, missing=missing, unread=self.script.unread,
+            num_unread=num_unread,
         )  # fmt: skip
 
 

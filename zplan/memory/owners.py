@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from zplan.memory.experts import LEAF, LEAF_FAMILIES
+from zplan.memory.experts import LEAF, LEAF_FAMILIES, wrappers
+from zplan.memory.layer_modules import is_expert_adapter
 from zplan.memory.operations import MAGNITUDE
 from zplan.memory.timeline import Recorded, Recording, module_bases, output_numbers, root_module
 from zplan.memory.trainable import EXPERT_ADAPTERS, Weight
@@ -18,11 +19,11 @@ def module_parameters(recording: Recording) -> dict[int, tuple[int, ...]]:
         block = recording.blocks[index]
         names = block.modules.numbers
         per_layer = max(len(names), 1)
+        around = wrappers(block.laid.weights)
         for layer in range(block.laid.repeat):
             first = recording.items.base[index] + layer * len(block.laid.weights)
             for local, weight in enumerate(block.laid.weights):
-                owner = _owner(weight, recording.shape) or weight.module
-                local_module = names.get(f"{owner}.base_layer", names.get(owner))
+                local_module = _owner(weight, recording.shape, names, around)
                 if local_module is None and block.tape is not None:
                     continue  # the head's own module never runs
                 for module in (local_module or 0, *_readers(weight, names)):
@@ -45,10 +46,34 @@ def _readers(weight: Weight, names: Mapping[str, int]) -> tuple[int, ...]:
     return () if magnitude is None else (magnitude,)
 
 
-def _owner(weight: Weight, shape: ModelShape) -> str | None:
-    """The leaf module that gathers the weight, if it lies in one."""
-    inside = shape.model_type in LEAF_FAMILIES and weight.module.startswith(f"{LEAF}.")
-    return LEAF if inside else None
+def _owner(weight: Weight, shape: ModelShape, names: Mapping[str, int], around: Mapping[str, str]) -> int | None:
+    """The module that gathers the weight: the leaf module in which it lies, the wrapper of a stacked weight (`around`),
+    or its own."""
+    if shape.model_type in LEAF_FAMILIES and weight.module.startswith(f"{LEAF}."):
+        return names.get(LEAF)
+    if is_expert_adapter(weight) or weight.name in around:
+        return names[around[weight.name.rpartition(".expert_lora")[0] or weight.name]]
+    return names.get(f"{weight.module}.base_layer", names.get(weight.module))
+
+
+def unread_numbers(recording: Recording) -> frozenset[int]:
+    """Stacked weights with an adapter, and these adapters: their wrappers own none of them. The lora_A that other
+    modules read is small, and left out.
+
+    Source: deepspeed 0.19.8, runtime/zero/parameter_offload.py (ZeROOrderedDict.__getitem__).
+    """
+    found = []
+    for index, block in enumerate(recording.blocks):
+        around = {} if recording.shape.model_type in LEAF_FAMILIES else wrappers(block.laid.weights)
+        places = [
+            local
+            for local, weight in enumerate(block.laid.weights)
+            if around and (weight.name in around or is_expert_adapter(weight))
+        ]
+        for layer in range(block.laid.repeat):
+            first = recording.items.base[index] + layer * len(block.laid.weights)
+            found += [first + local for local in places]
+    return frozenset(found)
 
 
 def viewed_numbers(recording: Recording) -> frozenset[int]:

@@ -84,6 +84,8 @@ class Script:
     """Number of the model itself among the modules."""
     viewed: frozenset[int] = frozenset()
     """Weights whose product keeps a view of the gathered tensor."""
+    unread: frozenset[int] = frozenset()
+    """Parameters that modules read without owning them, in a gather of each one's own in the first forward."""
     laps: tuple[Laps, ...] = ()
     """Where its layers are called alike."""
 

@@ -140,7 +140,7 @@ class Stage3Engine:
         self.padded_bytes = [b * part * num_ranks for b, part in zip(items.itemsize, shards.partition, strict=True)]
         self.act: tuple[Callable[[tuple[int, ...]], None], ...] = (
             self._gather, self._arrive, self._settle, self._release, self._keep, self._forget, self.read_head,
-            self._give_back, self.end_step, self._drop,
+            self._give_back, self.end_step, self._drop, self._fetch,
         )  # fmt: skip
         self.reads_head = False
         self.bucket: list[int] = []
@@ -180,6 +180,17 @@ class Stage3Engine:
         if self.zero.offloads_param:
             self.meter.touch(Kind.GATHERED_PARAMETERS, flat + self._staged_bytes(numbers))
         self.meter.add(Kind.GATHERED_PARAMETERS, flat)
+
+    def _fetch(self, numbers: tuple[int, ...]) -> None:
+        """Each alone, from a copy of its partition if that is offloaded; a single rank makes a copy too.
+
+        Source: deepspeed 0.19.8, partition_parameters.py (_allgather_params_sequential).
+        """
+        sizes = self.padded_bytes if self.num_ranks > 1 else self.bytes
+        for number in numbers:
+            self._hold((number,), [sizes[number]])
+            if self.zero.offloads_param:
+                self.meter.touch(Kind.GATHERED_PARAMETERS, self._staged_bytes((number,)))
 
     def _gathered_alone(self, number: int) -> int:
         """One rank has nothing to gather; it copies what is on the host."""
