@@ -73,7 +73,7 @@ def _add_recipe(group: Any) -> None:
         "--use-rslora", action="store_true", help="scale adapters by alpha / sqrt(r); needs no more memory"
     )
     group.add_argument(
-        "--use-dora", action="store_true", help="train magnitudes beside the adapters; the estimate does not model it"
+        "--use-dora", action="store_true", help="train magnitudes beside the adapters; needs more memory"
     )
 
 
@@ -241,8 +241,6 @@ def prepare(options: argparse.Namespace) -> Session:
         response_key=session.response_key,
     )
     plan, notes = preflight.choose_rung(session.plan, fallback=options.fallback, force=options.force)
-    if plan.recipe.use_dora:
-        notes.append("warning: the memory estimate does not model DoRA, which needs more than LoRA")
     session = replace(session, plan=plan)
     session, more = with_resume(session, options.resume)
     output_dir = Path(session.output_dir)

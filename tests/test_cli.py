@@ -174,7 +174,7 @@ def test_the_flags_offered_for_the_first_row_ask_about_the_first_row() -> None:
 
 
 def test_what_is_not_modelled_is_tight_and_says_how_to_settle_it() -> None:
-    done = zplan("estimate", "--model", "mistral-7b", "--method", "lora", "--use-dora", "--gpu", "h100")
+    done = zplan("estimate", "--model", "gpt2", "--method", "lora", "--use-dora", "--gpu", "h100")
     assert "nothing is sure to fit" in done.stdout
     assert "zplan simulate" in done.stdout
 
