@@ -35,10 +35,12 @@ OPTIMIZERS: dict[str, Any] = {
     "adamw": lambda groups, lr: torch.optim.AdamW(groups, lr=lr, fused=True),
     "sgd": lambda groups, lr: torch.optim.SGD(groups, lr=lr),
 }
-"""As Trainer.get_optimizer_cls_and_kwargs makes them; the others need kernels that fake tensors do not have."""
+"""As Trainer.get_optimizer_cls_and_kwargs makes them; Muon is DeepSpeed's own (build_engine); the
+others need kernels that fake tensors do not have."""
 REPLACED = (
     "weights are not read and not initialised (no_init_weights)",
     "the data loader: every batch holds sequences of max_length tokens, no padding, every label counted",
+    "torch.compile, with which DeepSpeed decorates Muon's update: it runs operation by operation, as it is written",
     "Trainer's loop: TRL's compute_loss, accelerate's backward and step in its order, no callbacks, no logging",
 )
 
@@ -162,8 +164,12 @@ def lora_config(recipe: Recipe) -> LoraConfig:
 def build_engine(run: Run, model: Any, tracker: Tracker) -> Any:
     """deepspeed.initialize as accelerate calls it (accelerator.py, _prepare_deepspeed)."""
     label_parameters(model, tracker)
-    optimizer = build_optimizer(run, model)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config_params=run.deepspeed_config)
+    if run.recipe.optimizer == "muon":
+        # which the configuration names: transformers hands the parameters over, in one group (DummyOptim)
+        trainer_gives = {"model_parameters": [p for p in model.parameters() if p.requires_grad]}
+    else:
+        trainer_gives = {"optimizer": build_optimizer(run, model)}
+    engine, *_ = deepspeed.initialize(model=model, config_params=run.deepspeed_config, **trainer_gives)
     label_parameters(model, tracker)
     label_states(engine, tracker)
     for parameter in model.parameters():
