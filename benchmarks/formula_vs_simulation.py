@@ -42,6 +42,7 @@ MODELS = (
     "opt-1.3b", "bloom-560m", "falcon-7b", "qwen3-30b-a3b", "deepseek-v2-lite",
 )  # fmt: skip
 GIB = 1 << 30
+MUON = {"optimizer": "muon"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +102,17 @@ def added_cases() -> list[Case]:
                reduce_bucket_size=50_000_000, stage3_param_persistence_threshold=0),
         _added("deepseek-v2-lite", "lora", 3, checkpointing=False, reduce_bucket_size=50_000_000,
                stage3_max_live_parameters=30_000_000),
+        _added("llama-3.2-1b", "full", 0, world_size=2, adapter=MUON),
+        _added("gpt2", "full", 0, adapter=MUON),
+        _added("qwen2.5-7b", "lora", 0, accumulation=2, adapter=MUON),
+        _added("llama-3.2-1b", "full", 1, world_size=2, adapter=MUON),
+        _added("qwen2.5-0.5b", "full", 1, world_size=2, accumulation=2, max_length=4096, adapter=MUON),
+        _added("llama-3.1-8b", "full", 2, reduce_bucket_size=50_000_000, adapter=MUON),
+        _added("mistral-7b", "full", 2, world_size=4, contiguous_gradients=False, overlap_comm=True,
+               reduce_bucket_size=50_000_000, adapter=MUON),
+        _added("olmo-2-1b", "full", 2, world_size=1, accumulation=2, contiguous_gradients=False,
+               reduce_bucket_size=50_000_000, adapter=MUON),
+        _added("qwen2.5-7b", "lora", 2, accumulation=2, adapter=MUON),
     ]  # fmt: skip
 
 

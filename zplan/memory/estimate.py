@@ -60,7 +60,7 @@ def estimate_memory(
         laid, recipe, choice, cluster, partition_numel=still.partition_numel, rank_bytes=peak if on_cpu else 0,
         touched_numel=still.node_touched_numel,
     )  # fmt: skip
-    missing = not_modelled(shape, recipe, choice)
+    missing = not_modelled(shape, recipe, choice, on_cpu=on_cpu)
     return MemoryEstimate(
         gpu=_gpu(terms, phases, shape, recipe, choice, cluster, bucket_rule, is_whole=not missing),
         host=host,
@@ -74,9 +74,10 @@ def cannot_fit(shape: ModelShape, recipe: Recipe, choice: Choice, cluster: Clust
 
     False says nothing. A tenth of the cost of an estimate, and a search asks about many that are far too large.
     """
-    if not_modelled(shape, recipe, choice):
+    on_cpu = cluster.gpu.kind == "cpu"
+    if not_modelled(shape, recipe, choice, on_cpu=on_cpu):
         return True
-    on_cpu, laid = cluster.gpu.kind == "cpu", layout(shape, recipe)
+    laid = layout(shape, recipe)
     still = standing(laid, recipe, choice, cluster, None)
     peak = max(phase_bytes(still.terms).values())
     if gpu_ranges(peak, 0, outside_allocator(choice, cluster), on_cpu=on_cpu).used.high > cluster.gpu.free_bytes:

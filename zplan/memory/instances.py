@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate
 
-from zplan.memory.trainable import Layout
+from zplan.memory.muon import is_updated_by_muon
+from zplan.memory.trainable import Layout, Weight
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,7 +23,10 @@ class Instances:
     base: tuple[int, ...]
     """Number of the first parameter of each block."""
     groups: tuple[tuple[int, ...], ...]
-    """Trainable parameters of each non-empty optimizer group, in order."""
+    """Trainable parameters of each non-empty optimizer group, in order: Muon sorts its own by shape, largest first,
+    where it sees shapes (below stage 3; original_muon.py:380, MuonWithAuxAdam)."""
+    muon: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """Shapes of the parameters of the first group where that is Muon's, in its order."""
 
 
 _INSTANCES: dict[int, tuple[Layout, Instances]] = {}
@@ -37,35 +43,33 @@ def instances(layout: Layout) -> Instances:
 
 
 def _number(layout: Layout) -> Instances:
-    numel: list[int] = []
-    itemsize: list[int] = []
-    trainable: list[bool] = []
-    group: list[int] = []
-    offset: list[int] = []
+    weights: list[Weight] = []
     base: list[int] = []
-    members: tuple[list[int], list[int]] = ([], [])
-    filled = [0, 0]
     for laid in layout.blocks:
-        base.append(len(numel))
-        for _ in range(laid.repeat):
-            for weight in laid.weights:
-                offset.append(filled[weight.group] if weight.trainable else 0)
-                if weight.trainable:
-                    members[weight.group].append(len(numel))
-                    filled[weight.group] += weight.numel
-                numel.append(weight.numel)
-                itemsize.append(weight.itemsize)
-                trainable.append(weight.trainable)
-                group.append(weight.group)
-    groups = [tuple(numbers) for numbers in members]
-    if not groups[0]:
-        group = [0] * len(group)
+        base.append(len(weights))
+        weights.extend(laid.weights * laid.repeat)
+    group = [_group(layout, weight) for weight in weights]
+    members = [[n for n, weight in enumerate(weights) if weight.trainable and group[n] == one] for one in (0, 1)]
+    if layout.muon:
+        members[0].sort(key=lambda number: weights[number].shape, reverse=True)
+    offset = [0] * len(weights)
+    for numbers in members:
+        for number, before in zip(numbers, accumulate((weights[n].numel for n in numbers), initial=0), strict=False):
+            offset[number] = before
     return Instances(
-        numel=tuple(numel),
-        itemsize=tuple(itemsize),
-        trainable=tuple(trainable),
-        group=tuple(group),
+        numel=tuple(weight.numel for weight in weights),
+        itemsize=tuple(weight.itemsize for weight in weights),
+        trainable=tuple(weight.trainable for weight in weights),
+        group=tuple(group if members[0] else [0] * len(group)),
         offset=tuple(offset),
         base=tuple(base),
-        groups=tuple(numbers for numbers in groups if numbers),
+        groups=tuple(tuple(numbers) for numbers in members if numbers),
+        muon={number: weights[number].shape for number in members[0]} if layout.muon else {},
     )
+
+
+def _group(layout: Layout, weight: Weight) -> int:
+    """0: weight decay, 1: none; with Muon 0: its own, 1: AdamW's."""
+    if layout.muon:
+        return 0 if is_updated_by_muon(weight.name, weight.shape) else 1
+    return weight.group

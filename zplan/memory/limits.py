@@ -13,12 +13,14 @@ CHECKED_FAMILIES = frozenset(
     }
 )  # fmt: skip
 """Families of reports/formula_vs_simulation.md that stay within 4 % there."""
-CHECKED_OPTIMIZERS = frozenset({"adamw", "sgd"})
+CHECKED_OPTIMIZERS = frozenset({"adamw", "sgd", "muon"})
+"""Muon where `_of_muon` says nothing."""
 
 
-def not_modelled(shape: ModelShape, recipe: Recipe, choice: Choice) -> tuple[str, ...]:
+def not_modelled(shape: ModelShape, recipe: Recipe, choice: Choice, *, on_cpu: bool) -> tuple[str, ...]:
     """Options whose bytes are missing or known to be wrong; each one line, `not modelled: ...`."""
-    found = (*_of_model(shape, recipe), *_of_recipe(recipe, choice), *_of_zero(choice))
+    found = [*_of_model(shape, recipe), *_of_recipe(recipe, choice), *_of_zero(choice)]
+    found += _of_muon(recipe, choice, on_cpu) if recipe.optimizer == "muon" else []
     return tuple(f"not modelled: {line}" for line in found)
 
 
@@ -37,12 +39,23 @@ def _of_model(shape: ModelShape, recipe: Recipe) -> list[str]:
 
 def _of_recipe(recipe: Recipe, choice: Choice) -> list[str]:
     lines = []
-    if recipe.optimizer == "muon" and choice.zero.stage:
-        lines.append("Muon under ZeRO gathers whole matrices for its orthogonalisation (stage_1_and_2.py, stage3.py)")
     if recipe.load_in_8bit:
         lines.append("8-bit copies of the inputs that LLM.int8() keeps for backward, and its outlier columns")
     if recipe.method == "qlora" and choice.zero.stage == 3:
         lines.append("quantised weights gathered by ZeRO-3 and the quantisation states beside them")
+    return lines
+
+
+def _of_muon(recipe: Recipe, choice: Choice, on_cpu: bool) -> list[str]:
+    lines = []
+    if choice.zero.stage == 3:
+        lines.append("Muon at stage 3 gathers gradients and momentum of whole matrices for its update (stage3.py)")
+    elif choice.zero.offloads_optimizer:
+        lines.append("Muon with offload gathers whole matrices for its update (stage_1_and_2.py)")
+    if recipe.dtype != "bf16":
+        lines.append(f"Muon in {recipe.dtype}: other copies in its orthogonalisation (original_muon.py)")
+    if on_cpu:
+        lines.append("Muon on CPU ranks, which orthogonalise in fp16 or fp32 by what the CPU can (original_muon.py)")
     return lines
 
 

@@ -165,7 +165,7 @@ class Estimator:
 
     def _of_engine(self, choice: Choice) -> tuple[int, ...]:
         outside = outside_allocator(choice, self.cluster)
-        is_whole = not not_modelled(self.shape, self.recipe, choice)
+        is_whole = not not_modelled(self.shape, self.recipe, choice, on_cpu=self.on_cpu)
         largest = largest_of_engine(self.laid, self.recipe, choice)
         return largest, outside.low, outside.expected, outside.high, int(is_whole)
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from math import prod
 
-from zplan.memory.instances import instances
+from zplan.memory.instances import Instances, instances
+from zplan.memory.muon import ADAM_STATES, first_updates_bytes
 from zplan.memory.runtime import ALLOCATOR_ROUNDING
 from zplan.memory.stage3 import Shards, left_on_gpu, secondary_group, sub_groups
 from zplan.memory.stage12 import Partitions
@@ -74,11 +77,14 @@ def _stage0(laid: Layout, recipe: Recipe) -> Resident:
     """Everything on every rank: b per parameter, and 4 + states per trainable one (no master in fp32)."""
     numel = laid.trainable_numel
     source = "deepspeed 0.19.8, runtime/fp16/unfused_optimizer.py:72"
+    shapes = instances(laid).muon.values()
+    of_muon = sum(map(prod, shapes))
+    states = optimizer_state_bytes(recipe.optimizer, numel)
+    if laid.muon:
+        states = FP32 * of_muon + ADAM_STATES * (numel - of_muon)
     terms = [
         _term("parameters", laid.stored_bytes, ("load", *AFTER_LOAD), f"{laid.stored_bytes} bytes, replicated", source),
-        _term(
-            "optimizer states", optimizer_state_bytes(recipe.optimizer, numel), AFTER_LOAD, f"{numel} elements", source
-        ),
+        _term("optimizer states", states, AFTER_LOAD, f"{numel} elements", source),
     ]
     if recipe.weight_bytes != FP32:
         terms.append(_term("master weights", FP32 * numel, AFTER_LOAD, f"4 x {numel}", source))
@@ -91,6 +97,8 @@ def _stage0(laid: Layout, recipe: Recipe) -> Resident:
                 source,
             )
         )
+        updating = first_updates_bytes(shapes, numel - of_muon)
+        terms.append(_term("Muon's update at initialize", updating, ("init",), "on gradients of zeros", source))
     return Resident(terms=tuple(terms), partition_numel=numel)
 
 
@@ -107,6 +115,8 @@ def _stage12(laid: Layout, recipe: Recipe, choice: Choice, cut: Partitions) -> R
         _term("parameters", flat, AFTER_LOAD, f"{b} x {padded} flat + {laid.frozen_bytes} frozen", source),
     ]
     states = optimizer_state_bytes(recipe.optimizer, numel, num_tensors=len(cut.sizes))
+    if laid.muon:
+        states = _muon_states_of_stage12(instances(laid), cut, b)
     after = [_term("offload staging", b * cut.largest_numel, AFTER_LOAD, f"{b} x {cut.largest_numel}", source)]
     if not choice.zero.offloads_optimizer:
         after = [
@@ -120,12 +130,41 @@ def _stage12(laid: Layout, recipe: Recipe, choice: Choice, cut: Partitions) -> R
             ),
         ]
     made = sum(term.bytes for term in after if "init" in term.phases)
-    zeros = 0 if choice.zero.offloads_optimizer else FP32 * numel
-    flattening = b * max(cut.padded)
-    extra = max(zeros, flattening - made)
-    name = "flattening" if flattening - made > zeros else "zero gradients at initialize"
-    formula = f"max(4 x {numel}, {b} x {max(cut.padded)} flattened while the old copy lives)"
-    return Resident(terms=(*terms, *after, _term(name, extra, ("init",), formula, source)), partition_numel=numel)
+    return Resident(terms=(*terms, *after, _flattening(choice, cut, b, made)), partition_numel=numel)
+
+
+def _flattening(choice: Choice, cut: Partitions, b: int, made: int) -> Term:
+    """What comes and goes beside all masters: the gradients of zeros at the end, or earlier a group that is flattened
+    while its old copy lives, beside the masters of the groups before it.
+
+        max(4 S, max over groups of   b PAD_g + 4 (S_1 + ... + S_g-1) - made)
+
+    Args:
+        made: bytes that are there in the end.
+
+    Source: deepspeed 0.19.8, stage_1_and_2.py (__init__: flatten_dense_tensors_aligned, initialize_optimizer_states).
+    """
+    master = 0 if choice.zero.offloads_optimizer else FP32
+    zeros = master * sum(cut.sizes)
+    earlier = accumulate((master * size for size in cut.sizes), initial=0)
+    flattening = max(b * size + masters for size, masters in zip(cut.padded, earlier, strict=False)) - made
+    name = "flattening" if flattening > zeros else "zero gradients at initialize"
+    formula = f"max({zeros}, {b} x a group of {max(cut.padded)} flattened while the old copy lives, less later masters)"
+    source = "deepspeed 0.19.8, runtime/zero/stage_1_and_2.py"
+    return _term(name, max(zeros, flattening), ("init",), formula, source)
+
+
+def _muon_states_of_stage12(items: Instances, cut: Partitions, b: int) -> int:
+    """Momentum of the whole matrices that touch the partition, in the gradients' dtype, and the copy in which a step
+    writes it before it is known to count; AdamW's states of the other group's partition.
+
+        2 b * touched + 8 S
+
+    Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py:2805 (_muon_momentum_buffer), :2989
+    (_muon_staging_momentum).
+    """
+    touched = sum(items.numel[number] for number in items.muon if number in cut.mine)
+    return 2 * b * touched + ADAM_STATES * sum(cut.sizes[1 if items.muon else 0 :])
 
 
 def _initialising(

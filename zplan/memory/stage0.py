@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from zplan.memory.instances import Instances
 from zplan.memory.meter import Kind, Meter
+from zplan.memory.muon import chained_updates_bytes
 
 FP32 = 4
 ALLREDUCE_BUCKET_NUMEL = 500_000_000
@@ -50,7 +51,10 @@ class Stage0Engine:
         self.meter.touch(Kind.TEMPORARIES, self.itemsize * largest)
 
     def step(self) -> None:
-        """fp32 gradients of all trainable parameters next to the low-precision ones."""
+        """fp32 gradients of all trainable parameters next to the low-precision ones, and Muon's update on top."""
+        updates = chained_updates_bytes(self.items.muon.values(), FP32)
         if self.itemsize != FP32:
             total = sum(self.items.numel[number] for group in self.items.groups for number in group)
-            self.meter.touch(Kind.TEMPORARIES, FP32 * total)
+            self.meter.touch(Kind.TEMPORARIES, FP32 * total + updates)
+        else:
+            self.meter.touch(Kind.TEMPORARIES, updates)

@@ -6,18 +6,21 @@ Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py; line numbers at each ru
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
 from zplan.memory.instances import Instances
 from zplan.memory.meter import Kind, Meter
+from zplan.memory.muon import updates_bytes
 from zplan.zero_config import ZeroConfig
 
 ALIGNMENT = 2
 """nccl_start_alignment_factor: groups are padded to a multiple of 2 N elements (stage_1_and_2.py:400)."""
 FP32 = 4
+MUON_COPIES = 3
+"""Beside a matrix's gradient, in its dtype: the momentum, its copy and the update (Stage12Engine._orthogonalise)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,8 @@ def partition(items: Instances, num_ranks: int, rank: int | None = None) -> Part
             pieces[number] = _pieces(items.offset[number], items.numel[number], size)
     touched = _touched(items, pieces, num_ranks)
     if rank is None:
-        rank = max(range(num_ranks), key=touched.__getitem__)
+        of_muon = _touched(items, pieces, num_ranks, among=items.muon) if items.muon else [0] * num_ranks
+        rank = max(range(num_ranks), key=lambda one: touched[one] + MUON_COPIES * of_muon[one])
     mine = {number: numel for number, cut in enumerate(pieces) for owner, numel in cut if owner == rank}
     return Partitions(
         sizes=sizes,
@@ -90,11 +94,13 @@ def _pieces(offset: int, numel: int, size: int) -> tuple[tuple[int, int], ...]:
     return tuple((owner, min(end, (owner + 1) * size) - max(offset, owner * size)) for owner in owners)
 
 
-def _touched(items: Instances, pieces: Sequence[tuple[tuple[int, int], ...]], num_ranks: int) -> tuple[int, ...]:
+def _touched(
+    items: Instances, pieces: Sequence[tuple[tuple[int, int], ...]], num_ranks: int, among: Iterable[int] | None = None
+) -> tuple[int, ...]:
     """Elements of the parameters that touch each rank's partitions, whole parameters counted."""
     touched = [0] * num_ranks
-    for number, cut in enumerate(pieces):
-        for owner, _ in cut:
+    for number in range(len(pieces)) if among is None else among:
+        for owner, _ in pieces[number]:
             touched[owner] += items.numel[number]
     return tuple(touched)
 
@@ -121,6 +127,7 @@ class Stage12Engine:
         self.has_partition_buffer = False
         self.has_buckets = False
         self.waiting: list[int] = []
+        self.orthogonalised = [] if zero.offloads_optimizer else [p for p in items.muon if p in cut.mine]
 
     def begin_micro_step(self) -> None:
         """What earlier micro-steps left: stage 2 its own gradients (on the host under offload); stage 1, which reduces
@@ -202,6 +209,7 @@ class Stage12Engine:
         for number in list(self.own):
             if self.contiguous or number not in self.cut.mine:
                 self._free(number)
+        self._orthogonalise()
         if self.stage == 2 and self.partial and not self.zero.offloads_optimizer:
             # this micro-step's gradients were added to the earlier ones (stage_1_and_2.py:1043)
             for number in list(self.own):
@@ -209,6 +217,26 @@ class Stage12Engine:
             if self.has_partition_buffer:
                 self.meter.add(Kind.GRADIENTS, -self.itemsize * self.cut.touched_numel)
         self.meter.add(Kind.BUCKETS, -self.meter.by_kind[Kind.BUCKETS])
+
+    def _orthogonalise(self) -> None:
+        """Muon's updates of the whole matrices that touch the partition, beside their gradients, which go then; a flat
+        buffer that also has some of AdamW's stays.
+
+        Source: deepspeed 0.19.8, stage_1_and_2.py:1016 (independent_gradient_partition_epilogue: get_flat_partition).
+        """
+        self.meter.touch(
+            Kind.TEMPORARIES, updates_bytes((self.items.muon[number] for number in self.orthogonalised), self.itemsize)
+        )
+        for number in self.orthogonalised:
+            self._free(number)
+        of_earlier_micro_steps = self.stage == 2 and self.partial and not self.contiguous
+        self.meter.add(Kind.GRADIENTS, 0 if of_earlier_micro_steps else self._updates_bytes)
+        if self.has_partition_buffer and len(self.orthogonalised) == len(self.cut.mine):
+            self.meter.add(Kind.GRADIENTS, -self.itemsize * self.cut.touched_numel)
+
+    @property
+    def _updates_bytes(self) -> int:
+        return self.itemsize * sum(self.items.numel[number] for number in self.orthogonalised)
 
     def _reduce(self) -> None:
         if not self.bucket:
@@ -282,6 +310,8 @@ class Stage12Engine:
         for index, size in enumerate(self.cut.sizes):
             cast = FP32 * size if self.itemsize != FP32 else 0
             self.meter.touch(Kind.TEMPORARIES, self.itemsize * size + cast)
+            if index == 0:
+                self.meter.add(Kind.GRADIENTS, -self._updates_bytes)
             if index == len(self.cut.sizes) - 1:
                 self.meter.add(Kind.GRADIENTS, -self.meter.by_kind[Kind.GRADIENTS])
             self.meter.touch(Kind.TEMPORARIES, FP32 * size)

@@ -87,7 +87,7 @@ def sub_groups(items: Instances, num_ranks: int, sub_group_size: int) -> SubGrou
     parts = [-(-numel // num_ranks) for numel in items.numel]
     totals: list[int] = []
     counts: list[int] = []
-    for group in items.groups:
+    for group in map(sorted, items.groups):
         if sub_group_size >= sum(parts[number] for number in group):
             totals.append(sum(parts[number] for number in group))
             counts.append(len(group))

@@ -19,7 +19,8 @@ STATE_BYTES_PER_ELEMENT: dict[Optimizer, float] = {
     "muon": 4,
 }
 """Adam: fp32 m and v. 8-bit: one byte each and an fp32 absmax per block of 256 (bitsandbytes, optim/optimizer.py).
-Lion and Muon: one fp32 momentum. SGD without momentum: nothing. Adafactor depends on shapes: `adafactor_bytes`."""
+Lion: one fp32 momentum; Muon too, of its matrices, on the host (muon.py: on a GPU). SGD without momentum: nothing.
+Adafactor depends on shapes: `adafactor_bytes`."""
 
 PAGED: frozenset[Optimizer] = frozenset({"paged_adamw", "paged_adamw_8bit"})
 """States in unified memory: counted on the device, evicted to the host under pressure."""

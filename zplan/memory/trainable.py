@@ -63,6 +63,8 @@ class Layout:
     """All parameters of the run, repeated layers stored once."""
 
     blocks: tuple[LaidBlock, ...]
+    muon: bool = False
+    """The optimizer's groups are Muon's: its matrices, and what it leaves to AdamW."""
 
     @cached_property
     def group_numel(self) -> tuple[int, int]:
@@ -112,11 +114,12 @@ def layout(shape: ModelShape, recipe: Recipe) -> Layout:
         recipe.dtype,
         recipe.load_in_8bit,
         recipe.use_dora,
+        recipe.optimizer == "muon",
     )
     known = _LAYOUTS.get(key)
     if known is not None and known[0] is shape:
         return known[1]
-    laid = Layout(blocks=tuple(_lay(block, recipe, shape.model_type) for block in shape.blocks))
+    laid = Layout(blocks=tuple(_lay(block, recipe, shape.model_type) for block in shape.blocks), muon=key[-1])
     if laid.trainable_numel == 0:
         raise ConfigError(
             f"lora_target {', '.join(recipe.lora_target)} names no module of {shape.name}",

@@ -1,0 +1,160 @@
+"""DeepSpeed's Muon: worked numbers of its states and of its update's temporaries."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.memory.choices import shape_of
+from tests.memory.test_estimate import cluster
+from zplan.memory.estimate import estimate_memory
+from zplan.memory.instances import instances
+from zplan.memory.muon import (
+    chained_updates_bytes,
+    first_updates_bytes,
+    is_updated_by_muon,
+    update_bytes,
+    updates_bytes,
+)
+from zplan.memory.stage3 import sub_groups
+from zplan.memory.stage12 import partition
+from zplan.memory.terms import MemoryEstimate
+from zplan.memory.trainable import layout
+from zplan.model_shape import ModelShape
+from zplan.recipe import Recipe
+from zplan.zero_config import BatchSizes, Choice, OffloadOptimizer, ZeroConfig
+
+LLAMA = shape_of("llama-3.2-1b")
+LAYERS, EMBEDDING, HIDDEN, MIDDLE = 16, 128256 * 2048, 2048, 8192
+IN_A_LAYER = 2 * HIDDEN * HIDDEN + 2 * 512 * HIDDEN + 3 * MIDDLE * HIDDEN
+MATRICES = LAYERS * IN_A_LAYER
+NORMS = (2 * LAYERS + 1) * HIDDEN
+FULL = Recipe(model="llama-3.2-1b", train_batch_size=8, max_length=512, optimizer="muon")
+
+
+def estimate(zero: ZeroConfig, shape: ModelShape = LLAMA, world_size: int = 8, **recipe: Any) -> MemoryEstimate:
+    batch = BatchSizes(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, world_size=world_size)
+    made = replace(FULL, train_batch_size=world_size, **recipe)
+    return estimate_memory(shape, made, Choice(zero=zero, batch=batch), cluster(world_size), rank=0)
+
+
+def states(found: MemoryEstimate) -> int:
+    return sum(term.bytes for term in found.gpu.terms if term.name == "optimizer states" and "step" in term.phases)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "muon"),
+    [
+        ("self_attn.q_proj.weight", (64, 64), True),
+        ("mlp.experts.gate_up_proj", (8, 64, 32), True),
+        ("q_proj.lora_A.default.weight", (8, 64), True),
+        ("transformer.wte.weight", (50257, 768), True),
+        ("model.embed_tokens.weight", (100, 64), False),
+        ("gpt_neox.embed_in.weight", (100, 64), False),
+        ("lm_head.weight", (100, 64), False),
+        ("input_layernorm.weight", (64,), False),
+    ],
+)
+def test_matrices_are_muon_s_and_embeddings_heads_and_vectors_adamw_s(
+    name: str, shape: tuple[int, ...], muon: bool
+) -> None:
+    assert is_updated_by_muon(name, shape) is muon
+
+
+def test_a_square_matrix_holds_six_half_precision_copies() -> None:
+    assert update_bytes((100, 100), 2) == 6 * 2 * 100 * 100
+    assert update_bytes((100, 100), 4) == 6 * 2 * 100 * 100  # more than lerp and where: 2 * 4
+
+
+def test_a_wide_matrix_holds_one_copy_and_seven_gram_matrices_or_less() -> None:
+    numel, gram = 100 * 200, 100 * 100
+    assert update_bytes((100, 200), 2) == update_bytes((200, 100), 2) == 2 * (numel + 7 * gram)
+    assert update_bytes((10, 4000), 2) == 5 * 40_000  # isfinite: 2 bytes and three masks; 2 * (2 N + 4 s) is less
+    assert update_bytes((10, 4000), 4) == 2 * 4 * 40_000
+    assert update_bytes((8, 100, 200), 2) == 8 * update_bytes((100, 200), 2)
+
+
+def test_updates_are_kept_at_stages_1_and_2_and_chained_at_stage_0() -> None:
+    square, wide = (100, 100), (100, 200)
+    assert updates_bytes([square, wide], 2) == 2 * 10_000 + 2 * (20_000 + 7 * 10_000)
+    assert updates_bytes([wide] * 3, 2) == 2 * 2 * 20_000 + 2 * (20_000 + 7 * 10_000)
+    assert chained_updates_bytes([wide] * 3, 2) == 2 * 20_000 + 2 * (20_000 + 7 * 10_000)
+    assert updates_bytes([], 2) == chained_updates_bytes([], 2) == 0
+
+
+def test_the_first_update_has_momentum_so_far_and_no_states_of_adamw() -> None:
+    one, two = 12 * 10_000, 2 * (20_000 + 7 * 10_000)
+    momentum = 4 * (10_000 + 20_000)
+    assert first_updates_bytes([(100, 100), (100, 200)], 0) == max(4 * 20_000, momentum + 4 * 10_000 + two - momentum)
+    assert first_updates_bytes([(100, 100), (100, 200)], 10_000_000) == 4 * 20_000  # the last update, beside all states
+    assert first_updates_bytes([(100, 100)], 1_000) == 4 * 10_000 + one - 4 * 10_000 - 8 * 1_000
+
+
+def test_stage_0_keeps_fp32_momentum_of_matrices_and_two_states_of_the_rest() -> None:
+    assert states(estimate(ZeroConfig(stage=0))) == 4 * MATRICES + 8 * (EMBEDDING + NORMS)
+    assert states(estimate(ZeroConfig(stage=0), optimizer="adamw")) == 8 * (MATRICES + EMBEDDING + NORMS) + 4
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_single_rank_keeps_momentum_twice_in_bf16(stage: Any) -> None:
+    found = states(estimate(ZeroConfig(stage=stage), world_size=1))
+    assert found == 2 * 2 * MATRICES + 8 * (EMBEDDING + NORMS)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_rank_keeps_momentum_of_whole_matrices_largest_shapes_first(stage: Any) -> None:
+    """Rank 0 of 8 has 1/8 of all matrices: of the 32 of (8192, 2048), which come first, seven and a part of one."""
+    share, one = MATRICES // 8, MIDDLE * HIDDEN
+    touched = -(-share // one)
+    assert touched == 8
+    adam = 8 * (EMBEDDING + NORMS) // 8
+    assert states(estimate(ZeroConfig(stage=stage))) == 2 * 2 * touched * one + adam
+
+
+def test_muon_sorts_its_matrices_by_shape_below_stage_3_only() -> None:
+    items = instances(layout(LLAMA, FULL))
+    assert items.groups[0] != tuple(sorted(items.groups[0]))
+    assert list(items.muon.values()) == sorted(items.muon.values(), reverse=True)
+    assert items.offset[items.groups[0][1]] == MIDDLE * HIDDEN
+    plain = instances(layout(LLAMA, replace(FULL, optimizer="adamw")))
+    assert not plain.muon
+    assert all(group == tuple(sorted(group)) for group in plain.groups)
+    first = sub_groups(items, 1, MIDDLE * HIDDEN).numel[0]
+    assert first == 2 * HIDDEN * HIDDEN + 2 * 512 * HIDDEN + MIDDLE * HIDDEN  # q, k, v, o, gate: in the model's order
+
+
+def test_the_rank_that_holds_most_is_the_one_with_most_matrices_not_most_elements() -> None:
+    for ranks in (2, 3, 8):
+        cut = partition(instances(layout(LLAMA, FULL)), ranks)
+        items = instances(layout(LLAMA, FULL))
+        held = []
+        for rank in range(ranks):
+            mine = partition(items, ranks, rank).mine
+            held.append(sum(items.numel[n] * (4 if n in items.muon else 1) for n in mine))
+        assert held[cut.rank] == max(held)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_where_muon_is_checked_it_fits_and_is_not_called_unchecked(stage: Any, method: Any) -> None:
+    found = estimate(ZeroConfig(stage=stage), method=method)
+    assert not [note for note in found.notes if "Muon" in note or "muon" in note]
+    assert found.gpu.verdict == "fits"
+
+
+@pytest.mark.parametrize(
+    ("zero", "options"),
+    [
+        (ZeroConfig(stage=3), {}),
+        (ZeroConfig(stage=2, offload_optimizer=OffloadOptimizer(device="cpu")), {}),
+        (ZeroConfig(stage=2), {"dtype": "fp16"}),
+        (ZeroConfig(stage=0), {"dtype": "fp32"}),
+    ],
+)
+def test_where_muon_is_not_checked_it_is_named_and_never_fits(zero: ZeroConfig, options: dict[str, Any]) -> None:
+    found = estimate(zero, method="lora", **options)
+    assert [note for note in found.notes if note.startswith("not modelled: Muon")]
+    assert found.gpu.verdict != "fits"
+    assert estimate(zero, method="lora", **{**options, "optimizer": "adamw"}).gpu.verdict == "fits"
