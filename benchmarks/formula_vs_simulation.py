@@ -113,6 +113,12 @@ def added_cases() -> list[Case]:
         _added("olmo-2-1b", "full", 2, world_size=1, accumulation=2, contiguous_gradients=False,
                reduce_bucket_size=50_000_000, adapter=MUON),
         _added("qwen2.5-7b", "lora", 2, accumulation=2, adapter=MUON),
+        _added("falcon-7b", "lora", 3, world_size=64, checkpointing=False, micro_batch=2, accumulation=2,
+               contiguous_gradients=False, reduce_bucket_size=5_000_000, offload_param=OffloadParam(device="cpu"),
+               stage3_param_persistence_threshold=0, stage3_max_live_parameters=30_000_000,
+               stage3_max_reuse_distance=0),
+        _added("mistral-7b", "lora", 3, checkpointing=False, micro_batch=2, accumulation=2,
+               stage3_prefetch_bucket_size=500_000_000, stage3_max_reuse_distance=30_000_000),
     ]  # fmt: skip
 
 

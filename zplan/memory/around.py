@@ -1,4 +1,4 @@
-"""What lives around the layers: arguments that every layer is given, what stays of the embedding, the first norm.
+"""What lives around the layers: arguments that every layer is given, what stays of the embedding.
 
 Legend: B micro-batch, S sequence length, T = B * S tokens, h hidden size, H heads, b bytes of the training dtype.
 """
@@ -6,8 +6,6 @@ Legend: B micro-batch, S sequence length, T = B * S tokens, h hidden size, H hea
 from __future__ import annotations
 
 from zplan.memory.attention import is_masked
-from zplan.memory.blocks import first_norm
-from zplan.memory.layer_modules import LayerModules
 from zplan.memory.loss import INT64
 from zplan.memory.operations import Sizes
 from zplan.memory.trainable import Layout
@@ -30,18 +28,6 @@ def dropout_rate(shape: ModelShape, *keys: str) -> float:
     """The dropout rate under the first of the keys that the model's config has."""
     found = (shape.config.get(key, DEFAULT_DROPOUT.get((shape.model_type, key))) for key in keys)
     return float(next((rate for rate in found if rate is not None), 0.0))
-
-
-def first_norm_bytes(shape: ModelShape, layout: Layout, sizes: Sizes) -> int:
-    """4 T h + 4 T of an RMSNorm, b T h + 8 T of a LayerNorm (operations.py)."""
-    laid = next(laid for laid in layout.blocks if laid.block.role in ("layer", "encoder_layer"))
-    before = first_norm(LayerModules(laid, shape))
-    if before is None:
-        return 0
-    with_bias = any(weight.module == before and weight.name.endswith("bias") for weight in laid.weights)
-    if with_bias:
-        return sizes.bytes(shape.hidden_size) + 2 * sizes.fp32_bytes(1)
-    return sizes.fp32_bytes(shape.hidden_size) + sizes.fp32_bytes(1)
 
 
 def embedded_bytes(shape: ModelShape, layout: Layout, sizes: Sizes) -> int:

@@ -59,6 +59,11 @@ def record_block(build: Build, input_bytes: int, output_bytes: int, *, returns_h
     )
 
 
+def record_first(build: Build, input_bytes: int, output_bytes: int) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+    """Forward and backward, without recomputation, of a block whose input needs no gradient."""
+    return _run(build, input_bytes, output_bytes, Tape(), needs_gradient=False)
+
+
 def _without_own_hooks(steps: tuple[Step, ...]) -> tuple[Step, ...]:
     """A recomputation without the forward hooks of the block itself, the first module that it entered: these stay
     outside the checkpoint.
@@ -71,9 +76,15 @@ def _without_own_hooks(steps: tuple[Step, ...]) -> tuple[Step, ...]:
 
 
 def _run(
-    build: Build, input_bytes: int, output_bytes: int, tape: Tape, *, keeps_input: bool = False
+    build: Build,
+    input_bytes: int,
+    output_bytes: int,
+    tape: Tape,
+    *,
+    keeps_input: bool = False,
+    needs_gradient: bool = True,
 ) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
-    source = Value(Tensor(input_bytes, foreign=True))
+    source = Value(Tensor(input_bytes, foreign=True), needs_gradient=needs_gradient)
     if keeps_input:
         source.storage.refs += 1
     out = build(tape, source)

@@ -78,11 +78,6 @@ def _after(tape: Tape, modules: Modules, sizes: Sizes, name: str | None, x: Valu
     return out
 
 
-def first_norm(layer: LayerModules) -> str | None:
-    """The norm before the attention, if the family has one."""
-    return _norm_roles(layer.norms, layer.shape.model_type)[0]
-
-
 def _norm_roles(norms: list[str], model_type: str) -> tuple[str | None, str | None, str | None, str | None]:
     """(before attention, after attention, before MLP, after MLP)."""
     if len(norms) >= 4:

@@ -22,11 +22,13 @@ from zplan.memory.timeline import (
     INNER,
     Recorded,
     Recording,
+    embedding_has_backward,
     entered_modules,
     external_numbers,
     fetch_order,
     module_bases,
     output_numbers,
+    plain_steps,
     recomputation,
     root_module,
     rotary_modules,
@@ -54,7 +56,7 @@ class _Walk:
         self.strips: dict[tuple[int, int, bool, bool], Strip] = {}
         self.returned = self.locals = 0
         owned = module_parameters(recording) if fetches else {}
-        self.viewed = viewed_numbers(recording) if fetches else frozenset()
+        self.viewed = viewed_numbers(recording, checkpointing=checkpointing) if fetches else frozenset()
         self.viewing = {module for module, numbers in owned.items() if not self.viewed.isdisjoint(numbers)}
 
     def run(self) -> None:
@@ -118,8 +120,10 @@ class _Walk:
         self.call(Op.NOTHING)
         self.phases.append(len(self.calls))
 
-    def _begin_lap(self, index: int, way: int) -> None:
-        """A layer of a block begins, on the way forward (1) or back (-1)."""
+    def _begin_lap(self, index: int, way: int, layer: int) -> None:
+        """A layer of a block begins, on the way forward (1) or back (-1); one that runs apart is in no lap."""
+        if layer < self.num_apart(index):
+            return
         self.starts.setdefault((index, way), []).append(len(self.calls))
 
     # -- forward -------------------------------------------------------------------------------------------------
@@ -129,29 +133,22 @@ class _Walk:
                 if block.laid.block.role == "embedding":
                     self._embed(index)
                 continue
-            steps = block.tape.forward_without_saving if self._is_checkpointed(block) else block.tape.forward
             for layer in range(block.laid.repeat):
-                self._begin_lap(index, 1)
-                self._play(steps, index, layer, loses=self._is_checkpointed(block))
+                self._begin_lap(index, 1, layer)
                 if self._is_checkpointed(block):
+                    self._play(block.tape.forward_without_saving, index, layer, loses=True)
                     self._return_scores()
-                elif self.starts_without_gradient and self._is_first(index, layer):
-                    self.meter.add(Kind.ACTIVATIONS, -self.recording.first_norm_bytes)
+                else:
+                    self._play(plain_steps(block, layer)[0], index, layer)
         self.meter.add(Kind.ACTIVATIONS, -self.returned - self.locals)
         self.returned = self.locals = 0
         for index, block in enumerate(self.recording.blocks):
             if block.late:
                 self._play(block.late.forward, index, 0)
 
-    @property
-    def starts_without_gradient(self) -> bool:
-        """Adapters without checkpointing: nothing before the first adapter is in the graph."""
-        return self.recording.reentrant and not self.checkpointing
-
-    def _is_first(self, index: int, layer: int) -> bool:
-        blocks = self.recording.blocks
-        roles = [block.laid.block.role for block in blocks[:index]]
-        return layer == 0 and blocks[index].laid.block.role == "layer" and "layer" not in roles
+    def num_apart(self, index: int) -> int:
+        """How many of a block's layers run other steps than the rest."""
+        return int(not self.checkpointing and self.recording.blocks[index].first is not None)
 
     def _return_scores(self) -> None:
         """The layer's result with its attention's weights stays with the model's loop until the next layer's is there.
@@ -229,7 +226,7 @@ class _Walk:
                 continue
             checkpointed = self._is_checkpointed(block)
             for layer in reversed(range(block.laid.repeat)):
-                self._begin_lap(index, -1)
+                self._begin_lap(index, -1, layer)
                 if checkpointed:
                     reentrant = r.reentrant and self.fetches
                     again, back = recomputation(block.tape, reentrant=reentrant)
@@ -242,11 +239,10 @@ class _Walk:
                         self.call(Op.END_RECOMPUTED)
                     meter.add(Kind.ACTIVATIONS, -r.hidden_bytes * (1 + reentrant))
                 else:
-                    if self.starts_without_gradient and self._is_first(index, layer):
-                        meter.add(Kind.ACTIVATIONS, r.first_norm_bytes)
-                    self._play(block.tape.backward, index, layer)
+                    self._play(plain_steps(block, layer)[1], index, layer)
         meter.add(Kind.ACTIVATIONS, self._input_bytes() // 2)
-        self._embedding_backward()
+        if embedding_has_backward(r, checkpointing=self.checkpointing):
+            self._embedding_backward()
 
     def _embedding_backward(self) -> None:
         """Neither the model nor its tables are ever released by a hook, since their inputs, numbers, have no gradient:
@@ -285,7 +281,7 @@ class _Walk:
             loses: the forward of a checkpointed block, which keeps nothing.
         """
         meter, block = self.meter, self.recording.blocks[index]
-        played = self._strip(steps, index, runs_again=runs_again, loses=loses)
+        played = self._strip(steps, index, layer, runs_again=runs_again, loses=loses)
         meter.stretch(Kind.ACTIVATIONS, *played.before)
         if not played.calls:
             return
@@ -300,9 +296,10 @@ class _Walk:
         meter.mark()
         meter.stretch(Kind.ACTIVATIONS, *played.after)
 
-    def _strip(self, steps: Sequence[Step], index: int, *, runs_again: bool, loses: bool) -> Strip:
-        """A way through a block; its layers are all alike."""
-        reentrant, first = self.recording.reentrant, self.module_base[index]
+    def _strip(self, steps: Sequence[Step], index: int, layer: int, *, runs_again: bool, loses: bool) -> Strip:
+        """A way through a block; the layers that run the same steps are all alike."""
+        reentrant, block = self.recording.reentrant, self.recording.blocks[index]
+        first = self.module_base[index] + layer * max(len(block.modules.numbers), 1)
 
         def operation(event: int, number: int) -> Op | None:
             if event == Event.GRADIENT:
@@ -383,7 +380,8 @@ def _laps(walk: _Walk, calls: tuple[Call, ...]) -> tuple[Laps, ...]:
         block = walk.recording.blocks[index]
         laps = laps_of(
             calls, starts, Op.GRADIENT, Op.END_RECOMPUTED, parameters=way * len(block.laid.weights),
-            modules=way * max(len(block.modules.numbers), 1), low=walk.recording.items.base[index],
+            modules=way * max(len(block.modules.numbers), 1),
+            low=walk.recording.items.base[index] + walk.num_apart(index) * len(block.laid.weights),
         )  # fmt: skip
         found += [laps] if laps else []
     return tuple(found)

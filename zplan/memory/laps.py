@@ -35,6 +35,13 @@ class Laps:
         """Whether it is a parameter of a lap."""
         return self.low <= number < self.high
 
+    def laps_ahead(self, number: int) -> int:
+        """How many laps further on the parameter is still one of these laps; none for one that is in no lap."""
+        if not self.has(number):
+            return 0
+        room = self.high - 1 - number if self.parameters > 0 else number - self.low
+        return room // abs(self.parameters)
+
     def moved(self, number: int, way: int) -> int:
         """The parameter as far on as that; one that is in no lap stays itself."""
         return number + way if self.low <= number < self.high else number

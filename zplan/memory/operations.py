@@ -105,7 +105,7 @@ def linear(
     adapted = modules.owner_of(f"{name}.lora_A.default")
     path = f"{name}.base_layer" if adapted else name
     if adapted:
-        tape.enter(modules.number(name))
+        tape.enter(modules.number(name), x)
     out = _matmul(tape, modules, sizes, path, owned, x, (in_features, out_features), flat)
     if not adapted:
         return out
@@ -200,9 +200,9 @@ def _base_result(
 def _adapter_dropout(tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, width: int) -> Value:
     """The input as an adapter sees it: itself, or a copy of it beside the mask."""
     number = modules.number(name)
-    tape.enter(number)
+    tape.enter(number, x)
     out = _with_mask(tape, sizes, x, width) if sizes.adapter_dropout else x
-    tape.exit(number)
+    tape.exit(number, out)
     return out
 
 
@@ -218,7 +218,7 @@ def _matmul(
 ) -> Value:
     in_features, out_features = features
     number = modules.number(path)
-    tape.enter(number)
+    tape.enter(number, x)
     partitioned = sizes.partitioned and not (sizes.multiplies_by_hand and ".lora_" not in path)
     dequantised = sum(sizes.itemsize * weight.numel for _, weight in owned if weight.itemsize == 0)
     out = tape.apply(
@@ -230,7 +230,7 @@ def _matmul(
         viewed=not flat and not partitioned,
         forward_temporary=dequantised,
     )
-    tape.exit(number)
+    tape.exit(number, out)
     return out
 
 
@@ -243,7 +243,7 @@ def rms_norm(tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, wi
     number = modules.number(name)
     small, large, fine = sizes.bytes(width), sizes.fp32_bytes(width), sizes.fp32_bytes(1)
     casts = sizes.itemsize != FP32
-    tape.enter(number)
+    tape.enter(number, x)
     wide = tape.apply(large, [(x, small)]) if casts else x
     square = tape.apply(large, [(wide, large)], saves=(wide,), temporary=2 * large)
     mean = tape.apply(fine, [(square, large)])
@@ -262,7 +262,7 @@ def rms_norm(tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, wi
         )  # fmt: skip
         out = tape.apply(small, [(scaled, large)])
         tape.drop(normal, scaled)
-        tape.exit(number)
+        tape.exit(number, out)
         return out
     back = tape.apply(small, [(normal, large)]) if casts else normal
     out = tape.apply(
@@ -275,7 +275,7 @@ def rms_norm(tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, wi
     tape.drop(normal)
     if casts:
         tape.drop(back)
-    tape.exit(number)
+    tape.exit(number, out)
     return out
 
 
@@ -286,7 +286,7 @@ def layer_norm(tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, 
     """
     owned = modules.owner_of(name)
     number = modules.number(name)
-    tape.enter(number)
+    tape.enter(number, x)
     out = tape.apply(
         sizes.bytes(width),
         [(x, sizes.bytes(width))],
@@ -294,7 +294,7 @@ def layer_norm(tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, 
         extra_saved=2 * sizes.fp32_bytes(1),
         weights=gradients_of(owned),
     )
-    tape.exit(number)
+    tape.exit(number, out)
     return out
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from zplan.memory.experts import LEAF, LEAF_FAMILIES, wrappers
 from zplan.memory.layer_modules import is_expert_adapter
 from zplan.memory.operations import MAGNITUDE
+from zplan.memory.tape import Event
 from zplan.memory.timeline import Recorded, Recording, module_bases, output_numbers, root_module
 from zplan.memory.trainable import EXPERT_ADAPTERS, Weight
 from zplan.model_shape import ModelShape
@@ -76,7 +77,7 @@ def unread_numbers(recording: Recording) -> frozenset[int]:
     return frozenset(found)
 
 
-def viewed_numbers(recording: Recording) -> frozenset[int]:
+def viewed_numbers(recording: Recording, *, checkpointing: bool) -> frozenset[int]:
     """Weights of which autograd keeps a view, and with it the gathered storage that ZeRO-3 means to free: stacked
     weights of experts without adapters, and Falcon's linear layers, which do without the function that ZeRO-3 replaces.
 
@@ -94,26 +95,23 @@ def viewed_numbers(recording: Recording) -> frozenset[int]:
         ]
         for layer in range(block.laid.repeat):
             first = recording.items.base[index] + layer * len(block.laid.weights)
-            found += [first + local for local in (*plain, *_transposed(recording, block, layer))]
+            found += [first + local for local in (*plain, *_transposed(recording, block, layer, checkpointing))]
     return frozenset(found)
 
 
-def _transposed(recording: Recording, block: Recorded, layer: int) -> list[int]:
-    """Places of Falcon's linear weights in a layer. Those of the first layer that take the embedding's output keep
-    nothing with adapters and without checkpointing: their input needs no gradient.
-
-    Limits: with adapters on some modules only, other inputs of the first layer need none either; they are counted.
-    """
-    shape = recording.shape
-    if shape.model_type != "falcon" or block.laid.block.role != "layer":
+def _transposed(recording: Recording, block: Recorded, layer: int, checkpointing: bool) -> list[int]:
+    """Places of Falcon's linear weights in a layer. One whose input needs no gradient keeps nothing: no hook follows
+    its backward."""
+    if recording.shape.model_type != "falcon" or block.laid.block.role != "layer":
         return []
-    without = {"query_key_value", "dense_h_to_4h"} if shape.config.get("parallel_attn", True) else {"query_key_value"}
-    skipped = without if recording.reentrant and layer == 0 else set()
+    apart = block.first if layer == 0 and not checkpointing else None
+    followed = {module for event, module, _ in apart[1] if event == Event.POST_BACKWARD} if apart else None
+    names = block.modules.numbers
     return [
         local
         for local, weight in enumerate(block.laid.weights)
         if len(weight.shape) == 2 and ".lora_" not in weight.name
-        if weight.module.rpartition(".")[2] not in skipped
+        if followed is None or names.get(f"{weight.module}.base_layer", names.get(weight.module)) in followed
     ]
 
 
@@ -136,5 +134,8 @@ def leaf_modules(recording: Recording) -> tuple[frozenset[int], dict[int, tuple[
                 )  # fmt: skip
                 if name == LEAF:
                     leaves.add(module)
-    inside[root_module(recording)] = tuple(range(len(recording.items.numel)))
+    root = root_module(recording)
+    inside[root] = tuple(range(len(recording.items.numel)))
+    if recording.runs_head:
+        inside[root + 1] = output_numbers(recording)
     return frozenset(leaves), inside

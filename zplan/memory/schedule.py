@@ -190,7 +190,7 @@ class Scheduler:
         return self._released_alike(now, before, stretch, most)
 
     def _fetched_alike(self, now: Coordinator, before: _Before, laps: Laps) -> int:
-        """For how many laps the queue brings the same again."""
+        """For how many laps the queue brings the same again, of these laps' parameters and no others."""
         width, steps = now.head - before.head, now.step - before.step
         if not width:
             return laps.count
@@ -203,7 +203,8 @@ class Scheduler:
                 number, step = queue[place]
                 is_alike = queue[place + width] == (number + laps.parameters, step + steps)
                 known[place] = 1 + known[place + 1] if is_alike else 0
-        return known[before.head] // width
+        taken = (number for number, _ in queue[before.head : now.head])
+        return min(known[before.head] // width, min(map(laps.laps_ahead, taken)))
 
     def _released_alike(self, now: Coordinator, before: _Before, stretch: _Stretch, most: int) -> int:
         """For how many laps, `most` at most, the same parameters are far from their next use; notes how far."""

@@ -46,10 +46,11 @@ class Tensor:
 class Value:
     """One node's output in the graph: its storage and, during backward, its gradient."""
 
-    __slots__ = ("gradient", "storage")
+    __slots__ = ("gradient", "needs_gradient", "storage")
 
-    def __init__(self, storage: Tensor) -> None:
+    def __init__(self, storage: Tensor, *, needs_gradient: bool = True) -> None:
         self.storage = storage
+        self.needs_gradient = needs_gradient
         self.gradient: Tensor | None = None
 
 
@@ -175,11 +176,16 @@ class Tape:
         self._in_leaf = False
         self.exit(module)
 
-    def enter(self, module: int) -> None:
-        """A module's forward begins."""
+    def enter(self, module: int, x: Value | None = None) -> None:
+        """A module's forward begins.
+
+        Args:
+            x: its input, if that may need no gradient: then no hook follows the module's backward.
+        """
         if self._in_leaf:
             return
-        self.operations.append(Marker(module, True))
+        if x is None or x.needs_gradient:
+            self.operations.append(Marker(module, True))
         self._emit(Event.PRE_FORWARD, module)
 
     def visit(self, module: int) -> None:
@@ -188,11 +194,19 @@ class Tape:
             self._emit(Event.PRE_FORWARD, module)
             self._emit(Event.POST_FORWARD, module)
 
-    def exit(self, module: int) -> None:
-        """A module's forward ends."""
+    def exit(self, module: int, out: Value | None = None) -> None:
+        """A module's forward ends.
+
+        Args:
+            out: its output, if that may need no gradient: then no hook precedes the module's backward.
+
+        Source: deepspeed 0.19.8, runtime/zero/parameter_offload.py (PreBackwardFunctionForModule,
+        PostBackwardFunctionModule: nodes of the graph, which exist where a gradient passes).
+        """
         if self._in_leaf:
             return
-        self.operations.append(Marker(module, False))
+        if out is None or out.needs_gradient:
+            self.operations.append(Marker(module, False))
         self._emit(Event.POST_FORWARD, module)
 
     # -- forward -------------------------------------------------------------------------------------------------
@@ -209,7 +223,7 @@ class Tape:
         forward_temporary: int = 0,
         viewed: bool = False,
     ) -> Value:
-        """Run one operation.
+        """Run one operation; one without weights whose inputs need no gradient is none of the graph's.
 
         Args:
             num_bytes: of the output; None for a view of the first input.
@@ -217,6 +231,8 @@ class Tape:
             temporary: bytes its backward needs besides its results.
             viewed: the gradients of its inputs are views.
         """
+        if inputs and not weights and not any(value.needs_gradient for value, _ in inputs):
+            return self._apply_outside(num_bytes, inputs[0][0], forward_temporary + extra_saved)
         self.num_operations += 1
         saved = [value.storage for value in saves] if self.keeps else []
         for tensor in saved:
@@ -232,9 +248,17 @@ class Tape:
         if saves_output and self.keeps:
             out.storage.refs += 1
             saved.append(out.storage)
-        self.operations.append(Operation(out, inputs, saved, weights, temporary, viewed))
+        needing = [(value, fresh) for value, fresh in inputs if value.needs_gradient]
+        self.operations.append(Operation(out, needing, saved, weights, temporary, viewed))
         if self.stop_at == self.num_operations:
             self._stop(saved)
+        return out
+
+    def _apply_outside(self, num_bytes: int | None, source: Value, temporary: int) -> Value:
+        """Run an operation that the graph knows nothing of: it keeps nothing."""
+        out = self._output(num_bytes, [(source, None)])
+        out.needs_gradient = False
+        self.touch(temporary)
         return out
 
     def _keep_extra(self, num_bytes: int) -> list[Tensor]:
@@ -269,8 +293,9 @@ class Tape:
     def split(self, source: Value, count: int, num_bytes: int) -> tuple[Value, ...]:
         """`count` views of a tensor of `num_bytes`, as torch.split and torch.chunk give."""
         source.storage.refs += count
-        outs = tuple(Value(source.storage) for _ in range(count))
-        self.operations.append(Division(outs, source, num_bytes))
+        outs = tuple(Value(source.storage, needs_gradient=source.needs_gradient) for _ in range(count))
+        if source.needs_gradient:
+            self.operations.append(Division(outs, source, num_bytes))
         return outs
 
     # -- backward ------------------------------------------------------------------------------------------------

@@ -14,11 +14,10 @@ from zplan.memory.around import (
     arguments_bytes,
     dropout_rate,
     embedded_bytes,
-    first_norm_bytes,
     returned_bytes,
 )
 from zplan.memory.attention import uses_rotary
-from zplan.memory.block_tape import BlockTape, record_block
+from zplan.memory.block_tape import BlockTape, record_block, record_first
 from zplan.memory.blocks import build_layer
 from zplan.memory.instances import Instances, instances
 from zplan.memory.loss import LossCost, loss_cost
@@ -36,6 +35,9 @@ class Recorded:
     laid: LaidBlock
     tape: BlockTape | None
     modules: Modules
+    first: tuple[tuple[Step, ...], tuple[Step, ...]] | None = None
+    """Forward and backward of the model's first layer where its input needs no gradient: with adapters on a frozen
+    embedding, without recomputation. Nothing before the first adapter is in the graph."""
     late: BlockTape | None = None
     """A norm among the embeddings' parameters that runs after the layers (OPT)."""
 
@@ -60,8 +62,6 @@ class Recording:
     blocks: tuple[Recorded, ...]
     loss: LossCost
     hidden_bytes: int
-    first_norm_bytes: int
-    """What the first layer's norm keeps; nothing where its input needs no gradient (adapters without checkpointing)."""
     adds_to_embedding: bool
     """The first layer's input is not the embedding's output: positions are added (GPT-2, OPT), or it is scaled outside
     the embedding's module (Granite)."""
@@ -129,12 +129,15 @@ def _record(shape: ModelShape, recipe: Recipe, layout: Layout, sizes: Sizes) -> 
     embeddings = [laid for laid in layout.blocks if laid.block.role == "embedding"]
     outputs = heads or [laid.weights[0] for laid in embeddings]
     head_trains = any(weight.trainable for weight in outputs)
+    apart = None
+    if not any(weight.trainable for laid in embeddings for weight in laid.weights):
+        apart = next((laid for laid in layout.blocks if laid.block.role == "layer"), None)
     return Recording(
         shape=shape,
         layout=layout,
         items=instances(layout),
         sizes=sizes,
-        blocks=tuple(_record_one(laid, shape, sizes, hidden) for laid in layout.blocks),
+        blocks=tuple(_record_one(laid, shape, sizes, hidden, is_apart=laid is apart) for laid in layout.blocks),
         loss=loss_cost(
             recipe.loss,
             shape,
@@ -145,7 +148,6 @@ def _record(shape: ModelShape, recipe: Recipe, layout: Layout, sizes: Sizes) -> 
             on_cpu=sizes.on_cpu,
         ),
         hidden_bytes=hidden,
-        first_norm_bytes=first_norm_bytes(shape, layout, sizes),
         adds_to_embedding=shape.model_type.startswith(("gpt2", "opt", "granite")),
         embedded_bytes=embedded_bytes(shape, layout, sizes),
         arguments_bytes=arguments_bytes(shape, sizes),
@@ -165,12 +167,14 @@ def is_output(weight: Weight) -> bool:
     )
 
 
-def _record_one(laid: LaidBlock, shape: ModelShape, sizes: Sizes, hidden: int) -> Recorded:
+def _record_one(laid: LaidBlock, shape: ModelShape, sizes: Sizes, hidden: int, *, is_apart: bool) -> Recorded:
     modules = Modules.of(laid)
     role = laid.block.role
     if role in ("layer", "encoder_layer"):
         build, returns = build_layer(laid, shape, sizes, modules), returned_bytes(shape, sizes) > 0
-        return Recorded(laid=laid, tape=record_block(build, hidden, hidden, returns_held=returns), modules=modules)
+        tape = record_block(build, hidden, hidden, returns_held=returns)
+        first = record_first(build, hidden, hidden) if is_apart else None
+        return Recorded(laid=laid, tape=tape, modules=modules, first=first)
     if role in ("final", "head"):
         return Recorded(laid=laid, tape=_record_final(laid, shape, sizes, modules, hidden), modules=modules)
     for weight in laid.weights:
@@ -265,6 +269,23 @@ def recomputation(tape: BlockTape, *, reentrant: bool) -> tuple[tuple[Step, ...]
     return tape.recompute, tape.backward_after_recompute
 
 
+def plain_steps(block: Recorded, layer: int) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+    """Forward and backward of a block's layer without recomputation."""
+    if block.first and layer == 0:
+        return block.first
+    assert block.tape is not None
+    return block.tape.forward, block.tape.backward
+
+
+def embedding_has_backward(recording: Recording, *, checkpointing: bool) -> bool:
+    """Checkpointing makes the output of a frozen embedding need a gradient.
+
+    Source: transformers 5.23.0, modeling_utils.py (enable_input_require_grads); peft 0.21.2, peft_model.py
+    (_prepare_model_for_gradient_checkpointing).
+    """
+    return checkpointing or not any(block.first for block in recording.blocks)
+
+
 def _is_embedding(block: Recorded) -> bool:
     return block.tape is None and block.laid.block.role == "embedding"
 
@@ -304,8 +325,9 @@ def fetch_order(recording: Recording, *, checkpointing: bool) -> list[int]:
                 for steps in recomputation(tape, reentrant=recording.reentrant):
                     collect(steps, index, layer)
             else:
-                collect(tape.backward, index, layer)
+                collect(plain_steps(recording.blocks[index], layer)[1], index, layer)
+    has_backward = embedding_has_backward(recording, checkpointing=checkpointing)
     for base, block in zip(bases, recording.blocks, strict=True):
-        if _is_embedding(block):
+        if _is_embedding(block) and has_backward:
             order += [base + number for number in reversed(range(len(block.embeddings)))]
     return order
