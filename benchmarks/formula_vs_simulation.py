@@ -119,6 +119,11 @@ def added_cases() -> list[Case]:
                stage3_max_reuse_distance=0),
         _added("mistral-7b", "lora", 3, checkpointing=False, micro_batch=2, accumulation=2,
                stage3_prefetch_bucket_size=500_000_000, stage3_max_reuse_distance=30_000_000),
+        _added("llama-3.2-1b", "full", 3, world_size=2, adapter=MUON),
+        _added("llama-3.1-8b", "full", 3, reduce_bucket_size=50_000_000, adapter=MUON),
+        _added("qwen2.5-0.5b", "full", 3, world_size=4, accumulation=2, reduce_bucket_size=50_000_000,
+               sub_group_size=10_000_000, adapter=MUON),
+        _added("qwen2.5-7b", "lora", 3, adapter=MUON, offload_param=OffloadParam(device="cpu")),
     ]  # fmt: skip
 
 

@@ -18,7 +18,8 @@ from zplan.memory.muon import (
     update_bytes,
     updates_bytes,
 )
-from zplan.memory.stage3 import sub_groups
+from zplan.memory.muon3 import MOST_KEPT_BYTES, GatherBuffers, muon_chunks, muon_step_bytes, rounds_bytes
+from zplan.memory.stage3 import muon_bytes, sub_groups
 from zplan.memory.stage12 import partition
 from zplan.memory.terms import MemoryEstimate
 from zplan.memory.trainable import layout
@@ -136,7 +137,69 @@ def test_the_rank_that_holds_most_is_the_one_with_most_matrices_not_most_element
         assert held[cut.rank] == max(held)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_stage_3_keeps_momentum_of_its_partitions_once_and_adamw_s_states_of_the_rest() -> None:
+    found = estimate(ZeroConfig(stage=3))
+    assert states(found) == 8 * (EMBEDDING + NORMS) // 8
+    momentum = [term for term in found.gpu.terms if term.name == "Muon's momentum"]
+    assert [(term.bytes, term.phases) for term in momentum] == [
+        (2 * MATRICES // 8, ("init", "forward", "backward", "step", "save"))
+    ]
+
+
+def test_matrices_are_gathered_in_chunks_of_the_reduce_bucket_one_at_least() -> None:
+    group = [(50, (10, 10)), (100, (10, 20)), (50, (10, 10))]
+    assert [len(chunk) for chunk in muon_chunks(group, 300)] == [2, 1]
+    assert [len(chunk) for chunk in muon_chunks(group, 1)] == [1, 1, 1]
+    assert [len(chunk) for chunk in muon_chunks(group, 400)] == [3]
+
+
+def test_gather_buffers_are_kept_by_size_up_to_256_mib_and_the_least_recent_goes() -> None:
+    buffers = GatherBuffers(num_ranks=7, itemsize=2)
+    third = MOST_KEPT_BYTES // 3 // 16
+    assert buffers.take(third) == buffers.take(third - 1) == buffers.take(third - 2) == 0
+    assert buffers.kept_bytes == 8 * 2 * (3 * third - 3)
+    assert buffers.take(third) == 0  # again: now the most recent
+    assert buffers.take(third - 3) == 0
+    assert set(buffers.kept) == {third - 2, third, third - 3}
+    assert buffers.take(MOST_KEPT_BYTES // 16 + 1) == MOST_KEPT_BYTES + 16  # made for one gather, kept by none
+    assert set(buffers.kept) == {third - 2, third, third - 3}
+    assert GatherBuffers(num_ranks=1, itemsize=2).take(10**9) == 0  # one rank has nothing to gather
+
+
+def test_a_round_of_equal_matrices_is_gathered_in_place_and_others_in_padded_copies() -> None:
+    square, wide = (100, 100), (100, 200)
+    assert rounds_bytes([square, square], num_ranks=2, itemsize=2) == update_bytes(square, 2)
+    padded = 2 * 2 * 3 * 20_000  # gradient and momentum: one's own and two ranks', of the larger matrix
+    assert rounds_bytes([square, wide], num_ranks=2, itemsize=2) == max(update_bytes(square, 2), 2 * 10_000 + padded)
+    again = (
+        padded + 2 * 10_000 + update_bytes(square, 2)
+    )  # the copies and the update of the round before are still there
+    assert rounds_bytes([square, wide] * 2, num_ranks=2, itemsize=2) == again
+    replaced = 2 * 10 + 2 * 2 * 3 * 20_000 + 2 * 2 * 20_000  # and one of them when the last of the new ones is made
+    assert rounds_bytes([(1, 10), wide] * 2, num_ranks=2, itemsize=2) == replaced
+
+
+def test_a_later_chunk_has_the_whole_gradients_of_the_one_before_beside_it() -> None:
+    chunk = [(5_000, (100, 100)), (5_000, (100, 100))]
+    whole, clone = 2 * 2 * 10_000, 2 * 10_000
+    kept, above = muon_step_bytes([chunk], num_ranks=2, itemsize=2)
+    assert kept == 3 * 2 * 10_000
+    assert above == 2 * whole + clone + update_bytes((100, 100), 2)
+    assert muon_step_bytes([chunk, chunk], num_ranks=2, itemsize=2) == (kept, above + whole)
+    assert muon_step_bytes([chunk], num_ranks=1, itemsize=2)[0] == 0
+    assert muon_step_bytes([], num_ranks=2, itemsize=2) == (0, 0)
+
+
+def test_a_smaller_bucket_never_raises_what_muon_s_update_takes_at_stage_3() -> None:
+    items = instances(layout(LLAMA, FULL))
+    peaks = [
+        sum(muon_bytes(items, ZeroConfig(stage=3, reduce_bucket_size=size), 8, itemsize=2))
+        for size in (500_000_000, 100_000_000, 20_000_000)
+    ]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_where_muon_is_checked_it_fits_and_is_not_called_unchecked(stage: Any, method: Any) -> None:
     found = estimate(ZeroConfig(stage=stage), method=method)
@@ -147,7 +210,7 @@ def test_where_muon_is_checked_it_fits_and_is_not_called_unchecked(stage: Any, m
 @pytest.mark.parametrize(
     ("zero", "options"),
     [
-        (ZeroConfig(stage=3), {}),
+        (ZeroConfig(stage=3, offload_optimizer=OffloadOptimizer(device="cpu")), {}),
         (ZeroConfig(stage=2, offload_optimizer=OffloadOptimizer(device="cpu")), {}),
         (ZeroConfig(stage=2), {"dtype": "fp16"}),
         (ZeroConfig(stage=0), {"dtype": "fp32"}),

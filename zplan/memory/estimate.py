@@ -254,8 +254,9 @@ def outside_allocator(choice: Choice, cluster: Cluster) -> ByteRange:
 def largest_of_engine(laid: Layout, recipe: Recipe, choice: Choice) -> int:
     """The largest tensor of the engine that comes and goes: a reduce bucket, an fp32 gradient, a gathered weight."""
     zero, b = choice.zero, recipe.weight_bytes
+    gathers_for_muon = laid.muon and zero.stage == 3
     return max(
-        b * zero.reduce_bucket_size if zero.stage and zero.contiguous_gradients else 0,
+        b * zero.reduce_bucket_size if zero.stage and (zero.contiguous_gradients or gathers_for_muon) else 0,
         FP32 * laid.largest_trainable,
         b * laid.largest if zero.stage == 3 else 0,
     )

@@ -91,7 +91,8 @@ class Gathering:
         zero = choice.zero
         shards = shard(self.items, zero, choice.batch.world_size)
         later = self.of_later_steps(choice)
-        states = 0 if zero.offloads_optimizer else ADAM_STATES * shards.trainable_numel
+        of_adam = shards.trainable_numel - sum(shards.partition[number] for number in self.items.muon)
+        states = 0 if zero.offloads_optimizer else ADAM_STATES * of_adam
         untraced = replace(shards, persistent=frozenset(), persistent_bytes=0)
         first = self._bytes(choice, untraced, self.first_schedule, has_copies=True)
         second, missing_bytes = self._second_micro_step(choice, shards) or (later, 0)

@@ -48,10 +48,10 @@ def _of_recipe(recipe: Recipe, choice: Choice) -> list[str]:
 
 def _of_muon(recipe: Recipe, choice: Choice, on_cpu: bool) -> list[str]:
     lines = []
-    if choice.zero.stage == 3:
-        lines.append("Muon at stage 3 gathers gradients and momentum of whole matrices for its update (stage3.py)")
-    elif choice.zero.offloads_optimizer:
-        lines.append("Muon with offload gathers whole matrices for its update (stage_1_and_2.py)")
+    if choice.zero.offloads_optimizer:
+        lines.append(
+            "Muon with offload: its update gathers whole matrices on the GPU (_apply_muon_updates_cpu_offload)"
+        )
     if recipe.dtype != "bf16":
         lines.append(f"Muon in {recipe.dtype}: other copies in its orthogonalisation (original_muon.py)")
     if on_cpu:

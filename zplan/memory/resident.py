@@ -9,7 +9,7 @@ from math import prod
 from zplan.memory.instances import Instances, instances
 from zplan.memory.muon import ADAM_STATES, first_updates_bytes
 from zplan.memory.runtime import ALLOCATOR_ROUNDING
-from zplan.memory.stage3 import Shards, left_on_gpu, secondary_group, sub_groups
+from zplan.memory.stage3 import Shards, left_on_gpu, muon_bytes, secondary_group, sub_groups
 from zplan.memory.stage12 import Partitions
 from zplan.memory.states import FP32, optimizer_state_bytes, step_temporary_bytes
 from zplan.memory.terms import Phase, Term
@@ -240,6 +240,28 @@ def _left_on_gpu(laid: Layout, choice: Choice) -> list[Term]:
     ]
 
 
+def _states_of_stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards, num_groups: int) -> list[Term]:
+    """States of the partitions, from the first step. Muon: momentum of its own in the dtype of the reduction from the
+    start, the buffers of its gathers (muon3.py), and AdamW's states of the others.
+
+    Source: deepspeed 0.19.8, runtime/zero/stage3.py:1066 (_create_momentum_buffer), :2060
+    (_partitioned_buffers_all_gather).
+    """
+    items, b, numel = instances(laid), recipe.weight_bytes, shards.trainable_numel
+    source = "deepspeed 0.19.8, runtime/zero/stage3.py"
+    made = f"{recipe.optimizer} on {numel} elements, from the first step"
+    if not laid.muon:
+        states = optimizer_state_bytes(recipe.optimizer, numel, num_tensors=num_groups)
+        return [_term("optimizer states", states, STEPS, made, source)]
+    matrices = sum(shards.partition[number] for number in items.muon)
+    kept, _ = muon_bytes(items, choice.zero, choice.batch.world_size, itemsize=b)
+    return [
+        _term("optimizer states", ADAM_STATES * (numel - matrices), STEPS, f"{made}, {matrices} aside", source),
+        _term("Muon's momentum", b * matrices, AFTER_LOAD, f"{b} x {matrices}", source),
+        _term("Muon's gather buffers", kept, STEPS, "kept from step to step, 256 MiB at most", source),
+    ]
+
+
 def _stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards) -> Resident:
     """b P + 4 P + states(P) + b P gradients + the bucket + persistent parameters, less what is offloaded.
 
@@ -257,16 +279,9 @@ def _stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards) -> Res
             )
         )
     if not zero.offloads_optimizer:
-        states = optimizer_state_bytes(recipe.optimizer, numel, num_tensors=len(groups))
+        terms += _states_of_stage3(laid, recipe, choice, shards, len(groups))
         terms += [
             _term("master weights", FP32 * numel, AFTER_LOAD, f"4 x {numel}", source),
-            _term(
-                "optimizer states",
-                states,
-                STEPS,
-                f"{recipe.optimizer} on {numel} elements, from the first step",
-                source,
-            ),
             _term("gradient partitions", b * numel, STEPS, f"{b} x {numel}", source),
         ]
     bucket = b * zero.reduce_bucket_size if zero.contiguous_gradients else 0

@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 from zplan.memory.coordinator import Action
 from zplan.memory.instances import Instances
 from zplan.memory.meter import Kind, Meter
+from zplan.memory.muon3 import muon_chunks, muon_step_bytes
 from zplan.memory.runtime import ALLOCATOR_ROUNDING
 from zplan.zero_config import ZeroConfig
 
@@ -100,6 +101,23 @@ def sub_groups(items: Instances, num_ranks: int, sub_group_size: int) -> SubGrou
                 counts.append(count)
                 size = count = 0
     return SubGroups(tuple(totals), tuple(counts))
+
+
+def muon_bytes(items: Instances, zero: ZeroConfig, num_ranks: int, *, itemsize: int) -> tuple[int, int]:
+    """Gather buffers that Muon keeps between steps, and the most that its update has live above them (muon3.py)."""
+    return _muon_bytes(items, num_ranks, zero.sub_group_size, zero.reduce_bucket_size, itemsize)
+
+
+@lru_cache(1024)
+def _muon_bytes(
+    items: Instances, num_ranks: int, sub_group_size: int, reduce_bucket_size: int, itemsize: int
+) -> tuple[int, int]:
+    matrices = [(-(-items.numel[number] // num_ranks), items.muon[number]) for number in sorted(items.muon)]
+    chunks = []
+    for count in sub_groups(items, num_ranks, sub_group_size).counts:
+        chunks += muon_chunks(matrices[:count], reduce_bucket_size) if matrices else []
+        matrices = matrices[count:]
+    return muon_step_bytes(chunks, num_ranks=num_ranks, itemsize=itemsize)
 
 
 def left_on_gpu(items: Instances, zero: ZeroConfig, num_ranks: int) -> tuple[int, ...]:
@@ -327,7 +345,7 @@ class Stage3Engine:
         Source: deepspeed 0.19.8, runtime/comm/coalesced_collectives.py (reduce_scatter_coalesced), stage3.py:1883
         (__avg_scatter_contiguous_grads).
         """
-        scatters = self.zero.reduce_scatter or not self.zero.contiguous_gradients
+        scatters = (self.zero.reduce_scatter and not self.items.muon) or not self.zero.contiguous_gradients
         if not scatters and self.bucket_numel <= self.zero.reduce_bucket_size:
             return self.itemsize * self.bucket_numel if self.num_ranks > 1 else 0
         if len(self.bucket) == 1 and self.items.numel[self.bucket[0]] % self.num_ranks == 0:
@@ -348,6 +366,9 @@ class Stage3Engine:
         """
         if self.zero.offloads_optimizer:
             return
+        if self.items.muon:
+            _, updating = muon_bytes(self.items, self.zero, self.num_ranks, itemsize=self.itemsize)
+            self.meter.touch(Kind.TEMPORARIES, updating)
         self.meter.touch(Kind.TEMPORARIES, 2 * FP32 * self.shards.largest_partition)
         groups = sub_groups(self.items, self.num_ranks, self.zero.sub_group_size)
         for numel, count in zip(groups.numel, groups.counts, strict=True):

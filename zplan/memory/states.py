@@ -43,11 +43,12 @@ def optimizer_state_bytes(optimizer: Optimizer, numel: int, *, num_tensors: int 
 def step_temporary_bytes(optimizer: Optimizer, numel: int) -> int:
     """What the optimizer itself allocates while it updates `numel` fp32 elements.
 
-    Fused AdamW: nothing. Adafactor: the squared gradient and the update (8 numel). Muon, Lion, SGD: one update.
+    Fused AdamW: nothing. Adafactor: the squared gradient and the update (8 numel). Lion, SGD: one update.
+    Muon: nothing, its update is made before (muon.py, muon3.py).
 
     Source: torch 2.13.0, optim/adam.py (_fused_adam); transformers 5.23.0, optimization.py (Adafactor.step).
     """
-    if optimizer in ("adamw", "paged_adamw", "adamw_8bit", "paged_adamw_8bit"):
+    if optimizer in ("adamw", "paged_adamw", "adamw_8bit", "paged_adamw_8bit", "muon"):
         return 0
     if optimizer == "adafactor":
         return 2 * FP32 * numel
