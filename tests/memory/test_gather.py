@@ -264,6 +264,24 @@ def test_what_a_module_reads_without_owning_it_is_gathered_alone_once_even_on_on
     assert held == [2 * (100 + 4), 0]
 
 
+def test_the_loss_gathers_the_head_where_it_reads_it_in_the_first_step_only() -> None:
+    later, limits = two_modules(), Limits(prefetch=0, live=0, reuse=0)
+    first = Coordinator(
+        later.fetches, limits, persistent=frozenset(), external=(), trainable=TWO.trainable, num_unread=3
+    )
+    assert first.read_head((0,)) == ((Act.FETCH, (0,)),)
+    assert first.read_head((0,)) == ((Act.RELEASE, (0,)),)
+    assert later.read_head((0,)) == ()
+
+
+@pytest.mark.parametrize(("ranks", "staged"), [(1, 0), (2, 2 * 50)])
+def test_a_single_rank_copies_an_offloaded_parameter_once(ranks: int, staged: int) -> None:
+    zero, meter = replace(SMALL, offload_param=OffloadParam(device="cpu")), Meter()
+    engine = Stage3Engine(meter, TWO, shard(TWO, zero, ranks), zero, num_ranks=ranks, itemsize=2)
+    engine.follow([(Act.GATHER, (0,))])
+    assert meter.peak_bytes == 2 * 100 + staged
+
+
 def test_offloaded_persistent_parameters_are_copied_before_they_are_gathered_again() -> None:
     zero = replace(SMALL, offload_param=OffloadParam(device="cpu"))
     meter = Meter()

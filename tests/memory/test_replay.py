@@ -42,7 +42,7 @@ def whole_engine_peaks(walked: Course, recipe: Recipe, choice: Choice) -> dict[s
     act = {
         Op.NOTHING: lambda _: None,
         Op.BEGIN: lambda _: engine.begin_micro_step(),
-        Op.READ_HEAD: lambda _: engine.follow([(Act.READ, script.head)]),
+        Op.READ_HEAD: lambda _: None,  # of the first step alone
         Op.GRADIENT: engine.gradient,
         Op.STEP: lambda _: engine.step(),
         Op.END_STEP: lambda _: engine.follow([(Act.UPDATE, ())]),

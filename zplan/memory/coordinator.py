@@ -36,15 +36,13 @@ class Act(IntEnum):
     """Released, but the recomputed graph still holds the gathered tensor."""
     FORGET = 5
     """The graph has used it."""
-    READ = 6
-    """The loss reads the head's weight outside of any module, or is done with it."""
-    GIVE_BACK = 7
+    GIVE_BACK = 6
     """Backward is over: whatever is still gathered goes."""
-    UPDATE = 8
+    UPDATE = 7
     """The update is done."""
-    DROP = 9
+    DROP = 8
     """The node that makes a weight's gradient has run, and with it goes what the graph has kept of the weight."""
-    FETCH = 10
+    FETCH = 9
     """A parameter that the module does not own is read for the first time and gathered alone."""
 
 
@@ -397,6 +395,18 @@ class Coordinator:
             self.status[number] = AVAILABLE
             self.available_numel += self.fetches.numel[number]
         self.actions.append((int(Act.FETCH), wanted))
+
+    def read_head(self, numbers: tuple[int, ...]) -> tuple[Action, ...]:
+        """The loss reads the head's weight outside of any module, or is done with it. The first time it is gathered
+        there; from then on the model gathers it."""
+        self.actions = []
+        if not self.num_unread:
+            return ()
+        if self.status[numbers[0]] == NOT_AVAILABLE:
+            self._fetch(numbers)
+            return tuple(self.actions)
+        released = tuple(number for number in numbers if self._release(number))
+        return ((int(Act.RELEASE), released),) if released else ()
 
     def _wait(self, number: int) -> None:
         gather = self.inflight.pop(number)

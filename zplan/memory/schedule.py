@@ -18,6 +18,7 @@ MOST_IN_FLIGHT = 200
 """Parameters: with more of them a collective spans many layers, and no two laps are alike; not looked for, then."""
 _STEPS = (Op.PRE_MODULE, Op.RECOMPUTED_MODULE)
 """Calls that the coordinator counts."""
+_OTHERS = (Op.END_RECOMPUTED, Op.READ_HEAD)
 _LEAVING = (Op.POST_MODULE, Op.KEPT_MODULE, Op.VIEWED_MODULE)
 
 
@@ -138,7 +139,7 @@ class Scheduler:
         hooks, releases, steps = [], [], 0
         for call in range(first, end):
             op, module = self.script.calls[call]
-            if op not in _LEAVING and op not in _ACTS and op not in _STEPS and op != Op.END_RECOMPUTED:
+            if op not in _LEAVING and op not in _ACTS and op not in _STEPS and op not in _OTHERS:
                 if op == Op.GRADIENT and self._keeps:
                     hooks.append((call, op, module))
                 continue
@@ -160,6 +161,7 @@ class Scheduler:
             Op.VIEWED_MODULE: coordinator.viewed_module,
             Op.RECOMPUTED_MODULE: coordinator.recomputed_module,
             Op.END_RECOMPUTED: lambda _: coordinator.end_recomputed(),
+            Op.READ_HEAD: lambda _: coordinator.read_head(self.script.head),
             Op.GRADIENT: lambda number: ((int(Act.DROP), (number,)),),
         }
         happenings: list[Happening] = []
@@ -271,7 +273,7 @@ class Scheduler:
         now.available_numel += skipped * grown
 
 
-_ACTS: dict[int, Act] = {Op.READ_HEAD: Act.READ, Op.END_BACKWARD: Act.GIVE_BACK, Op.END_STEP: Act.UPDATE}
+_ACTS: dict[int, Act] = {Op.END_BACKWARD: Act.GIVE_BACK, Op.END_STEP: Act.UPDATE}
 
 
 def _stands_alike(now: Coordinator, before: _Before, laps: Laps, lap: int) -> bool:

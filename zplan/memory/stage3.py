@@ -157,10 +157,9 @@ class Stage3Engine:
         self.secondary = [0] * len(items.numel)
         self.padded_bytes = [b * part * num_ranks for b, part in zip(items.itemsize, shards.partition, strict=True)]
         self.act: tuple[Callable[[tuple[int, ...]], None], ...] = (
-            self._gather, self._arrive, self._settle, self._release, self._keep, self._forget, self.read_head,
-            self._give_back, self.end_step, self._drop, self._fetch,
+            self._gather, self._arrive, self._settle, self._release, self._keep, self._forget, self._give_back,
+            self.end_step, self._drop, self._fetch,
         )  # fmt: skip
-        self.reads_head = False
         self.bucket: list[int] = []
         self.bucket_numel = 0
         self.own: dict[int, int] = {}
@@ -195,7 +194,7 @@ class Stage3Engine:
             flat = sum(self.padded_bytes[number] for number in numbers)
         else:
             self._hold(numbers, [self._gathered_alone(number) for number in numbers])
-        if self.zero.offloads_param:
+        if self.zero.offloads_param and self.num_ranks > 1:
             self.meter.touch(Kind.GATHERED_PARAMETERS, flat + self._staged_bytes(numbers))
         self.meter.add(Kind.GATHERED_PARAMETERS, flat)
 
@@ -211,7 +210,10 @@ class Stage3Engine:
                 self.meter.touch(Kind.GATHERED_PARAMETERS, self._staged_bytes((number,)))
 
     def _gathered_alone(self, number: int) -> int:
-        """One rank has nothing to gather; it copies what is on the host."""
+        """One rank has nothing to gather; it copies what is on the host.
+
+        Source: deepspeed 0.19.8, partition_parameters.py (NoGatherHandle, NoGatherCoalescedHandle).
+        """
         if self.num_ranks > 1:
             return self.padded_bytes[number]
         return self.bytes[number] if self.zero.offloads_param else 0
@@ -279,21 +281,6 @@ class Stage3Engine:
         """
         self._forget(numbers)
         self.meter.mark()
-
-    def read_head(self, numbers: tuple[int, ...]) -> None:
-        """A single rank copies the head in the first step, before it is known as external; called again when it goes.
-
-        Later steps have optimizer states in its place, unless they are few (a frozen head) or elsewhere.
-
-        Source: deepspeed 0.19.8, parameter_offload.py (ZeROOrderedDict.__getitem__), partition_parameters.py:2142
-        (_allgather_params_sequential).
-        """
-        few_states = self.zero.offloads_optimizer or not self.items.trainable[numbers[0]]
-        if self.num_ranks > 1 or self.zero.offloads_param or not few_states:
-            return
-        size = sum(self.bytes[p] for p in numbers if p not in self.shards.persistent)
-        self.meter.add(Kind.GATHERED_PARAMETERS, -size if self.reads_head else size)
-        self.reads_head = not self.reads_head
 
     def end_step(self, _numbers: tuple[int, ...]) -> None:
         """Persistent parameters, partitioned before the update, are gathered again after it, out of copies on the GPU
