@@ -61,6 +61,7 @@ class Case:
     accumulation: int = 1
     checkpointing: bool = True
     loss: str = "nll"
+    optimizer: str = "adamw"
 
 
 def cases() -> Iterator[Case]:
@@ -83,6 +84,8 @@ def cases() -> Iterator[Case]:
         yield Case(name="not contiguous", family="mistral", zero=ZeroConfig(**zero, contiguous_gradients=False))
         yield Case(name="default buckets", zero=ZeroConfig(stage=stage))
         yield Case(name="micro-batch 4", family="mistral", micro_batch=4, zero=ZeroConfig(**zero))
+    for stage in (0, 1, 2, 3):
+        yield Case(name="Muon", optimizer="muon", zero=ZeroConfig(stage=stage, **SMALL))
     yield Case(name="full logits", loss="full", zero=ZeroConfig(stage=2, **SMALL))
     yield Case(name="round_robin_gradients", zero=ZeroConfig(stage=2, round_robin_gradients=True, **SMALL))
     yield Case(name="no reduce_scatter", zero=ZeroConfig(stage=2, reduce_scatter=False, **SMALL))
@@ -119,7 +122,7 @@ def request_of(case: Case) -> SimulationRequest:
         config=FAMILIES[case.family],
         recipe=Recipe(
             model=case.family, method=case.method, max_length=64, loss=case.loss,  # type: ignore[arg-type]
-            train_batch_size=batch.train_batch_size,
+            train_batch_size=batch.train_batch_size, optimizer=case.optimizer,  # type: ignore[arg-type]
         ),
         choice=Choice(zero=case.zero, batch=batch, gradient_checkpointing=case.checkpointing),
         cluster=Cluster(
