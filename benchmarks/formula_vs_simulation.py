@@ -123,6 +123,8 @@ def added_cases() -> list[Case]:
         _added("qwen3-30b-a3b", "lora", 3, checkpointing=False, loss="full", micro_batch=4, max_length=512,
                offload_param=OffloadParam(device="cpu"), stage3_prefetch_bucket_size=0,
                stage3_param_persistence_threshold=0, stage3_max_reuse_distance=30_000_000),
+        _added("mistral-7b", "lora", 3, world_size=1, checkpointing=False, offload_param=OffloadParam(device="cpu"),
+               stage3_param_persistence_threshold=5_000_000, reduce_bucket_size=5_000_000),
         _added("mistral-7b", "lora", 3, checkpointing=False, micro_batch=2, accumulation=2,
                stage3_prefetch_bucket_size=500_000_000, stage3_max_reuse_distance=30_000_000),
         _added("llama-3.2-1b", "full", 3, world_size=2, adapter=MUON),

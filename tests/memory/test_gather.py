@@ -282,8 +282,9 @@ def test_a_single_rank_copies_an_offloaded_parameter_once(ranks: int, staged: in
     assert meter.peak_bytes == 2 * 100 + staged
 
 
-def test_offloaded_persistent_parameters_are_copied_before_they_are_gathered_again() -> None:
+@pytest.mark.parametrize(("ranks", "staged"), [(1, 0), (2, 2 * 2)])  # the partition of one of two ranks
+def test_offloaded_persistent_parameters_are_copied_before_they_are_gathered_again(ranks: int, staged: int) -> None:
     zero = replace(SMALL, offload_param=OffloadParam(device="cpu"))
     meter = Meter()
-    Stage3Engine(meter, TWO, shard(TWO, zero, 2), zero, num_ranks=2, itemsize=2).follow([(Act.UPDATE, ())])
-    assert meter.peak_bytes == 2 * 4 + 2 * 2  # gathered, and the partition of one of two ranks
+    Stage3Engine(meter, TWO, shard(TWO, zero, ranks), zero, num_ranks=ranks, itemsize=2).follow([(Act.UPDATE, ())])
+    assert meter.peak_bytes == 2 * 4 + staged

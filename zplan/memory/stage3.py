@@ -284,12 +284,13 @@ class Stage3Engine:
 
     def end_step(self, _numbers: tuple[int, ...]) -> None:
         """Persistent parameters, partitioned before the update, are gathered again after it, out of copies on the GPU
-        if they are offloaded; the norms of offloaded gradients (resident.py) are gone by then.
+        if they are offloaded and cut; the norms of offloaded gradients (resident.py) are gone by then.
 
-        Source: deepspeed 0.19.8, stage3.py (step: _partition_all_parameters, _post_step; step: norm_for_param_grads).
+        Source: deepspeed 0.19.8, stage3.py (step: _partition_all_parameters, _post_step; step: norm_for_param_grads),
+        partition_parameters.py (_allgather_params_coalesced: _no_gather_coalesced).
         """
         staged, norms = 0, 0
-        if self.zero.offloads_param:
+        if self.zero.offloads_param and self.num_ranks > 1:
             staged = sum(self.items.itemsize[p] * self.shards.partition[p] for p in self.shards.persistent)
         if self.zero.offloads_optimizer:
             norms = ALLOCATOR_ROUNDING * sum(self.items.trainable)
