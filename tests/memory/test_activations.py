@@ -10,9 +10,10 @@ from zplan.catalog.find import find_model
 from zplan.memory import operations as ops
 from zplan.memory import scores
 from zplan.memory.block_tape import record_block
-from zplan.memory.coordinator import Act, Coordinator, Fetches, Limits
+from zplan.memory.coordinator import Act, Coordinator, Fetches
 from zplan.memory.course import course
 from zplan.memory.estimate import estimate_memory
+from zplan.memory.fetch_limits import Limits
 from zplan.memory.operations import Modules, Sizes
 from zplan.memory.script import Op
 from zplan.memory.tape import Event, Tape, Tensor, Value

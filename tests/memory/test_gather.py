@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from tests.memory.choices import BATCH, FULL_ON_SMOLLM, LORA_ON_SMOLLM, SMOLLM, shape_of
-from zplan.memory.coordinator import Act, Action, Coordinator, Fetches, Limits
+from zplan.memory.coordinator import Act, Action, Coordinator, Fetches
 from zplan.memory.course import course
+from zplan.memory.fetch_limits import Limits
 from zplan.memory.gather import Gathering, most_of
 from zplan.memory.instances import Instances
 from zplan.memory.meter import Kind, Meter

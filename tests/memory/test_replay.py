@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 
 from tests.memory.choices import BATCH, FULL_ON_SMOLLM, LORA_ON_SMOLLM, SMOLLM, choices
-from zplan.memory.coordinator import Act, Coordinator, Limits
+from zplan.memory.coordinator import Act, Coordinator
 from zplan.memory.course import course
+from zplan.memory.fetch_limits import Limits
 from zplan.memory.gather import Gathering
 from zplan.memory.instances import instances
 from zplan.memory.memo import Memo

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from operator import sub
 
-from zplan.memory.coordinator import Coordinator, Limits
+from zplan.memory.coordinator import Coordinator
+from zplan.memory.fetch_limits import Limits
 from zplan.memory.instances import Instances
 from zplan.memory.laps import Laps
 from zplan.memory.memo import Memo

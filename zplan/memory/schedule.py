@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
 
-from zplan.memory.coordinator import Act, Action, Bounds, Coordinator, Flight
+from zplan.memory.coordinator import Act, Action, Coordinator, Flight
+from zplan.memory.fetch_limits import Bounds
 from zplan.memory.laps import Laps
 from zplan.memory.script import Op, Script
 
