@@ -8,6 +8,7 @@ warm-up steps, and switched off before the timed ones.
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections import deque
 from collections.abc import Mapping
@@ -73,6 +74,11 @@ class CudaMeter:
     def allocated_bytes(self) -> int:
         self._close()
         return self._peak
+
+
+_HANDOVER_SECONDS = 0.001
+"""Between phases the interpreter is free: gloo's threads need it to let go of a collective's tensors, which would else
+be alive in the next phase, too, now and then."""
 
 
 class _Watched(weakref.ref[torch.UntypedStorage]):
@@ -146,6 +152,7 @@ class CpuMeter:
     def enter(self, phase: Phase) -> None:
         if not self._counting:
             return
+        time.sleep(_HANDOVER_SECONDS)
         self._close()
         self._current = phase
 

@@ -89,8 +89,10 @@ def test_a_short_first_step_hides_no_peak(warm: WarmServer, tiny_model_dir: Path
     spec = replace(spec, choice=replace(spec.choice, gradient_checkpointing=False))
     assert may_begin_short(spec)
     once = measure(warm, spec, tmp_path / "once").phases
-    again = measure(warm, replace(spec, warmup_steps=3), tmp_path / "again").phases  # short, longest, longest
-    assert once == pytest.approx(again, rel=1e-3)  # gloo's threads hold a few scalars longer, now and then
+    longer = replace(spec, warmup_steps=3)  # short, longest, longest
+    twice = [measure(warm, longer, tmp_path / name).phases for name in ("again", "and again")]
+    # gloo's threads hold a collective's tensors longer, now and then: what is hidden would be missing both times
+    assert all(once[phase] >= 0.999 * min(found[phase] for found in twice) for phase in PHASES), (once, twice)
 
 
 def test_only_a_step_whose_peak_cannot_matter_is_short(tiny_model_dir: Path) -> None:
