@@ -247,9 +247,9 @@ class Proposer:
     def _idea(self, choice: Choice) -> Idea:
         template = self._screen.template
         speed = estimate_speed(self._shape, template.recipe, choice, template.cluster).tokens_per_second
+        key = self._space.key(choice)
         return Idea(
-            choice=choice, key=self._space.key(choice), log_speed=log(speed) if speed else 0.0,
-            point=features(self._space.knobs, self._space.draft(choice)),
+            choice=choice, key=key, log_speed=log(speed) if speed else 0.0, point=self._point(key, choice)
         )  # fmt: skip
 
 

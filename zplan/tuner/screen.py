@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from zplan.backends.base import Backend, Predictor
 from zplan.trial import Outcome, TrialResult, TrialSpec
+from zplan.tuner.ledger import out_of_memory
 from zplan.tuner.space import Space
 from zplan.zero_config import Choice
 
@@ -85,7 +86,7 @@ class Screen:
     def says_no(self, item: Screened) -> bool:
         """Whether the simulation was asked and ran out of memory."""
         result = self._simulated.get(item.key)
-        return result is not None and result.outcome in (Outcome.GPU_OOM, Outcome.HOST_OOM)
+        return result is not None and out_of_memory(result)
 
     def _share(self, predicted: TrialResult) -> float:
         """How full the GPU or the host gets, whichever is fuller; full where the formula does not know."""
