@@ -112,10 +112,15 @@ def load_corrections(cluster: Cluster, versions: Mapping[str, str], folder: Path
     """
     path = corrections_path(cluster, folder)
     nothing = Corrections(machine=machine_name(cluster), versions=dict(versions))
-    if not path.exists() or outdated(cluster, folder):
+    if not path.exists():
         return nothing
-    with _named(path):
-        known = files.load(Corrections, path)
+    try:
+        with _named(path):
+            known = files.load(Corrections, path)
+    except ConfigError:
+        if outdated(cluster, folder):
+            return nothing
+        raise
     return known if dict(known.versions) == dict(versions) and known.machine == nothing.machine else nothing
 
 
