@@ -54,6 +54,11 @@ def _owner(weight: Weight, shape: ModelShape, names: Mapping[str, int], around: 
         return names.get(LEAF)
     if is_expert_adapter(weight) or weight.name in around:
         return names[around[weight.name.rpartition(".expert_lora")[0] or weight.name]]
+    return _own_module(weight, names)
+
+
+def _own_module(weight: Weight, names: Mapping[str, int]) -> int | None:
+    """The module that the weight is named after; PEFT puts the adapted one into `base_layer`."""
     return names.get(f"{weight.module}.base_layer", names.get(weight.module))
 
 
@@ -111,7 +116,7 @@ def _transposed(recording: Recording, block: Recorded, layer: int, checkpointing
         local
         for local, weight in enumerate(block.laid.weights)
         if len(weight.shape) == 2 and ".lora_" not in weight.name
-        if followed is None or names.get(f"{weight.module}.base_layer", names.get(weight.module)) in followed
+        if followed is None or _own_module(weight, names) in followed
     ]
 
 
