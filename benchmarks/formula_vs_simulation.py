@@ -132,6 +132,13 @@ def added_cases() -> list[Case]:
         _added("qwen2.5-0.5b", "full", 3, world_size=4, accumulation=2, reduce_bucket_size=50_000_000,
                sub_group_size=10_000_000, adapter=MUON),
         _added("qwen2.5-7b", "lora", 3, adapter=MUON, offload_param=OffloadParam(device="cpu")),
+        _added("qwen2.5-0.5b", "full", 3, world_size=2, accumulation=2, sub_group_size=20_000_000,
+               reduce_bucket_size=20_000_000, offload_optimizer=OffloadOptimizer(device="cpu", super_offload=True)),
+        _added("llama-3.2-1b", "full", 3, world_size=2, adapter={"max_grad_norm": 0.0},
+               offload_optimizer=OffloadOptimizer(device="cpu", super_offload=True, ratio=0.4),
+               offload_param=OffloadParam(device="cpu"), sub_group_size=20_000_000),
+        _added("qwen2.5-7b", "lora", 3, adapter={"max_grad_norm": 0.0},
+               offload_optimizer=OffloadOptimizer(device="cpu", super_offload=True, pin_memory=False)),
     ]  # fmt: skip
 
 

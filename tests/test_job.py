@@ -54,6 +54,14 @@ def refused(**flags: Any) -> ConfigError:
         ({"offload_optimizer": "nvme", "nvme": "0"}, "no NVMe drive", "--nvme 2TiB"),
         ({"set_": ["offload_optimizer.device=nvme"]}, "no NVMe drive", "--nvme 2TiB"),
         (
+            {
+                "stage": 3, "offload_optimizer": "cpu", "optimizer": "sgd",
+                "set_": ["offload_optimizer.super_offload=true"],
+            },
+            "super_offload of sgd",
+            "--set offload_optimizer.super_offload=false",
+        ),
+        (
             {"stage": 2, "set_": ["gradient_checkpointing=maybe"]},
             "not true or false",
             "--set gradient_checkpointing=true",

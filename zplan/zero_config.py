@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from zplan.errors import ConfigError
-from zplan.recipe import Recipe
+from zplan.recipe import Optimizer, Recipe
 
 OffloadDevice = Literal["none", "cpu", "nvme"]
 Origin = Literal["user", "auto", "default", "tuned"]
@@ -100,6 +100,11 @@ class ZeroConfig:
         """offload_param is accepted and ignored below stage 3."""
         return self.stage == 3 and self.offload_param.device != "none"
 
+    @property
+    def super_offloads(self) -> bool:
+        """super_offload acts at stage 3 and swaps nothing (runtime/superoffload/superoffload_stage3.py)."""
+        return self.stage == 3 and self.offload_optimizer.device == "cpu" and self.offload_optimizer.super_offload
+
 
 _COUNTS = tuple(item.name for item in fields(ZeroConfig) if item.type == "int")
 """Every key that is a number of something; a search makes thousands of configurations, so they are listed once."""
@@ -130,6 +135,24 @@ class Choice:
     zero: ZeroConfig
     batch: BatchSizes
     gradient_checkpointing: bool = True
+
+
+def super_offload_refused(zero: ZeroConfig, optimizer: Optimizer, *, on_cpu: bool) -> str | None:
+    """Why super_offload cannot run here, if it cannot.
+
+    Source: deepspeed 0.19.8, runtime/superoffload/superoffload_stage3.py:18 (_validate_superoffload_accelerator), :43
+    (it reads the options of Adam), :159 (partition_grads: a swapped gradient is None).
+    """
+    states = zero.offload_optimizer
+    if zero.stage != 3 or not states.super_offload or states.device == "none":
+        return None
+    if on_cpu:
+        return "super_offload on CPU ranks: DeepSpeed asserts NVIDIA GPUs"
+    if states.device == "nvme":
+        return "super_offload with offload_optimizer.device nvme: DeepSpeed's has no swapping and fails in backward"
+    if optimizer not in ("adamw", "paged_adamw"):
+        return f"super_offload of {optimizer}: its process runs DeepSpeedCPUAdam, and the engine fails at the start"
+    return None
 
 
 def batch_sizes(recipe: Recipe, *, micro_batch: int, world_size: int) -> BatchSizes:

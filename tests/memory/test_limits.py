@@ -35,7 +35,7 @@ def test_what_is_not_modelled_is_named_and_never_fits(key: str) -> None:
     assert any(note.startswith("not modelled: ") for note in with_key.notes)
 
 
-@pytest.mark.parametrize("options", [{"ratio": 0.5, "device": "nvme"}, {"super_offload": True}])
+@pytest.mark.parametrize("options", [{"ratio": 0.5, "device": "nvme"}])
 def test_states_that_are_offloaded_in_part_or_otherwise_are_named_and_never_fit(options: dict[str, Any]) -> None:
     offloaded = estimate(ZeroConfig(stage=3, offload_optimizer=OffloadOptimizer(device="cpu")))
     other = estimate(ZeroConfig(stage=3, offload_optimizer=OffloadOptimizer(**{"device": "cpu", **options})))

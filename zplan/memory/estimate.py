@@ -20,6 +20,7 @@ from zplan.memory.resident import Resident, resident
 from zplan.memory.script import STEP_PHASES, Course, Kinds, StepPhase
 from zplan.memory.stage3 import shard
 from zplan.memory.stage12 import partition
+from zplan.memory.super_offload import contexts_on_first_gpu
 from zplan.memory.terms import PHASES, VERDICTS, ByteRange, GpuEstimate, MemoryEstimate, Phase, Term
 from zplan.memory.timeline import record
 from zplan.memory.trainable import Layout, layout
@@ -238,11 +239,12 @@ def gpu_ranges(peak: int, largest_block: int, outside: ByteRange, *, on_cpu: boo
 
 
 def outside_allocator(choice: Choice, cluster: Cluster) -> ByteRange:
-    """CUDA context and NCCL."""
+    """CUDA contexts and NCCL."""
     extra = runtime.overheads(
         on_cpu=cluster.gpu.kind == "cpu",
         num_ranks=cluster.world_size,
         num_communicators=2 if choice.zero.zero_hpz_partition_size > 1 else 1,
+        num_contexts=contexts_on_first_gpu(choice, ranks_of_node(choice, cluster)),
     )
     return ByteRange(
         low=extra.context.low + extra.nccl.low,

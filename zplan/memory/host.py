@@ -12,8 +12,9 @@ from math import ceil
 from zplan.hardware import Cluster
 from zplan.memory.host_limits import host_limits, verdict_of
 from zplan.memory.instances import instances
-from zplan.memory.stage3 import left_on_gpu
+from zplan.memory.stage3 import left_on_gpu, sub_groups
 from zplan.memory.states import optimizer_state_bytes
+from zplan.memory.super_offload import shared_memory_bytes, super_offload_terms
 from zplan.memory.terms import PHASES, HostEstimate, NvmeEstimate, Phase, Term
 from zplan.memory.trainable import Layout
 from zplan.recipe import Recipe
@@ -72,7 +73,11 @@ def estimate_host(
     resident = max(phases.values())
     ranks = ranks_of_node(choice, cluster)
     locked = sum(term.bytes for term in found.terms if term.name in LOCKED) // ranks
-    limits = host_limits(cluster, ranks=ranks, resident_bytes=resident, locked_bytes_of_a_rank=locked)
+    there = offloaded_numel(layout, choice, partition_numel)
+    limits = host_limits(
+        cluster, ranks=ranks, resident_bytes=resident, locked_bytes_of_a_rank=locked,
+        shared_bytes=shared_memory_bytes(choice.zero, ranks=ranks, there=there),
+    )  # fmt: skip
     verdict, short = verdict_of(limits)
     host = HostEstimate(
         resident_bytes=resident,
@@ -86,6 +91,11 @@ def estimate_host(
     free = cluster.host.nvme_free_bytes
     lacks = found.nvme_bytes > 0 and (free is None or free < found.nvme_bytes)
     return host, NvmeEstimate(bytes=found.nvme_bytes, verdict="does_not_fit" if lacks else "fits", free_bytes=free)
+
+
+def offloaded_numel(layout: Layout, choice: Choice, partition_numel: int) -> int:
+    """S less what a ratio leaves on the GPU."""
+    return partition_numel - sum(left_on_gpu(instances(layout), choice.zero, choice.batch.world_size))
 
 
 def ranks_of_node(choice: Choice, cluster: Cluster) -> int:
@@ -171,7 +181,7 @@ def _optimizer(
     Source: deepspeed 0.19.8, stage_1_and_2.py:463 (cpu_offload buffers), stage3.py (_create_fp32_partitions).
     """
     zero, b = choice.zero, recipe.weight_bytes
-    there = numel - sum(left_on_gpu(instances(layout), zero, choice.batch.world_size))
+    there = offloaded_numel(layout, choice, numel)
     states = optimizer_state_bytes(recipe.optimizer, there)
     master, gradients, low = FP32 * there, FP32 * there, b * numel
     extra = b * layout.largest_trainable if zero.stage < 3 else 0
@@ -197,6 +207,12 @@ def _optimizer(
                 "deepspeed 0.19.8, pin_memory(torch.zeros())",
             )
         )
+    if zero.super_offloads:
+        largest = max(sub_groups(instances(layout), choice.batch.world_size, zero.sub_group_size).numel)
+        more, pins = super_offload_terms(
+            zero, ranks=ranks, there=there, largest_group=largest, process_bytes=PROCESS_CUDA
+        )
+        terms, pinned = [*terms, *more], pinned + pins
     return terms, pinned, 0
 
 

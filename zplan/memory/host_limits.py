@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from zplan.hardware import Cluster
 from zplan.memory.terms import HostLimit, LimitName, Verdict
-from zplan.units import MIB, format_bytes
+from zplan.units import GIB, MIB, format_bytes
 
 ROOM = 1.1
 """Below this much over the estimate the verdict is `tight`: other processes and the page cache want some, too."""
@@ -32,7 +32,7 @@ def shm_bytes(ranks: int, *, on_cpu: bool) -> int:
 
 
 def host_limits(
-    cluster: Cluster, *, ranks: int, resident_bytes: int, locked_bytes_of_a_rank: int
+    cluster: Cluster, *, ranks: int, resident_bytes: int, locked_bytes_of_a_rank: int, shared_bytes: int = 0
 ) -> tuple[HostLimit, ...]:
     """Every limit of the node that is known.
 
@@ -40,19 +40,23 @@ def host_limits(
         ranks: ranks that run on the node.
         locked_bytes_of_a_rank: what one process locks with mlock; `ulimit -l` counts it by process. Memory pinned by
             the CUDA driver does not count there.
+        shared_bytes: of tensors that lie in shared memory (super_offload.py).
 
     Source: deepspeed 0.19.8, csrc/pin_memory/page_alloc.cpp:24 (mlock), swap_tensor/utils.py:192.
     """
     host, on_cpu = cluster.host, cluster.gpu.kind == "cpu"
+    shm = shared_bytes + shm_bytes(ranks, on_cpu=on_cpu)
+    fix = f"docker run --shm-size={-(-shm // GIB)}g"
+    known = on_cpu or (host.shm_bytes is not None and shared_bytes > host.shm_bytes)
     rows: tuple[tuple[LimitName, int, int | None, str], ...] = (
         ("available memory", resident_bytes, host.available_bytes, "less offload, fewer GPUs a node, or more RAM"),
         ("cgroup", resident_bytes, host.cgroup_limit_bytes, "a larger --memory of docker or --mem of srun"),
         ("memlock", locked_bytes_of_a_rank, host.memlock_bytes, "ulimit -l unlimited"),
-        ("/dev/shm", shm_bytes(ranks, on_cpu=on_cpu), host.shm_bytes, "docker run --shm-size=1g"),
+        ("/dev/shm", shm, host.shm_bytes, fix),
     )
     return tuple(
         HostLimit(
-            name=name, needed_bytes=needed, limit_bytes=limit, fix=fix, is_certain=name != "/dev/shm" or on_cpu
+            name=name, needed_bytes=needed, limit_bytes=limit, fix=fix, is_certain=name != "/dev/shm" or known
         )
         for name, needed, limit, fix in rows
         if limit is not None and needed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
-from zplan.zero_config import Choice
+from zplan.zero_config import Choice, super_offload_refused
 
 CHECKED_FAMILIES = frozenset(
     {
@@ -20,6 +20,8 @@ CHECKED_OPTIMIZERS = frozenset({"adamw", "sgd", "muon"})
 def not_modelled(shape: ModelShape, recipe: Recipe, choice: Choice, *, on_cpu: bool) -> tuple[str, ...]:
     """Options whose bytes are missing or known to be wrong; each one line, `not modelled: ...`."""
     found = [*_of_model(shape, recipe), *_of_recipe(recipe, choice), *_of_zero(choice)]
+    refused = super_offload_refused(choice.zero, recipe.optimizer, on_cpu=on_cpu)
+    found += [refused] if refused else []
     found += _of_muon(recipe, choice, on_cpu) if recipe.optimizer == "muon" else []
     return tuple(f"not modelled: {line}" for line in found)
 
@@ -69,8 +71,6 @@ def _of_zero(choice: Choice) -> list[str]:
             f"offload_optimizer.ratio {zero.offload_optimizer.ratio} with NVMe: which states of the first sub-groups "
             "stay on the GPU (stage3.py, subgroup_to_device)"
         )
-    if zero.offloads_optimizer and zero.offload_optimizer.super_offload:
-        lines.append("super_offload: its gradient buffers and the process that runs Adam (superoffload_stage3.py)")
     if zero.zero_hpz_partition_size > 1 and zero.offloads_param:
         lines.append("hpZ's second copy in host memory (offload_param)")
     for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):

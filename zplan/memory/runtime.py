@@ -38,8 +38,12 @@ class Overheads:
 NOTHING = ByteRange(low=0, expected=0, high=0)
 
 
-def overheads(*, on_cpu: bool, num_ranks: int, num_communicators: int) -> Overheads:
-    """Context and NCCL of one rank; CPU ranks have neither."""
+def overheads(*, on_cpu: bool, num_ranks: int, num_communicators: int, num_contexts: int = 1) -> Overheads:
+    """Context and NCCL of one rank; CPU ranks have neither.
+
+    Args:
+        num_contexts: on its GPU, those of other processes included; `low` takes them to be on other GPUs.
+    """
     if on_cpu:
         return Overheads(NOTHING, NOTHING)
     count = num_communicators if num_ranks > 1 else 0
@@ -48,7 +52,10 @@ def overheads(*, on_cpu: bool, num_ranks: int, num_communicators: int) -> Overhe
         expected=NCCL_COMMUNICATOR.expected * count,
         high=NCCL_COMMUNICATOR.high * count,
     )
-    return Overheads(CUDA_CONTEXT, nccl)
+    context = ByteRange(
+        low=CUDA_CONTEXT.low, expected=num_contexts * CUDA_CONTEXT.expected, high=num_contexts * CUDA_CONTEXT.high
+    )
+    return Overheads(context, nccl)
 
 
 def reserved_range(allocated: ByteRange, *, on_cpu: bool, largest_block: int = 0) -> ByteRange:

@@ -19,6 +19,7 @@ from zplan.simulate.collectives import COLLECTIVES, CollectiveRecorder
 from zplan.simulate.device import DEVICE
 from zplan.simulate.dispatch_cache import forget_layout, new_fake_tensor
 from zplan.simulate.ops import StandInOp
+from zplan.simulate.optimizer_process import OptimizerProcesses, spawned
 from zplan.simulate.tracker import Tracker
 
 aten = torch.ops.aten
@@ -105,6 +106,18 @@ def install_gpu_patches(patches: Patches, tracker: Tracker) -> None:
     patches.set(chunked, "triton", SimpleNamespace(cdiv=lambda a, b: -(-a // b)))
     # addmm into float32 is one cuBLAS call on CUDA and two casts elsewhere
     patches.set(chunked, "_addmm_fp32", _addmm_fp32(tracker))
+
+
+def install_process_patches(patches: Patches, processes: OptimizerProcesses) -> None:
+    """SuperOffload on simulated GPUs."""
+    utils = importlib.import_module("deepspeed.runtime.superoffload.superoffload_utils")
+    # its worker would be spawned, and a tensor without memory cannot be sent there
+    patches.set(utils, "mp", spawned(processes))
+    # it would pin this process to some of the cores
+    patches.set(utils.SuperOffloadCPUOptimizer, "_set_cpu_affinity", lambda self, cpuadam_cores_perc: None)
+    # it asks for a device called "cuda"
+    stage3 = importlib.import_module("deepspeed.runtime.superoffload.superoffload_stage3")
+    patches.set(stage3, "_validate_superoffload_accelerator", lambda: None)
 
 
 def install_deepspeed_patches(patches: Patches, recorder: CollectiveRecorder) -> None:

@@ -19,6 +19,7 @@ from deepspeed.accelerator import get_accelerator, set_accelerator
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zplan.memory.runtime import overheads
+from zplan.memory.super_offload import contexts_on_first_gpu
 from zplan.simulate import analysis, trainer
 from zplan.simulate.accelerator import SimulatedCpuAccelerator, SimulatedGpuAccelerator
 from zplan.simulate.allocator import CachingAllocator, parse_options
@@ -26,11 +27,13 @@ from zplan.simulate.collectives import CollectiveRecorder, join_fake_group
 from zplan.simulate.device import DEVICE, register_device
 from zplan.simulate.errors import explained
 from zplan.simulate.ops import NVME_TRAFFIC
+from zplan.simulate.optimizer_process import OptimizerProcesses
 from zplan.simulate.patches import (
     Patches,
     install_deepspeed_patches,
     install_fake_tensor_patches,
     install_gpu_patches,
+    install_process_patches,
 )
 from zplan.simulate.report import CollectiveTotal, SimulationReport
 from zplan.simulate.request import SimulationRequest
@@ -73,7 +76,8 @@ def simulate_run(request: SimulationRequest) -> SimulationReport:
         steps=request.steps,
         initialise=request.initialise,
     )
-    with drive, simulated_machine(request, tracker, recorder), explained(tracker), fake_mode, tracker:
+    processes = OptimizerProcesses(tracker, (fake_mode, tracker))
+    with drive, simulated_machine(request, tracker, recorder, processes), explained(tracker), fake_mode, tracker:
         trainer.train(run, tracker)
     report = make_report(request, tracker, recorder, wall_seconds=time.monotonic() - started)
     if request.trace:
@@ -91,7 +95,9 @@ def _on_drive(config: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def simulated_machine(request: SimulationRequest, tracker: Tracker, recorder: CollectiveRecorder) -> Iterator[None]:
+def simulated_machine(
+    request: SimulationRequest, tracker: Tracker, recorder: CollectiveRecorder, processes: OptimizerProcesses
+) -> Iterator[None]:
     """Device, accelerator, process group and patches of a simulated cluster; all but the device's name is undone."""
     cluster = request.cluster
     world_size = request.choice.batch.world_size
@@ -114,10 +120,12 @@ def simulated_machine(request: SimulationRequest, tracker: Tracker, recorder: Co
         install_deepspeed_patches(patches, recorder)
         if gpu:
             install_gpu_patches(patches, tracker)
+            install_process_patches(patches, processes)
         join_fake_group(world_size=world_size, local_size=min(cluster.gpus_per_node, world_size))
         try:
             yield
         finally:
+            processes.close()
             leave_group()
             set_accelerator(before)
             logging.disable(silenced)
@@ -144,9 +152,11 @@ def leave_group() -> None:
 
 
 def bytes_beside_tensors(request: SimulationRequest) -> int:
-    """CUDA context and NCCL buffers of one rank: the formula's, since nothing simulates them."""
+    """CUDA contexts and NCCL buffers of one rank: the formula's, since nothing simulates them."""
     ranks = request.choice.batch.world_size
-    extra = overheads(on_cpu=request.cluster.gpu.kind != "cuda", num_ranks=ranks, num_communicators=1)
+    contexts = contexts_on_first_gpu(request.choice, min(request.cluster.gpus_per_node, ranks))
+    on_cpu = request.cluster.gpu.kind != "cuda"
+    extra = overheads(on_cpu=on_cpu, num_ranks=ranks, num_communicators=1, num_contexts=contexts)
     return extra.context.expected + extra.nccl.expected
 
 

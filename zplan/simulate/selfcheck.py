@@ -59,6 +59,13 @@ SEAMS = (
     Seam("deepspeed.ops.op_builder.builder", "OpBuilder.load", ("self", "verbose")),
     Seam("deepspeed.ops.op_builder.builder", "OpBuilder.jit_load", ("self", "verbose")),
     Seam("cpuinfo", "get_cpu_info", ()),
+    Seam("deepspeed.runtime.superoffload.superoffload_utils", "mp"),
+    Seam(
+        "deepspeed.runtime.superoffload.superoffload_utils",
+        "SuperOffloadCPUOptimizer._set_cpu_affinity",
+        ("self", "cpuadam_cores_perc"),
+    ),
+    Seam("deepspeed.runtime.superoffload.superoffload_stage3", "_validate_superoffload_accelerator", ()),
     Seam("deepspeed.runtime.zero.utils", "get_lst_from_rank0", ("lst",)),
     Seam("deepspeed.runtime.zero.utils", "assert_ints_same_as_other_ranks"),
     Seam("deepspeed.runtime.zero.utils", "assert_lst_len_same_as_other_ranks"),

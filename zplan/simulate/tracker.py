@@ -183,6 +183,13 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             self._pin_next = False
 
+    def share(self, tensor: torch.Tensor) -> None:
+        """Its bytes move into shared memory, where nothing is pinned; the pinned block that they leave stays taken."""
+        key = tensor.untyped_storage()._cdata
+        entry = self.live.get(key)
+        if entry is not None and entry[0].kind == "pinned":
+            self.live[key] = (self._allocate("host", entry[0].requested_bytes), entry[1])
+
     def copy(self, source: str, target: str, num_bytes: int) -> None:
         self.copied[(source, target)] = self.copied.get((source, target), 0) + num_bytes
 

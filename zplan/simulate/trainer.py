@@ -26,6 +26,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 from trl import SFTTrainer
 
 from zplan.recipe import Recipe
+from zplan.simulate import optimizer_process
 from zplan.simulate.report import SimulationError
 from zplan.simulate.tracker import Tracker
 from zplan.zero_config import Choice
@@ -41,6 +42,7 @@ REPLACED = (
     "weights are not read and not initialised (no_init_weights)",
     "the data loader: every batch holds sequences of max_length tokens, no padding, every label counted",
     "torch.compile, with which DeepSpeed decorates Muon's update: it runs operation by operation, as it is written",
+    optimizer_process.REPLACED,
     "Trainer's loop: TRL's compute_loss, accelerate's backward and step in its order, no callbacks, no logging",
 )
 
