@@ -17,8 +17,8 @@ from zplan.memory.laps import Laps
 from zplan.memory.memo import Memo
 from zplan.memory.meter import Gauge, Kind
 from zplan.memory.schedule import Happening, Run, Schedule, Scheduler
-from zplan.memory.script import Op, Script
-from zplan.memory.stage3 import Shards, Stage3Engine, secondary_group, shard
+from zplan.memory.script import UPDATED, Op, Script
+from zplan.memory.stage3 import Shards, Stage3Engine, secondary_group, shard, update_bytes
 from zplan.zero_config import Choice
 
 MOST_KEPT = 1024
@@ -39,11 +39,17 @@ class Part:
     growth: int = 0
 
 
+Parts = tuple[Part, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Gathered:
     """Before every call and at most while it runs, in the order of a course's moments."""
 
-    parts: tuple[Part, ...]
+    parts: Parts
+    """One object for all that differ in the update alone, which is not in here."""
+    update_bytes: int
+    """At the end of the update (UPDATED), when nothing else is gathered."""
 
     @cached_property
     def moments(self) -> tuple[int, ...]:
@@ -55,16 +61,34 @@ class Gathered:
                     found += [num_bytes + time * part.growth for num_bytes in part.moments]
             else:
                 found += part.moments * part.times
+        found[UPDATED] = self.update_bytes
         return tuple(found)
 
     @cached_property
     def largest(self) -> int:
         """The most at any moment."""
-        return max(max(part.moments, default=0) + max(0, part.growth * (part.times - 1)) for part in self.parts)
+        parts = (max(part.moments, default=0) + max(0, part.growth * (part.times - 1)) for part in self.parts)
+        return max(self.update_bytes, *parts)
 
 
 Steps = tuple[tuple[Gathered, int], ...]
 """Steps that a run has: what each of them gathers, and bytes that it does not hold yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _FirstStep:
+    """Parameters in the micro-steps of the first step."""
+
+    untraced: Shards
+    """In the first micro-step, in which nothing persists."""
+    traced: Shards
+    """In the second one."""
+    missing: frozenset[int]
+    """Those that persist but were released by the first one."""
+    missing_bytes: int
+    """Of these, gathered."""
+    states_bytes: int
+    """Adam's, which are made at the end of the step."""
 
 
 @dataclass(eq=False)
@@ -76,7 +100,9 @@ class Gathering:
     itemsize: int
     _schedules: dict[tuple[frozenset[int], ...], list[tuple[Coordinator, Schedule]]] = field(default_factory=dict)
     _by_limits: dict[tuple[object, ...], Schedule] = field(default_factory=dict)
-    _gathered: dict[tuple[object, ...], tuple[Schedule, Gathered]] = field(default_factory=dict)
+    _parts: dict[tuple[object, ...], tuple[Schedule, Parts]] = field(default_factory=dict)
+    _gathered: dict[tuple[int, bool], Gathered] = field(default_factory=dict)
+    _first_steps: dict[int, tuple[Shards, _FirstStep]] = field(default_factory=dict)
 
     def steps_of(self, choice: Choice) -> Steps:
         """What a choice holds in a later step, and in the micro-steps of the first one where those can hold more.
@@ -89,18 +115,17 @@ class Gathering:
         Source: deepspeed 0.19.8, partitioned_param_coordinator.py (release_sub_module: is_complete_trace), stage3.py
         (_post_step).
         """
-        zero = choice.zero
-        shards = shard(self.items, zero, choice.batch.world_size)
+        zero, ranks = choice.zero, choice.batch.world_size
+        shards = shard(self.items, zero, ranks)
+        start = self._first_step(shards, ranks)
         later = self.of_later_steps(choice)
-        of_adam = shards.trainable_numel - sum(shards.partition[number] for number in self.items.muon)
-        states = 0 if zero.offloads_optimizer else ADAM_STATES * of_adam
-        untraced = replace(shards, persistent=frozenset(), persistent_bytes=0)
-        first = self._bytes(choice, untraced, self.first_schedule, has_copies=True)
-        second, missing_bytes = self._second_micro_step(choice, shards) or (later, 0)
+        states = 0 if zero.offloads_optimizer else start.states_bytes
+        first = self._bytes(choice, start.untraced, self.first_schedule, has_copies=True)
+        second, missing_bytes = self._second_micro_step(choice, shards, start) or (later, 0)
         early = ((first, states + shards.persistent_bytes), (second, states + missing_bytes))
         return (later, 0), *(step for step in early if step[0] is not later and step[0].largest > step[1])
 
-    def _second_micro_step(self, choice: Choice, shards: Shards) -> tuple[Gathered, int] | None:
+    def _second_micro_step(self, choice: Choice, shards: Shards, start: _FirstStep) -> tuple[Gathered, int] | None:
         """The first step's second micro-step has the trace of the first one, which has released the persistent
         parameters: they are prefetched among the others, and a flat buffer stays until the last of its parameters is
         needed. Its bytes and those of these parameters; None where this does not happen.
@@ -108,14 +133,27 @@ class Gathering:
         Source: deepspeed 0.19.8, partitioned_param_coordinator.py (reset_step, fetch_sub_module),
         partition_parameters.py (AllGatherCoalescedHandle: partitions).
         """
-        missing = shards.persistent - self.never_released
-        if choice.batch.gradient_accumulation_steps == 1 or not shards.persistent_bytes or not missing:
+        if choice.batch.gradient_accumulation_steps == 1 or not shards.persistent_bytes or not start.missing:
             return None
-        ranks = choice.batch.world_size
-        missing_bytes = sum(self.items.itemsize[p] * shards.partition[p] * ranks for p in missing)
-        schedule = self.schedule(Limits.of(choice.zero), shards.persistent, missing)
-        held = replace(shards, persistent_bytes=shards.persistent_bytes - missing_bytes)
-        return self._bytes(choice, held, schedule, has_copies=True), missing_bytes
+        schedule = self.schedule(Limits.of(choice.zero), shards.persistent, start.missing)
+        return self._bytes(choice, start.traced, schedule, has_copies=True), start.missing_bytes
+
+    def _first_step(self, shards: Shards, ranks: int) -> _FirstStep:
+        known = self._first_steps.get(id(shards))
+        if known is None or known[0] is not shards:
+            if len(self._first_steps) >= MOST_KEPT:
+                self._first_steps.clear()
+            missing = shards.persistent - self.never_released
+            missing_bytes = sum(self.items.itemsize[p] * shards.partition[p] * ranks for p in missing)
+            of_muon = sum(shards.partition[number] for number in self.items.muon)
+            made = _FirstStep(
+                untraced=replace(shards, persistent=frozenset(), persistent_bytes=0),
+                traced=replace(shards, persistent_bytes=shards.persistent_bytes - missing_bytes),
+                missing=missing, missing_bytes=missing_bytes,
+                states_bytes=ADAM_STATES * (shards.trainable_numel - of_muon),
+            )  # fmt: skip
+            known = self._first_steps[id(shards)] = (shards, made)
+        return known[1]
 
     @cached_property
     def never_released(self) -> frozenset[int]:
@@ -136,20 +174,28 @@ class Gathering:
         return self._bytes(choice, shards, self.schedule(Limits.of(choice.zero), shards.persistent), has_copies=again)
 
     def _bytes(self, choice: Choice, shards: Shards, schedule: Schedule, *, has_copies: bool) -> Gathered:
-        """What a schedule holds. Choices whose schedules turn out alike share it."""
+        """What a schedule holds. Choices whose schedules turn out alike share it; an offloaded optimizer only changes
+        the end of the update."""
         zero, ranks = choice.zero, choice.batch.world_size
         copies = 1 if zero.offloads_param else secondary_group(zero, ranks)
         key = (
             id(schedule), zero.stage3_allgather_sequential, zero.offloads_param,
-            ranks == 1, zero.offloads_optimizer, copies, copies > 1 and has_copies,
+            ranks == 1, copies, copies > 1 and has_copies,
             ranks if zero.offloads_param else padding(self.items, ranks),
         )  # fmt: skip
-        known = self._gathered.get(key)
-        if known is None or known[0] is not schedule:
+        followed = self._parts.get(key)
+        if followed is None or followed[0] is not schedule:
+            if len(self._parts) >= MOST_KEPT:
+                self._parts.clear()
+            followed = self._parts[key] = (schedule, follow_hooks(self, choice, shards, schedule, has_copies))
+        parts = followed[1]
+        known = self._gathered.get((id(parts), zero.offloads_optimizer))
+        if known is None or known.parts is not parts:
             if len(self._gathered) >= MOST_KEPT:
                 self._gathered.clear()
-            known = self._gathered[key] = (schedule, follow_hooks(self, choice, shards, schedule, has_copies))
-        return known[1]
+            known = Gathered(parts, update_bytes(self.items, shards, zero, num_ranks=ranks))
+            self._gathered[id(parts), zero.offloads_optimizer] = known
+        return known
 
     def schedule(self, limits: Limits, persistent: frozenset[int], missing: frozenset[int] = frozenset()) -> Schedule:
         """What the coordinator does at every hook; one that would decide alike under these limits is taken again."""
@@ -210,13 +256,13 @@ def most_of(steps: Steps) -> tuple[int, ...]:
     return tuple(max(map(sub, held, absent)) for held in zip(*moments, strict=True))
 
 
-def follow_hooks(of: Gathering, choice: Choice, shards: Shards, schedule: Schedule, has_copies: bool) -> Gathered:
+def follow_hooks(of: Gathering, choice: Choice, shards: Shards, schedule: Schedule, has_copies: bool) -> Parts:
     """Run the engine through the hooks of a step."""
     meter = Gauge()
     engine = Stage3Engine(meter, of.items, shards, choice.zero, num_ranks=choice.batch.world_size, itemsize=of.itemsize)
     if has_copies:
         engine.cut_all_again()
-    return Gathered(tuple(part for run in schedule for part in _follow_run(engine, run)))
+    return tuple(part for run in schedule for part in _follow_run(engine, run))
 
 
 def _follow_run(engine: Stage3Engine, run: Run) -> list[Part]:

@@ -27,7 +27,7 @@ from zplan.memory.estimate import (
     phase_bytes,
     standing,
 )
-from zplan.memory.gather import Gathered
+from zplan.memory.gather import Parts
 from zplan.memory.host import estimate_host
 from zplan.memory.instances import instances
 from zplan.memory.limits import not_modelled
@@ -35,7 +35,7 @@ from zplan.memory.memo import Memo
 from zplan.memory.meter import Gauge
 from zplan.memory.replay import Replay, follow_gradients, replay_of
 from zplan.memory.resident import Resident
-from zplan.memory.script import STEP_PHASES, Course, Reduction, StepPhase
+from zplan.memory.script import STEP_PHASES, UPDATED, UPDATED_IN_REDUCTION, Course, Reduction, StepPhase
 from zplan.memory.terms import PHASES, VERDICTS, ByteRange, Phase
 from zplan.memory.trainable import layout
 from zplan.model_shape import ModelShape
@@ -123,8 +123,8 @@ class Estimator:
     def __init__(self, shape: ModelShape, recipe: Recipe, cluster: Cluster, *, rank: int | None = None) -> None:
         self.shape, self.recipe, self.cluster, self.rank = shape, recipe, cluster, rank
         self.laid, self.on_cpu = layout(shape, recipe), cluster.gpu.kind == "cpu"
-        self._arrays: dict[int, tuple[Course | Gathered, Ints]] = {}
-        self._sums: dict[tuple[int, int], tuple[Course, Gathered, Ints]] = {}
+        self._arrays: dict[int, tuple[Course | Parts, Ints]] = {}
+        self._sums: dict[tuple[int, int], tuple[Course, Parts, Ints]] = {}
         self._standing = Memo(self._of_rank, most_kept=MOST_KEPT)
         self._still = _Table(self._of_phases)
         self._bases = _Table(self._base)
@@ -184,19 +184,22 @@ class Estimator:
         replay = replay_of(course.script, instances(self.laid), self.recipe.weight_bytes, self.rank)
         moments = self._array(course)
         if choice.zero.stage == 3:
-            found = [self._with_parameters(replay, course, held) - absent for held, absent in replay.gathered(choice)]
+            steps = replay.gathered(choice)
+            found = [self._with_parameters(replay, course, held.parts) - absent for held, absent in steps]
             moments = np.maximum.reduce(found)
+            updated = course.moments[UPDATED] + max(held.update_bytes - absent for held, absent in steps)
+            moments[UPDATED_IN_REDUCTION] = max(moments[UPDATED_IN_REDUCTION], updated)
         return _Base(replay, moments)
 
-    def _with_parameters(self, replay: Replay, course: Course, gathered: Gathered) -> Ints:
-        """The moments of the reduction; a course meets the same parameters in many choices."""
-        key = (id(course), id(gathered))
+    def _with_parameters(self, replay: Replay, course: Course, parts: Parts) -> Ints:
+        """The moments of the reduction, the update aside; a course meets the same parameters in many choices."""
+        key = (id(course), id(parts))
         known = self._sums.get(key)
         if known is None:
             if len(self._sums) >= MOST_ARRAYS:
                 self._sums.clear()
-            totals = self._array(course) + self._array(gathered)
-            known = self._sums[key] = (course, gathered, np.maximum.reduceat(totals, replay.cuts[:-1]))
+            totals = self._array(course) + self._array(parts)
+            known = self._sums[key] = (course, parts, np.maximum.reduceat(totals, replay.cuts[:-1]))
         return known[2]
 
     def _held_by(self, replay: Replay, choice: Choice) -> Ints:
@@ -205,7 +208,7 @@ class Estimator:
         )
         return np.array(held.moments, dtype=np.int64)
 
-    def _array(self, source: Course | Gathered) -> Ints:
+    def _array(self, source: Course | Parts) -> Ints:
         known = self._arrays.get(id(source))
         if known is None:
             if len(self._arrays) >= MOST_ARRAYS:
@@ -240,10 +243,12 @@ class Estimator:
         return {phase: np.concatenate(parts)[pair_of] for phase, parts in peaks.items()}
 
 
-def _one_by_one(gathered: Gathered) -> Ints:
-    """Its moments, as an array."""
-    parts = []
-    for part in gathered.parts:
+def _one_by_one(parts: Parts) -> Ints:
+    """Their moments, as an array, without the update."""
+    found = []
+    for part in parts:
         once, growth = np.array(part.moments, dtype=np.int64), np.arange(part.times, dtype=np.int64) * part.growth
-        parts.append((once + growth[:, np.newaxis]).ravel())
-    return np.concatenate(parts)
+        found.append((once + growth[:, np.newaxis]).ravel())
+    moments = np.concatenate(found)
+    moments[UPDATED] = 0
+    return moments

@@ -52,6 +52,10 @@ HOOKS = frozenset(
     }
 )  # fmt: skip
 """Calls that gather and release parameters; no gradient comes or goes in them."""
+UPDATED = -3
+"""Among the moments of a script of ZeRO-3: its last call but one, END_STEP, while it runs."""
+UPDATED_IN_REDUCTION = -2
+"""The moment of its reduction that stands for that one: from STEP to the last call."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -136,6 +136,21 @@ def secondary_group(zero: ZeroConfig, num_ranks: int) -> int:
     return max(1, min(zero.zero_hpz_partition_size, num_ranks))
 
 
+def update_bytes(items: Instances, shards: Shards, zero: ZeroConfig, *, num_ranks: int) -> int:
+    """Persistent parameters, partitioned before the update, are gathered again after it, out of copies on the GPU if
+    they are offloaded and cut; the norms of offloaded gradients (resident.py) are gone by then.
+
+    Source: deepspeed 0.19.8, stage3.py (step: _partition_all_parameters, _post_step; step: norm_for_param_grads),
+    partition_parameters.py (_allgather_params_coalesced: _no_gather_coalesced).
+    """
+    staged, norms = 0, 0
+    if zero.offloads_param and num_ranks > 1:
+        staged = sum(items.itemsize[p] * shards.partition[p] for p in shards.persistent)
+    if zero.offloads_optimizer:
+        norms = ALLOCATOR_ROUNDING * sum(items.trainable)
+    return max(0, shards.persistent_bytes + staged - norms)
+
+
 class Stage3Engine:
     """The bytes of what the parameter coordinator does, and the gradient path of one micro-step."""
 
@@ -283,18 +298,9 @@ class Stage3Engine:
         self.meter.mark()
 
     def end_step(self, _numbers: tuple[int, ...]) -> None:
-        """Persistent parameters, partitioned before the update, are gathered again after it, out of copies on the GPU
-        if they are offloaded and cut; the norms of offloaded gradients (resident.py) are gone by then.
-
-        Source: deepspeed 0.19.8, stage3.py (step: _partition_all_parameters, _post_step; step: norm_for_param_grads),
-        partition_parameters.py (_allgather_params_coalesced: _no_gather_coalesced).
-        """
-        staged, norms = 0, 0
-        if self.zero.offloads_param and self.num_ranks > 1:
-            staged = sum(self.items.itemsize[p] * self.shards.partition[p] for p in self.shards.persistent)
-        if self.zero.offloads_optimizer:
-            norms = ALLOCATOR_ROUNDING * sum(self.items.trainable)
-        self.meter.touch(Kind.GATHERED_PARAMETERS, max(0, self.shards.persistent_bytes + staged - norms))
+        """Persistent parameters are gathered again."""
+        again = update_bytes(self.items, self.shards, self.zero, num_ranks=self.num_ranks)
+        self.meter.touch(Kind.GATHERED_PARAMETERS, again)
 
     def _give_back(self, _numbers: tuple[int, ...]) -> None:
         self.meter.add(Kind.GATHERED_PARAMETERS, -self.meter.by_kind[Kind.GATHERED_PARAMETERS])
