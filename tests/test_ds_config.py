@@ -122,6 +122,11 @@ def test_partial_offload_below_stage_3_is_refused() -> None:
     )
 
 
+def test_quantized_gradients_without_reduce_scatter_are_refused() -> None:
+    with pytest.raises(ConfigError, match="zero_quantized_gradients needs reduce_scatter"):
+        read(zero(stage=3, zero_quantized_gradients=True, reduce_scatter=False))
+
+
 def test_quantized_communication_is_refused_on_cpu_ranks() -> None:
     section = zero(stage=3, zero_quantized_weights=True)
     assert "CUDA quantizer" in problems(section, device_kind="cpu")

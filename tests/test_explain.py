@@ -19,7 +19,7 @@ PROMISED = (
     "offload_param", "pin_memory", "stage3_max_live_parameters", "stage3_max_reuse_distance",
     "stage3_gather_16bit_weights_on_model_save", "sub_group_size", "stage3_prefetch_bucket_size",
     "stage3_param_persistence_threshold", "contiguous_gradients", "gradient_checkpointing", "sliding_window",
-    "tensor_parallel",
+    "tensor_parallel", "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients",
 )  # fmt: skip
 
 

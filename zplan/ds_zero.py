@@ -175,7 +175,7 @@ def refused_combinations(zero: ZeroConfig, *, device_kind: str) -> Iterator[str]
     """What DeepSpeed's checks or the engine refuse although each value alone is fine.
 
     Source: deepspeed 0.19.8, runtime/zero/config.py (offload_ratio_check), partition_parameters.py:1229,
-    stage3.py:300, 316 and 840, op_builder (QuantizerBuilder is a CUDA kernel).
+    stage3.py:300, 316, 390 and 840, op_builder (QuantizerBuilder is a CUDA kernel).
     """
     states, params = zero.offload_optimizer, zero.offload_param
     if states.ratio < 1.0 and zero.stage != 3:
@@ -187,6 +187,8 @@ def refused_combinations(zero: ZeroConfig, *, device_kind: str) -> Iterator[str]
         ):
             if device == "nvme" and not path:
                 yield f'{name}.device is nvme, but {name}.nvme_path is not given; add "nvme_path": "/path/on/the/drive"'
+    if zero.stage == 3 and zero.zero_quantized_gradients and not zero.reduce_scatter:
+        yield "zero_quantized_gradients needs reduce_scatter, and it is false; DeepSpeed asserts it; set it to true"
     if device_kind == "cpu":
         for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
             if getattr(zero, name) and zero.stage == 3:
@@ -205,6 +207,7 @@ def _refused_in_file(section: Mapping[str, Any], zero: ZeroConfig) -> Iterator[s
 
 _NEEDS_STAGE3 = (
     "sub_group_size", "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients",
 )  # fmt: skip
 _BELOW_STAGE3 = ("round_robin_gradients", "allgather_partitions", "allgather_bucket_size")
 _NVME_ONLY = ("buffer_count", "buffer_size", "max_in_cpu", "nvme_path", "pipeline_read", "pipeline_write", "fast_init")

@@ -349,6 +349,21 @@ TOPICS: Mapping[str, Topic] = {
         "are many and small. A larger threshold saves small collectives and costs memory.",
         changes=_auto_against_default("stage3_param_persistence_threshold", (3,)),
     ),
+    "zero_hpz_partition_size": Topic(
+        text="ZeRO++: keeps a second copy of the weights cut over that many ranks, one node's as a rule, so that "
+        "backward gathers within the node (stage 3). The copy of what trains is there from its release to the update.",
+        changes=_settings((3,), ("zero_hpz_partition_size=1", "zero_hpz_partition_size=2")),
+    ),
+    "zero_quantized_weights": Topic(
+        text="ZeRO++: gathers weights as int8 with a float32 scale for up to 8000 of them (stage 3). It halves what is "
+        "sent, not what is held: the int8 buffer and its fp16 copy lie beside the weights while they arrive.",
+        changes=_settings((3,), ("zero_quantized_weights=false", "zero_quantized_weights=true")),
+    ),
+    "zero_quantized_gradients": Topic(
+        text="ZeRO++: reduces matrices' gradients as 4-bit integers, within the node and then between nodes (stage 3; "
+        "one node reduces as ever). Its kernel reads fp16: under bf16 the sums are wrong.",
+        changes=_settings((3,), ("zero_quantized_gradients=false", "zero_quantized_gradients=true")),
+    ),
     "contiguous_gradients": Topic(
         text="Copies gradients into one buffer as they appear, which avoids fragmentation. The buffer is the reduce "
         "bucket, so without it there is none. Offloading at stages 1 and 2 switches it on.",

@@ -28,11 +28,41 @@ def estimate(zero: ZeroConfig, shape: ModelShape = SHAPE, **recipe: Any) -> Memo
 
 
 @pytest.mark.parametrize("key", ["zero_quantized_weights", "zero_quantized_gradients"])
-def test_what_is_not_modelled_is_named_and_never_fits(key: str) -> None:
-    plain, with_key = estimate(ZeroConfig(stage=3)), estimate(replace(ZeroConfig(stage=3), **{key: True}))
-    assert plain.gpu.verdict == "fits"
-    assert with_key.gpu.verdict == "tight"
-    assert any(note.startswith("not modelled: ") for note in with_key.notes)
+def test_quantized_communication_is_modelled_and_fits(key: str) -> None:
+    found = estimate(replace(ZeroConfig(stage=3), **{key: True}))
+    assert found.gpu.verdict == "fits"
+    assert not any(note.startswith("not modelled: ") for note in found.notes)
+
+
+def test_a_part_that_the_quantizer_refuses_is_named_and_never_fits() -> None:
+    """576 elements of a norm over 64 ranks are 9."""
+    shape = find_model("smollm2-135m")
+    assert isinstance(shape, ModelShape)
+    batch = BatchSizes(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, world_size=64)
+    choice = Choice(zero=ZeroConfig(stage=3, zero_quantized_weights=True), batch=batch)
+    found = estimate_memory(shape, Recipe(model="any", train_batch_size=64), choice, cluster(64))
+    assert found.gpu.verdict == "tight"
+    assert any(note.startswith("not modelled: zero_quantized_weights over 64 ranks: 9 ") for note in found.notes)
+
+
+def test_quantized_gradients_change_nothing_within_a_node_and_read_bf16_as_fp16_between_nodes() -> None:
+    zero = ZeroConfig(stage=3, zero_quantized_gradients=True)
+    plain, one_node = estimate(ZeroConfig(stage=3)), estimate(zero)
+    assert one_node.gpu == plain.gpu
+    assert any("no effect within one node" in note for note in one_node.notes)
+    batch = BatchSizes(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, world_size=8)
+    two_nodes = replace(cluster(4), nodes=2)
+    for dtype, is_wrong in (("bf16", True), ("fp16", False)):
+        recipe = Recipe(model="any", train_batch_size=8, dtype=dtype)  # type: ignore[arg-type]
+        notes = estimate_memory(SHAPE, recipe, Choice(zero=zero, batch=batch), two_nodes).notes
+        assert any("the sums are wrong" in note for note in notes) is is_wrong
+
+
+def test_weights_are_never_stored_quantized_because_peft_freezes_them_later() -> None:
+    plain = estimate(ZeroConfig(stage=3), method="lora")
+    found = estimate(ZeroConfig(stage=3, zero_quantized_nontrainable_weights=True), method="lora")
+    assert found.gpu == plain.gpu
+    assert any(note.startswith("zero_quantized_nontrainable_weights has no effect") for note in found.notes)
 
 
 @pytest.mark.parametrize("options", [{"ratio": 0.5, "device": "nvme"}])

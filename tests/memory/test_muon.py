@@ -19,8 +19,8 @@ from zplan.memory.muon import (
     updates_bytes,
 )
 from zplan.memory.muon3 import MOST_KEPT_BYTES, GatherBuffers, muon_chunks, muon_step_bytes, rounds_bytes
-from zplan.memory.stage3 import muon_bytes, sub_groups
 from zplan.memory.stage12 import partition
+from zplan.memory.sub_groups import muon_bytes, sub_groups
 from zplan.memory.terms import MemoryEstimate
 from zplan.memory.trainable import layout
 from zplan.model_shape import ModelShape

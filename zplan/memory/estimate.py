@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -9,6 +10,7 @@ from zplan.hardware import Cluster
 from zplan.memory import runtime
 from zplan.memory.course import course
 from zplan.memory.documented import documented_bucket_bytes
+from zplan.memory.exchange import Exchange
 from zplan.memory.host import estimate_host, host_bytes, ranks_of_node
 from zplan.memory.host_limits import limit_notes
 from zplan.memory.instances import instances
@@ -26,7 +28,7 @@ from zplan.memory.timeline import record
 from zplan.memory.trainable import Layout, layout
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
-from zplan.zero_config import Choice
+from zplan.zero_config import Choice, ZeroConfig
 
 BucketRule = Literal["engine", "documented"]
 MARGIN_LOW_PERCENT, MARGIN_HIGH_PERCENT = 98, 104
@@ -53,7 +55,7 @@ def estimate_memory(
     laid = layout(shape, recipe)
     still = standing(laid, recipe, choice, cluster, rank)
     walked = course_of(shape, recipe, laid, choice, on_cpu=on_cpu)
-    replay = replay_of(walked.script, instances(laid), recipe.weight_bytes, rank)
+    replay = replay_of(walked.script, instances(laid), recipe.weight_bytes, rank, Exchange.of(recipe, cluster))
     terms = _terms(still.terms, replay.peaks(walked, choice))
     phases = phase_bytes(terms)
     peak = max(phases.values())
@@ -66,7 +68,7 @@ def estimate_memory(
         gpu=_gpu(terms, phases, shape, recipe, choice, cluster, bucket_rule, is_whole=not missing),
         host=host,
         nvme=nvme,
-        notes=(*missing, *unchecked(shape, recipe), *_notes(choice, on_cpu), *limit_notes(host.limits)),
+        notes=(*missing, *unchecked(shape, recipe), *_notes(recipe, choice, cluster), *limit_notes(host.limits)),
     )
 
 
@@ -283,15 +285,32 @@ def gpu_level(used: ByteRange, free_bytes: int, *, is_whole: bool) -> tuple[int,
     return is_short + is_shorter + (1 - is_short) * (1 - is_whole), is_short * (used.high - free_bytes)
 
 
-def _notes(choice: Choice, on_cpu: bool) -> tuple[str, ...]:
+def _notes(recipe: Recipe, choice: Choice, cluster: Cluster) -> tuple[str, ...]:
     zero = choice.zero
-    notes = []
+    notes = [*_quantizer_notes(recipe, zero, cluster)] if zero.stage == 3 else []
     if zero.offload_param.device != "none" and zero.stage != 3:
         notes.append(f"offload_param has no effect at stage {zero.stage}")
     if zero.offload_optimizer.device != "none" and zero.stage == 0:
         notes.append("offload_optimizer has no effect at stage 0")
     if zero.stage in (1, 2):
         notes.append("allgather_bucket_size has no effect where all_gather_into_tensor exists")
-    if on_cpu and zero.overlap_comm:
+    if cluster.gpu.kind == "cpu" and zero.overlap_comm:
         notes.append("overlap_comm overlaps nothing on CPU ranks: the accelerator is synchronous")
     return tuple(notes)
+
+
+def _quantizer_notes(recipe: Recipe, zero: ZeroConfig, cluster: Cluster) -> Iterator[str]:
+    """ZeRO++ that does nothing, or something else than it says.
+
+    Source: deepspeed 0.19.8, runtime/zero/partition_parameters.py (_partition_param), stage3.py:1928
+    (__avg_scatter_grads), ops/csrc/quantization/pt_binding.cpp (ds_swizzle_quant: (__half*)input_vals.data_ptr()).
+    """
+    if zero.zero_quantized_nontrainable_weights:
+        yield (
+            "zero_quantized_nontrainable_weights has no effect here: weights are cut while the model is built, before"
+            " PEFT freezes them"
+        )
+    if zero.zero_quantized_gradients and cluster.nodes == 1:
+        yield "zero_quantized_gradients has no effect within one node: DeepSpeed quantises between nodes only"
+    elif zero.zero_quantized_gradients and recipe.dtype == "bf16":
+        yield "zero_quantized_gradients reads the bits of bf16 gradients as fp16, and the sums are wrong: use fp16"

@@ -11,6 +11,7 @@ from functools import cached_property, lru_cache
 from operator import sub
 
 from zplan.memory.coordinator import Coordinator
+from zplan.memory.exchange import PLAIN, Exchange
 from zplan.memory.fetch_limits import Limits
 from zplan.memory.instances import Instances
 from zplan.memory.laps import Laps
@@ -98,6 +99,7 @@ class Gathering:
     script: Script
     items: Instances
     itemsize: int
+    exchange: Exchange = PLAIN
     _schedules: dict[tuple[frozenset[int], ...], list[tuple[Coordinator, Schedule]]] = field(default_factory=dict)
     _by_limits: dict[tuple[object, ...], Schedule] = field(default_factory=dict)
     _parts: dict[tuple[object, ...], tuple[Schedule, Parts]] = field(default_factory=dict)
@@ -180,8 +182,8 @@ class Gathering:
         copies = 1 if zero.offloads_param else secondary_group(zero, ranks)
         key = (
             id(schedule), zero.stage3_allgather_sequential, zero.offloads_param,
-            ranks == 1, copies, copies > 1 and has_copies,
-            ranks if zero.offloads_param else padding(self.items, ranks),
+            ranks == 1, copies, copies > 1 and has_copies, zero.zero_quantized_weights,
+            ranks if zero.offloads_param or zero.zero_quantized_weights else padding(self.items, ranks),
         )  # fmt: skip
         followed = self._parts.get(key)
         if followed is None or followed[0] is not schedule:
@@ -259,7 +261,10 @@ def most_of(steps: Steps) -> tuple[int, ...]:
 def follow_hooks(of: Gathering, choice: Choice, shards: Shards, schedule: Schedule, has_copies: bool) -> Parts:
     """Run the engine through the hooks of a step."""
     meter = Gauge()
-    engine = Stage3Engine(meter, of.items, shards, choice.zero, num_ranks=choice.batch.world_size, itemsize=of.itemsize)
+    engine = Stage3Engine(
+        meter, of.items, shards, choice.zero, num_ranks=choice.batch.world_size, itemsize=of.itemsize,
+        exchange=of.exchange,
+    )  # fmt: skip
     if has_copies:
         engine.cut_all_again()
     return tuple(part for run in schedule for part in _follow_run(engine, run))
@@ -306,6 +311,6 @@ def _moments(engine: Stage3Engine, first: int, num_calls: int, happenings: Seque
     return tuple(found)
 
 
-def gathering(script: Script, items: Instances, itemsize: int) -> Memo[Choice, Steps]:
+def gathering(script: Script, items: Instances, itemsize: int, exchange: Exchange = PLAIN) -> Memo[Choice, Steps]:
     """What is gathered during a script, by what that depends on of a choice."""
-    return Memo(Gathering(script, items, itemsize).steps_of, most_kept=MOST_KEPT)
+    return Memo(Gathering(script, items, itemsize, exchange).steps_of, most_kept=MOST_KEPT)

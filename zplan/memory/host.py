@@ -12,8 +12,8 @@ from math import ceil
 from zplan.hardware import Cluster
 from zplan.memory.host_limits import host_limits, verdict_of
 from zplan.memory.instances import instances
-from zplan.memory.stage3 import left_on_gpu, sub_groups
 from zplan.memory.states import optimizer_state_bytes
+from zplan.memory.sub_groups import left_on_gpu, sub_groups
 from zplan.memory.super_offload import shared_memory_bytes, super_offload_terms
 from zplan.memory.terms import PHASES, HostEstimate, NvmeEstimate, Phase, Term
 from zplan.memory.trainable import Layout

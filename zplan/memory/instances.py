@@ -25,6 +25,8 @@ class Instances:
     groups: tuple[tuple[int, ...], ...]
     """Trainable parameters of each non-empty optimizer group, in order: Muon sorts its own by shape, largest first,
     where it sees shapes (below stage 3; original_muon.py:380, MuonWithAuxAdam)."""
+    longest: tuple[int, ...] = ()
+    """The larger of the first two dimensions of each; 0 for a vector."""
     muon: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     """Shapes of the parameters of the first group where that is Muon's, in its order."""
 
@@ -64,6 +66,7 @@ def _number(layout: Layout) -> Instances:
         offset=tuple(offset),
         base=tuple(base),
         groups=tuple(tuple(numbers) for numbers in members if numbers),
+        longest=tuple(max(weight.shape[:2]) if len(weight.shape) > 1 else 0 for weight in weights),
         muon={number: weights[number].shape for number in members[0]} if layout.muon else {},
     )
 

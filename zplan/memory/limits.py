@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from zplan.memory.quantized import num_groups
+from zplan.memory.trainable import layout
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.zero_config import Choice, super_offload_refused
@@ -20,6 +22,7 @@ CHECKED_OPTIMIZERS = frozenset({"adamw", "sgd", "muon"})
 def not_modelled(shape: ModelShape, recipe: Recipe, choice: Choice, *, on_cpu: bool) -> tuple[str, ...]:
     """Options whose bytes are missing or known to be wrong; each one line, `not modelled: ...`."""
     found = [*_of_model(shape, recipe), *_of_recipe(recipe, choice), *_of_zero(choice)]
+    found += _of_quantizer(shape, recipe, choice)
     refused = super_offload_refused(choice.zero, recipe.optimizer, on_cpu=on_cpu)
     found += [refused] if refused else []
     found += _of_muon(recipe, choice, on_cpu) if recipe.optimizer == "muon" else []
@@ -73,10 +76,28 @@ def _of_zero(choice: Choice) -> list[str]:
         )
     if zero.zero_hpz_partition_size > 1 and zero.offloads_param:
         lines.append("hpZ's second copy in host memory (offload_param)")
-    for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
-        if getattr(zero, name):
-            lines.append(f"{name}: the int8 or int4 buffers and their scales; bytes are those of plain collectives")
     return lines
+
+
+def _of_quantizer(shape: ModelShape, recipe: Recipe, choice: Choice) -> list[str]:
+    """A module that qwZ cannot gather: it is asked for alone in the first step, which has no trace.
+
+    Source: deepspeed 0.19.8, runtime/zero/partition_parameters.py (CUDAQuantizer.quantize).
+    """
+    ranks = choice.batch.world_size
+    if choice.zero.stage != 3 or not choice.zero.zero_quantized_weights or ranks == 1:
+        return []
+    for block in layout(shape, recipe).blocks:
+        parts: dict[str, int] = {}
+        for weight in block.weights:
+            parts[weight.module] = parts.get(weight.module, 0) - -weight.numel // ranks
+        for module, numel in parts.items():
+            if num_groups(numel) is None:
+                return [
+                    f"zero_quantized_weights over {ranks} ranks: {numel} elements a rank of {module} are no multiple"
+                    " of 8, and DeepSpeed refuses them (CUDAQuantizer.quantize)"
+                ]
+    return []
 
 
 def unchecked(shape: ModelShape, recipe: Recipe) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from zplan.memory.estimate import (
     phase_bytes,
     standing,
 )
+from zplan.memory.exchange import Exchange
 from zplan.memory.gather import Parts
 from zplan.memory.host import estimate_host
 from zplan.memory.instances import instances
@@ -123,6 +124,7 @@ class Estimator:
     def __init__(self, shape: ModelShape, recipe: Recipe, cluster: Cluster, *, rank: int | None = None) -> None:
         self.shape, self.recipe, self.cluster, self.rank = shape, recipe, cluster, rank
         self.laid, self.on_cpu = layout(shape, recipe), cluster.gpu.kind == "cpu"
+        self.exchange = Exchange.of(recipe, cluster)
         self._arrays: dict[int, tuple[Course | Parts, Ints]] = {}
         self._sums: dict[tuple[int, int], tuple[Course, Parts, Ints]] = {}
         self._standing = Memo(self._of_rank, most_kept=MOST_KEPT)
@@ -181,7 +183,9 @@ class Estimator:
     # -- the step ------------------------------------------------------------------------------------------------
     def _base(self, choice: Choice) -> _Base:
         course = course_of(self.shape, self.recipe, self.laid, choice, on_cpu=self.on_cpu)
-        replay = replay_of(course.script, instances(self.laid), self.recipe.weight_bytes, self.rank)
+        replay = replay_of(
+            course.script, instances(self.laid), self.recipe.weight_bytes, self.rank, self.exchange
+        )  # fmt: skip
         moments = self._array(course)
         if choice.zero.stage == 3:
             steps = replay.gathered(choice)
@@ -204,8 +208,9 @@ class Estimator:
 
     def _held_by(self, replay: Replay, choice: Choice) -> Ints:
         held = follow_gradients(
-            Gauge(), replay.script.reduction, replay.items, choice, itemsize=replay.itemsize, rank=self.rank
-        )
+            Gauge(), replay.script.reduction, replay.items, choice, itemsize=replay.itemsize, rank=self.rank,
+            exchange=self.exchange,
+        )  # fmt: skip
         return np.array(held.moments, dtype=np.int64)
 
     def _array(self, source: Course | Parts) -> Ints:

@@ -17,6 +17,7 @@ from itertools import chain, pairwise
 from operator import add
 from typing import Protocol
 
+from zplan.memory.exchange import PLAIN, Exchange
 from zplan.memory.gather import Steps, gathering, most_of
 from zplan.memory.instances import Instances
 from zplan.memory.memo import Memo
@@ -69,13 +70,14 @@ class Replay:
     items: Instances
     itemsize: int
     rank: int | None
+    exchange: Exchange = PLAIN
     held: Memo[Choice, Held] = field(init=False)
     gathered: Memo[Choice, Steps] = field(init=False)
     _bases: dict[tuple[int, int], tuple[Course, Steps, _Base]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.held = held_by(self.script.reduction, self.items, self.itemsize, self.rank)
-        self.gathered = gathering(self.script, self.items, self.itemsize)
+        self.held = held_by(self.script.reduction, self.items, self.itemsize, self.rank, self.exchange)
+        self.gathered = gathering(self.script, self.items, self.itemsize, self.exchange)
 
     @cached_property
     def cuts(self) -> tuple[int, ...]:
@@ -131,24 +133,26 @@ _REPLAYS: dict[tuple[object, ...], tuple[Script, Replay]] = {}
 _HELD: dict[tuple[object, ...], tuple[Reduction, Memo[Choice, Held]]] = {}
 
 
-def replay_of(script: Script, items: Instances, itemsize: int, rank: int | None) -> Replay:
+def replay_of(script: Script, items: Instances, itemsize: int, rank: int | None, exchange: Exchange = PLAIN) -> Replay:
     """The replay of a script; kept, because a search asks about one model again and again."""
-    key = (id(script), itemsize, rank)
+    key = (id(script), itemsize, rank, exchange)
     known = _REPLAYS.get(key)
     if known is None or known[0] is not script:
         if len(_REPLAYS) >= MOST_KEPT:
             _REPLAYS.clear()
-        known = _REPLAYS[key] = (script, Replay(script, items, itemsize, rank))
+        known = _REPLAYS[key] = (script, Replay(script, items, itemsize, rank, exchange))
     return known[1]
 
 
-def held_by(reduction: Reduction, items: Instances, itemsize: int, rank: int | None) -> Memo[Choice, Held]:
+def held_by(
+    reduction: Reduction, items: Instances, itemsize: int, rank: int | None, exchange: Exchange
+) -> Memo[Choice, Held]:
     """What the engine holds for gradients, by what it reads of a choice."""
 
     def follow(choice: Choice) -> Held:
-        return follow_gradients(Meter(), reduction, items, choice, itemsize=itemsize, rank=rank)
+        return follow_gradients(Meter(), reduction, items, choice, itemsize=itemsize, rank=rank, exchange=exchange)
 
-    key = (id(reduction), itemsize, rank)
+    key = (id(reduction), itemsize, rank, exchange)
     known = _HELD.get(key)
     if known is None or known[0] is not reduction:
         if len(_HELD) >= MOST_KEPT:
@@ -158,10 +162,11 @@ def held_by(reduction: Reduction, items: Instances, itemsize: int, rank: int | N
 
 
 def follow_gradients(
-    meter: Meter, reduction: Reduction, items: Instances, choice: Choice, *, itemsize: int, rank: int | None
-) -> Held:
+    meter: Meter, reduction: Reduction, items: Instances, choice: Choice, *, itemsize: int, rank: int | None,
+    exchange: Exchange,
+) -> Held:  # fmt: skip
     """Run the engine through the gradients of a step."""
-    engine = _engine(meter, items, choice, itemsize=itemsize, rank=rank)
+    engine = _engine(meter, items, choice, itemsize=itemsize, rank=rank, exchange=exchange)
     act: dict[int, Callable[[int], None]] = {
         Op.NOTHING: lambda _: None,
         Op.BEGIN: lambda _: engine.begin_micro_step(),
@@ -181,14 +186,16 @@ def follow_gradients(
     return Held(tuple(moments), tuple(kinds))
 
 
-def _engine(meter: Meter, items: Instances, choice: Choice, *, itemsize: int, rank: int | None) -> Engine:
+def _engine(
+    meter: Meter, items: Instances, choice: Choice, *, itemsize: int, rank: int | None, exchange: Exchange
+) -> Engine:
     """The engine of the configured stage."""
     zero, ranks = choice.zero, choice.batch.world_size
     partial = choice.batch.gradient_accumulation_steps > 1
     if zero.stage == 3:
         # gradients are cut alike whether their parameter persists or not
         shards = shard(items, ZeroConfig(), ranks)
-        return Stage3Engine(meter, items, shards, zero, num_ranks=ranks, itemsize=itemsize)
+        return Stage3Engine(meter, items, shards, zero, num_ranks=ranks, itemsize=itemsize, exchange=exchange)
     if zero.stage:
         return Stage12Engine(meter, items, partition(items, ranks, rank), zero, itemsize=itemsize, partial=partial)
     return Stage0Engine(meter, items, itemsize=itemsize, num_ranks=ranks, partial=partial)

@@ -9,9 +9,10 @@ from math import prod
 from zplan.memory.instances import Instances, instances
 from zplan.memory.muon import ADAM_STATES, first_updates_bytes
 from zplan.memory.runtime import ALLOCATOR_ROUNDING
-from zplan.memory.stage3 import Shards, left_on_gpu, muon_bytes, secondary_group, sub_groups
+from zplan.memory.stage3 import Shards, secondary_group
 from zplan.memory.stage12 import Partitions
 from zplan.memory.states import FP32, optimizer_state_bytes, step_temporary_bytes
+from zplan.memory.sub_groups import left_on_gpu, muon_bytes, sub_groups
 from zplan.memory.terms import Phase, Term
 from zplan.memory.trainable import Layout
 from zplan.recipe import Recipe

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from zplan.memory.coordinator import Action
+from zplan.memory.exchange import PLAIN, Exchange
 from zplan.memory.instances import Instances
 from zplan.memory.meter import Kind, Meter
-from zplan.memory.muon3 import muon_chunks, muon_step_bytes
+from zplan.memory.quantized import Given, QuantizedGather, gather_alone, gather_together, scatter_bytes
 from zplan.memory.runtime import ALLOCATOR_ROUNDING
+from zplan.memory.sub_groups import muon_bytes, sub_groups
 from zplan.zero_config import ZeroConfig
 
 FP32 = 4
@@ -72,65 +74,6 @@ def _shard(items: Instances, small: int, sum_of_small: int, num_ranks: int, gath
     )
 
 
-@dataclass(frozen=True, slots=True)
-class SubGroups:
-    """How the step of one rank is cut."""
-
-    numel: tuple[int, ...]
-    """Elements of each sub-group."""
-    counts: tuple[int, ...]
-    """Number of parameters of each sub-group."""
-
-
-@lru_cache(1024)
-def sub_groups(items: Instances, num_ranks: int, sub_group_size: int) -> SubGroups:
-    """A group's parameters until sub_group_size partition elements are reached (stage3.py, _create_fp16_sub_groups)."""
-    parts = [-(-numel // num_ranks) for numel in items.numel]
-    totals: list[int] = []
-    counts: list[int] = []
-    for group in map(sorted, items.groups):
-        if sub_group_size >= sum(parts[number] for number in group):
-            totals.append(sum(parts[number] for number in group))
-            counts.append(len(group))
-            continue
-        size = count = 0
-        for number in group:
-            size, count = size + parts[number], count + 1
-            if size >= sub_group_size or number == group[-1]:
-                totals.append(size)
-                counts.append(count)
-                size = count = 0
-    return SubGroups(tuple(totals), tuple(counts))
-
-
-def muon_bytes(items: Instances, zero: ZeroConfig, num_ranks: int, *, itemsize: int) -> tuple[int, int]:
-    """Gather buffers that Muon keeps between steps, and the most that its update has live above them (muon3.py)."""
-    return _muon_bytes(items, num_ranks, zero.sub_group_size, zero.reduce_bucket_size, itemsize)
-
-
-@lru_cache(1024)
-def _muon_bytes(
-    items: Instances, num_ranks: int, sub_group_size: int, reduce_bucket_size: int, itemsize: int
-) -> tuple[int, int]:
-    matrices = [(-(-items.numel[number] // num_ranks), items.muon[number]) for number in sorted(items.muon)]
-    chunks = []
-    for count in sub_groups(items, num_ranks, sub_group_size).counts:
-        chunks += muon_chunks(matrices[:count], reduce_bucket_size) if matrices else []
-        matrices = matrices[count:]
-    return muon_step_bytes(chunks, num_ranks=num_ranks, itemsize=itemsize)
-
-
-def left_on_gpu(items: Instances, zero: ZeroConfig, num_ranks: int) -> tuple[int, ...]:
-    """Elements of the sub-groups that partial offload leaves on the GPU: the first int((1 - ratio) * count).
-
-    Source: deepspeed 0.19.8, stage3.py:1105 (_create_fp32_partitions: subgroup_to_device).
-    """
-    if zero.stage != 3 or zero.offload_optimizer.device != "cpu" or zero.offload_optimizer.ratio == 1:
-        return ()
-    groups = sub_groups(items, num_ranks, zero.sub_group_size).numel
-    return groups[: int((1 - zero.offload_optimizer.ratio) * len(groups))]
-
-
 def secondary_group(zero: ZeroConfig, num_ranks: int) -> int:
     """Ranks that share hpZ's second copy; 1 without it."""
     return max(1, min(zero.zero_hpz_partition_size, num_ranks))
@@ -163,9 +106,10 @@ class Stage3Engine:
         *,
         num_ranks: int,
         itemsize: int,
+        exchange: Exchange = PLAIN,
     ) -> None:
         self.meter, self.items, self.shards, self.zero = meter, items, shards, zero
-        self.num_ranks, self.itemsize = num_ranks, itemsize
+        self.num_ranks, self.itemsize, self.exchange = num_ranks, itemsize, exchange
         self.held = [0] * len(items.numel)
         self.kept = [0] * len(items.numel)
         self.bytes = [b * numel for b, numel in zip(items.itemsize, items.numel, strict=True)]
@@ -203,7 +147,29 @@ class Stage3Engine:
         """Several parameters share one flat buffer (all_gather_coalesced)."""
         return len(numbers) > 1 and self.gathers_together
 
+    @cached_property
+    def quantizes(self) -> bool:
+        return self.num_ranks > 1 and self.zero.zero_quantized_weights
+
+    def _quantized(self, numbers: tuple[int, ...]) -> QuantizedGather:
+        """qwZ; out of hpZ's second copies where all of them have one."""
+        group = self.second_copies
+        copied = group > 1 and all(self.secondary[number] or not self.items.trainable[number] for number in numbers)
+        scale, ranks = (self.num_ranks // group, group) if copied else (1, self.num_ranks)
+        parts = self.shards.partition
+        given = tuple(
+            Given(self.items.numel[p], parts[p] * scale, self._staged_bytes((p,)) if self.zero.offloads_param else 0)
+            for p in numbers
+        )
+        gather = gather_together if self._is_coalesced(numbers) else gather_alone
+        return gather(given, num_ranks=ranks, itemsize=self.itemsize, is_fp16=self.exchange.is_fp16)
+
     def _gather(self, numbers: tuple[int, ...]) -> None:
+        if self.quantizes:
+            gather = self._quantized(numbers)
+            self.meter.touch(Kind.GATHERED_PARAMETERS, gather.launching)
+            self.meter.add(Kind.GATHERED_PARAMETERS, gather.flying)
+            return
         flat = 0
         if self._is_coalesced(numbers):
             flat = sum(self.padded_bytes[number] for number in numbers)
@@ -245,11 +211,19 @@ class Stage3Engine:
         self.meter.add(Kind.GATHERED_PARAMETERS, sum(each_bytes))
 
     def _arrive(self, numbers: tuple[int, ...]) -> None:
-        if self._is_coalesced(numbers):
+        if self.quantizes:
+            gather = self._quantized(numbers)
+            self.meter.touch(Kind.GATHERED_PARAMETERS, gather.arriving)
+            self._hold(numbers, [self.bytes[number] for number in numbers])
+            self.meter.add(Kind.GATHERED_PARAMETERS, gather.unpacked)
+        elif self._is_coalesced(numbers):
             self._hold(numbers, [self.bytes[number] for number in numbers])
 
     def _settle(self, numbers: tuple[int, ...]) -> None:
-        if self._is_coalesced(numbers):
+        if self.quantizes:
+            gather = self._quantized(numbers)
+            self.meter.add(Kind.GATHERED_PARAMETERS, -gather.flying - gather.unpacked)
+        elif self._is_coalesced(numbers):
             self.meter.add(Kind.GATHERED_PARAMETERS, -sum(self.padded_bytes[number] for number in numbers))
 
     def cut_all_again(self) -> None:
@@ -333,8 +307,9 @@ class Stage3Engine:
         self.bucket, self.bucket_numel = [], 0
 
     def _reduction_bytes(self) -> int:
-        """The padded copy of the bucket that reduce_scatter_coalesced builds; without reduce_scatter the reduced bucket
-        times gradient_predivide_factor, a copy unless that is the number of ranks (it is 1).
+        """The padded copy of the bucket that reduce_scatter_coalesced builds, or qgZ's buffers between nodes; without
+        reduce_scatter the reduced bucket times gradient_predivide_factor, a copy unless that is the number of ranks (it
+        is 1).
 
         Source: deepspeed 0.19.8, runtime/comm/coalesced_collectives.py (reduce_scatter_coalesced), stage3.py:1883
         (__avg_scatter_contiguous_grads).
@@ -342,9 +317,19 @@ class Stage3Engine:
         scatters = (self.zero.reduce_scatter and not self.items.muon) or not self.zero.contiguous_gradients
         if not scatters and self.bucket_numel <= self.zero.reduce_bucket_size:
             return self.itemsize * self.bucket_numel if self.num_ranks > 1 else 0
+        if self.zero.zero_quantized_gradients and self.num_nodes > 1:
+            gradients = [(self.items.numel[p], self.items.longest[p]) for p in sorted(self.bucket)]
+            return scatter_bytes(
+                gradients, num_ranks=self.num_ranks, gpus_per_node=self.num_ranks // self.num_nodes,
+                itemsize=self.itemsize,
+            )  # fmt: skip
         if len(self.bucket) == 1 and self.items.numel[self.bucket[0]] % self.num_ranks == 0:
             return 0
         return sum(self.itemsize * self.shards.partition[p] * self.num_ranks for p in self.bucket)
+
+    @cached_property
+    def num_nodes(self) -> int:
+        return self.num_ranks // (self.exchange.gpus_per_node or self.num_ranks)
 
     def _offload_bytes(self) -> int:
         if not self.zero.offloads_optimizer:

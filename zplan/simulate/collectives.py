@@ -87,6 +87,24 @@ class CollectiveRecorder:
         return method
 
 
+class Agreement:
+    """DeepSpeed's checks that all ranks hold the same integers (runtime/zero/utils.py): int64 lists from rank 0."""
+
+    def __init__(self, recorder: CollectiveRecorder) -> None:
+        self._recorder = recorder
+
+    def from_rank0(self, values: list[int]) -> list[int]:
+        self._recorder.add("broadcast", 8 * len(values))
+        return list(values)
+
+    def on_length(self, values: list[int]) -> None:
+        self.from_rank0([len(values)])
+
+    def on_ints(self, values: list[int]) -> None:
+        self.on_length(values)
+        self.from_rank0(values)
+
+
 def on_copies(collective: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Run a collective to its end on uncounted copies of its tensors, and write back what it changed.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @dataclass(slots=True)
@@ -72,8 +73,39 @@ class AioHandle:
         return done
 
 
+class Quantizer:
+    """DeepSpeed's quantizer without arithmetic: every function returns tensors of the shapes and dtypes that the CUDA
+    one allocates, and these have no scratch memory of their own. int8, two 4-bit values in one; a float32 scale for
+    each group of elements (symmetric quantisation); dequantised values are float16 whatever they were made of.
+
+    Source: deepspeed 0.19.8, ops/csrc/quantization/pt_binding.cpp.
+    """
+
+    Symmetric, Asymmetric = 0, 1
+
+    def quantize(self, values: Tensor, groups: int, num_bits: int, _type: int) -> list[Tensor]:
+        scales = torch.empty((groups, 1), dtype=torch.float32, device=values.device)
+        *rows, last = values.shape
+        return [torch.empty((*rows, last * num_bits // 8), dtype=torch.int8, device=values.device), scales]
+
+    def dequantize(self, values: Tensor, _scales: Tensor, _groups: int, num_bits: int, _type: int) -> Tensor:
+        *rows, last = values.shape
+        return torch.empty((*rows, last * 8 // num_bits), dtype=torch.float16, device=values.device)
+
+    def swizzle_quant(self, values: Tensor, groups: int, num_bits: int, _type: int, *_layout: int) -> list[Tensor]:
+        scales = torch.empty((groups, 1), dtype=torch.float32, device=values.device)
+        return [torch.empty(values.numel() * num_bits // 8, dtype=torch.int8, device=values.device), scales]
+
+    def quantized_reduction(
+        self, values: Tensor, _scales: Tensor, _in_groups: int, out_groups: int, _num_bits: int, _type: int, ranks: int
+    ) -> list[Tensor]:
+        scales = torch.empty((out_groups, 1), dtype=torch.float32, device=values.device)
+        *rows, last = values.shape
+        return [torch.empty((*rows, last // ranks), dtype=torch.int8, device=values.device), scales]
+
+
 class StandInOp:
-    """A compiled module whose functions do nothing, except the two that only rearrange memory."""
+    """A compiled module whose functions do nothing, except those that rearrange memory or return some."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -81,6 +113,8 @@ class StandInOp:
     def __getattr__(self, attribute: str) -> Any:
         if attribute.startswith("__"):
             raise AttributeError(attribute)
+        if self.name == "quantizer":
+            return getattr(Quantizer(), attribute)
         if attribute == "flatten":
             return torch._utils._flatten_dense_tensors
         if attribute == "unflatten":

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 
-from zplan.simulate.collectives import COLLECTIVES, CollectiveRecorder
+from zplan.simulate.collectives import COLLECTIVES, Agreement, CollectiveRecorder
 from zplan.simulate.device import DEVICE
 from zplan.simulate.dispatch_cache import forget_layout, new_fake_tensor
-from zplan.simulate.ops import StandInOp
+from zplan.simulate.ops import StandInBuilder, StandInOp
 from zplan.simulate.optimizer_process import OptimizerProcesses, spawned
 from zplan.simulate.tracker import Tracker
 
@@ -130,6 +130,14 @@ def install_deepspeed_patches(patches: Patches, recorder: CollectiveRecorder) ->
     # compiled kernels dereference addresses
     patches.set(builder, "load", lambda self, verbose=True: StandInOp(self.name))
     patches.set(builder, "jit_load", lambda self, verbose=True: StandInOp(self.name))
+    # taken for the accelerator at import, when it was the CPU's, which has none
+    patches.set(
+        importlib.import_module("deepspeed.ops.op_builder"), "QuantizerBuilder", lambda: StandInBuilder("quantizer")
+    )
+    # both keep the quantizer that they have loaded once
+    partition = importlib.import_module("deepspeed.runtime.zero.partition_parameters")
+    patches.set(partition.CUDAQuantizer, "quantizer_cuda_module", None)
+    patches.set(importlib.import_module("deepspeed.runtime.comm.coalesced_collectives"), "quantizer_module", None)
     # the probe of every op starts compilers
     patches.set(importlib.import_module("deepspeed.ops"), "__compatible_ops__", {})
     # CPU Adam asks for the vendor, to warn of fp16 on AMD; the answer takes three processes
@@ -197,24 +205,6 @@ def params_to_release(original: Callable[..., set[int]], listed: Callable[..., A
         return original(coordinator, submodule, step_id)
 
     return params_to_release
-
-
-class Agreement:
-    """DeepSpeed's checks that all ranks hold the same integers (runtime/zero/utils.py): int64 lists from rank 0."""
-
-    def __init__(self, recorder: CollectiveRecorder) -> None:
-        self._recorder = recorder
-
-    def from_rank0(self, values: list[int]) -> list[int]:
-        self._recorder.add("broadcast", 8 * len(values))
-        return list(values)
-
-    def on_length(self, values: list[int]) -> None:
-        self.from_rank0([len(values)])
-
-    def on_ints(self, values: list[int]) -> None:
-        self.on_length(values)
-        self.from_rank0(values)
 
 
 def install_recorder(patches: Patches, recorder: CollectiveRecorder) -> None:

@@ -58,6 +58,9 @@ SEAMS = (
     Seam("deepspeed.ops", "_probe_compatible_ops", ()),  # asking for __compatible_ops__ itself starts a compiler
     Seam("deepspeed.ops.op_builder.builder", "OpBuilder.load", ("self", "verbose")),
     Seam("deepspeed.ops.op_builder.builder", "OpBuilder.jit_load", ("self", "verbose")),
+    Seam("deepspeed.ops.op_builder", "QuantizerBuilder"),
+    Seam("deepspeed.runtime.zero.partition_parameters", "CUDAQuantizer.quantizer_cuda_module"),
+    Seam("deepspeed.runtime.comm.coalesced_collectives", "quantizer_module"),
     Seam("cpuinfo", "get_cpu_info", ()),
     Seam("deepspeed.runtime.superoffload.superoffload_utils", "mp"),
     Seam(

@@ -1,0 +1,69 @@
+"""How ZeRO-3's update of one rank is cut into sub-groups, and which of them partial offload leaves on the GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from zplan.memory.instances import Instances
+from zplan.memory.muon3 import muon_chunks, muon_step_bytes
+from zplan.zero_config import ZeroConfig
+
+
+@dataclass(frozen=True, slots=True)
+class SubGroups:
+    """How the step of one rank is cut."""
+
+    numel: tuple[int, ...]
+    """Elements of each sub-group."""
+    counts: tuple[int, ...]
+    """Number of parameters of each sub-group."""
+
+
+@lru_cache(1024)
+def sub_groups(items: Instances, num_ranks: int, sub_group_size: int) -> SubGroups:
+    """A group's parameters until sub_group_size partition elements are reached (stage3.py, _create_fp16_sub_groups)."""
+    parts = [-(-numel // num_ranks) for numel in items.numel]
+    totals: list[int] = []
+    counts: list[int] = []
+    for group in map(sorted, items.groups):
+        if sub_group_size >= sum(parts[number] for number in group):
+            totals.append(sum(parts[number] for number in group))
+            counts.append(len(group))
+            continue
+        size = count = 0
+        for number in group:
+            size, count = size + parts[number], count + 1
+            if size >= sub_group_size or number == group[-1]:
+                totals.append(size)
+                counts.append(count)
+                size = count = 0
+    return SubGroups(tuple(totals), tuple(counts))
+
+
+def muon_bytes(items: Instances, zero: ZeroConfig, num_ranks: int, *, itemsize: int) -> tuple[int, int]:
+    """Gather buffers that Muon keeps between steps, and the most that its update has live above them (muon3.py)."""
+    return _muon_bytes(items, num_ranks, zero.sub_group_size, zero.reduce_bucket_size, itemsize)
+
+
+@lru_cache(1024)
+def _muon_bytes(
+    items: Instances, num_ranks: int, sub_group_size: int, reduce_bucket_size: int, itemsize: int
+) -> tuple[int, int]:
+    matrices = [(-(-items.numel[number] // num_ranks), items.muon[number]) for number in sorted(items.muon)]
+    chunks = []
+    for count in sub_groups(items, num_ranks, sub_group_size).counts:
+        chunks += muon_chunks(matrices[:count], reduce_bucket_size) if matrices else []
+        matrices = matrices[count:]
+    return muon_step_bytes(chunks, num_ranks=num_ranks, itemsize=itemsize)
+
+
+def left_on_gpu(items: Instances, zero: ZeroConfig, num_ranks: int) -> tuple[int, ...]:
+    """Elements of the sub-groups that partial offload leaves on the GPU: the first int((1 - ratio) * count).
+
+    Source: deepspeed 0.19.8, stage3.py:1105 (_create_fp32_partitions: subgroup_to_device).
+    """
+    if zero.stage != 3 or zero.offload_optimizer.device != "cpu" or zero.offload_optimizer.ratio == 1:
+        return ()
+    groups = sub_groups(items, num_ranks, zero.sub_group_size).numel
+    return groups[: int((1 - zero.offload_optimizer.ratio) * len(groups))]
