@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.memory.choices import BATCH, FULL_ON_SMOLLM, LORA_ON_SMOLLM, SMOLLM, choices
 from zplan.memory.coordinator import Act, Coordinator
@@ -120,6 +121,40 @@ def test_a_memo_bears_a_formula_that_remembers_something_itself() -> None:
     memo = Memo(formula, most_kept=8)
     size = ZeroConfig().sub_group_size
     assert [memo(Question(2, bucket)) for bucket in (1, 2, 1, 2, 3)] == [size + n for n in (1, 2, 1, 2, 3)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(questions=st.lists(st.tuples(*[st.integers(0, 2)] * 4), max_size=30), start=st.integers(0, 3))
+def test_a_memo_is_its_formula_and_asks_once_for_what_is_read(
+    questions: list[tuple[int, int, int, int]], start: int
+) -> None:
+    """Which attribute is read next depends on the last one's value, until one is read twice."""
+
+    @dataclass(frozen=True)
+    class Four:
+        a: int
+        b: int
+        c: int
+        d: int
+
+    def follow(question: Four) -> tuple[tuple[str, int], ...]:
+        reads: dict[str, int] = {}
+        name = "abcd"[start]
+        while name not in reads:
+            reads[name] = getattr(question, name)
+            name = "abcd"["abcd".index(name) - reads[name]]
+        return tuple(reads.items())
+
+    asked: list[tuple[tuple[str, int], ...]] = []
+
+    def formula(question: Four) -> tuple[tuple[str, int], ...]:
+        asked.append(follow(question))
+        return asked[-1]
+
+    memo = Memo(formula, most_kept=1000)
+    asks = [Four(*values) for values in questions]
+    assert [memo(question) for question in asks] == [follow(question) for question in asks]
+    assert len(asked) == len(set(asked))
 
 
 def test_a_memo_forgets_everything_when_it_is_full() -> None:

@@ -7,8 +7,9 @@ can go out of date. A formula that is asked like this must be a pure function th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, is_dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, is_dataclass
+from itertools import takewhile
 from operator import attrgetter
 from typing import Any, Generic, TypeVar, cast
 
@@ -37,13 +38,32 @@ class _Reader:
         return value
 
 
-@dataclass(slots=True)
 class _Branch:
-    """The formula reads this attribute next; what it reads after that depends on the value."""
+    """The formula reads these attributes next, one after the other; what it reads after them depends on the values."""
 
-    path: str
-    read: Callable[[Any], Any]
-    edges: dict[Any, Any] = field(default_factory=dict)
+    __slots__ = ("edges", "paths", "read")
+
+    def __init__(self, paths: Sequence[str], edges: dict[Any, Any]) -> None:
+        self.paths, self.read = tuple(paths), attrgetter(*paths)
+        self.edges = edges
+        """By what `read` returns: the value of a single attribute, a tuple of several."""
+
+    def shares(self, reads: Sequence[tuple[str, Any]]) -> int:
+        """How many of its attributes these reads begin with."""
+        pairs = zip(self.paths, reads, strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1][0], pairs))
+
+    def split(self, count: int) -> None:
+        """Leave the first attributes here; a branch for each set of their values has the rest."""
+        rest: dict[Any, dict[Any, Any]] = {}
+        for values, node in self.edges.items():
+            rest.setdefault(_key(values[:count]), {})[_key(values[count:])] = node
+        self.edges = {first: _Branch(self.paths[count:], edges) for first, edges in rest.items()}
+        self.paths, self.read = self.paths[:count], attrgetter(*self.paths[:count])
+
+
+def _key(values: Sequence[Any]) -> Any:
+    return values[0] if len(values) == 1 else tuple(values)
 
 
 @dataclass(slots=True)
@@ -70,13 +90,21 @@ class Memo(Generic[Question, Answer]):
             self._edges, self._num_kept = {}, 0
         reads: list[tuple[str, Any]] = []
         answer = self.formula(cast(Question, _Reader(question, "", reads)))
-        edges, key = self._edges, None
-        for path, value in reads:
-            branch = edges.get(key)
-            if type(branch) is not _Branch or branch.path != path:
-                # nothing is kept here, or a table of the formula's own spared it a read this time
-                branch = edges[key] = _Branch(path, attrgetter(path))
-            edges, key = branch.edges, value
-        edges[key] = _Leaf(answer)
+        self._keep(reads, answer)
         self._num_kept += 1
         return answer
+
+    def _keep(self, reads: Sequence[tuple[str, Any]], answer: Answer) -> None:
+        edges, key = self._edges, None
+        while reads:
+            branch: Any = edges.get(key)
+            shared = branch.shares(reads) if type(branch) is _Branch else 0
+            if not shared:
+                # nothing is kept here, or a table of the formula's own spared it a read this time
+                branch, shared = _Branch([path for path, _ in reads], {}), len(reads)
+                edges[key] = branch
+            elif shared < len(branch.paths):
+                branch.split(shared)
+            edges, key = branch.edges, _key([value for _, value in reads[:shared]])
+            reads = reads[shared:]
+        edges[key] = _Leaf(answer)
