@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from math import exp, log
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from zplan import files
 from zplan.errors import ConfigError
 from zplan.hardware import Cluster
 from zplan.trial import Outcome, TrialResult
+from zplan.values import dataclass
 
 _LEAST_SAMPLES = 3
 """Below this a median is a guess."""

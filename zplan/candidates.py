@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from zplan.errors import ConfigError
@@ -16,6 +16,7 @@ from zplan.settings import apply_settings, hf_auto_zero, read_bool, split_settin
 from zplan.speed.estimate import estimate_speed
 from zplan.speed.types import SpeedEstimate
 from zplan.units import parse_size
+from zplan.values import dataclass
 from zplan.zero_config import Choice, OffloadDevice, OffloadOptimizer, OffloadParam, ZeroConfig, batch_sizes
 
 Stage = Literal[0, 1, 2, 3]

@@ -10,10 +10,10 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from zplan.errors import MachineError
+from zplan.values import dataclass
 
 DEFAULT_CACHE = Path(".cache/demo")
 _COMPLETE = "demo-1.complete"

@@ -9,13 +9,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 from zplan.hardware import Cluster
 from zplan.units import GIB, MIB, format_bytes
+from zplan.values import dataclass
 
 Severity = Literal["ok", "warning", "broken"]
 TESTED_VERSIONS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from zplan.hardware import Cluster
 from zplan.model_shape import ModelShape
 from zplan.recipe import DType, Recipe
 from zplan.settings import apply_settings, hf_auto_zero, nearest
+from zplan.values import dataclass
 from zplan.zero_config import BatchSizes, Choice, Origin, ZeroConfig
 
 __all__ = [

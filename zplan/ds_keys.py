@@ -7,11 +7,12 @@ runtime/precision_config.py; transformers 5.23.0, integrations/deepspeed.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
+
+from zplan.values import dataclass
 
 Kind = Literal["int", "bool", "optional bool", "share", "stage", "device", "path", "object"]
 

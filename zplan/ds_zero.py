@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from zplan.ds_keys import (
@@ -17,6 +17,7 @@ from zplan.ds_keys import (
     read_value,
 )
 from zplan.settings import hf_auto_bucket_sizes, nearest
+from zplan.values import dataclass
 from zplan.zero_config import OffloadOptimizer, OffloadParam, Origin, ZeroConfig
 
 

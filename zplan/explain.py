@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from zplan.autotp import cut_shape
 from zplan.candidates import Candidate, Stage, evaluate
@@ -15,6 +15,7 @@ from zplan.model_shape import ModelShape
 from zplan.recipe import Attention, Recipe
 from zplan.settings import STAGE3_KEYS, apply_settings, hf_auto_bucket_sizes, nearest
 from zplan.units import format_bytes
+from zplan.values import dataclass
 from zplan.zero_config import Choice, OffloadOptimizer, OffloadParam, ZeroConfig
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil
 
 from zplan.candidates import Candidate, evaluate
@@ -14,6 +14,7 @@ from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.settings import hf_auto_bucket_sizes
 from zplan.units import GIB, TIB
+from zplan.values import dataclass
 from zplan.zero_config import Choice, OffloadOptimizer, OffloadParam, ZeroConfig, batch_sizes
 
 MOST_GPUS = 1024

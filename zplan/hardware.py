@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
+
+from zplan.values import dataclass
 
 DeviceKind = Literal["cuda", "cpu"]
 DESCRIBED_RAM_PER_GPU = 128 << 30

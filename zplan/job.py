@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import field, fields, replace
 from math import ceil
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -30,6 +30,7 @@ from zplan.sanity import (
 )
 from zplan.settings import gives_one_value, split_setting
 from zplan.units import GIB, parse_size
+from zplan.values import dataclass
 from zplan.zero_config import Choice, OffloadDevice, ZeroConfig
 
 _RECIPE_FLAGS = (

@@ -7,10 +7,12 @@ Numbers keep the names of config.json. Identical layers are stored once with a r
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from math import prod
 from typing import Any, Literal
+
+from zplan.values import dataclass
 
 ParameterKind = Literal["embedding", "linear", "experts", "norm", "bias", "conv", "other"]
 BlockRole = Literal["embedding", "layer", "encoder_layer", "final", "head"]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import click
 
 from zplan.errors import ConfigError
+from zplan.values import dataclass
 
 _MODEL, _RECIPE, _CHOICE, _CLUSTER, _OUTPUT = (
     "Model",

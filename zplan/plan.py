@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal
 
 from zplan.hardware import Cluster
 from zplan.recipe import Recipe
 from zplan.trial import TrialResult
+from zplan.values import dataclass
 from zplan.zero_config import Choice
 
 

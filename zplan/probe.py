@@ -6,13 +6,13 @@ import os
 import resource
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from zplan.catalog import find_gpu, load_gpu, load_links
 from zplan.errors import ConfigError
 from zplan.hardware import DESCRIBED_NVME, DESCRIBED_RAM_PER_GPU, Cluster, Gpu, Host
+from zplan.values import dataclass
 
 CPU_RANKS_VARIABLE = "ZPLAN_CPU_RANKS"
 _INTER_NODE_BYTES_PER_SECOND = 50e9

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 from zplan.errors import ConfigError
+from zplan.values import dataclass
 
 Method = Literal["full", "lora", "qlora"]
 DType = Literal["bf16", "fp16", "fp32"]

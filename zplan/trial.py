@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 from math import log, sqrt
 from typing import Literal
 
 from zplan.hardware import Cluster
 from zplan.recipe import Recipe
+from zplan.values import dataclass
 from zplan.zero_config import Choice
 
 Evidence = Literal["formula", "simulated", "measured", "calibrated"]

@@ -7,11 +7,12 @@ and live limits are in elements, as in DeepSpeed.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, Literal
 
 from zplan.errors import ConfigError
 from zplan.recipe import Optimizer, Recipe
+from zplan.values import dataclass
 
 OffloadDevice = Literal["none", "cpu", "nvme"]
 Origin = Literal["user", "auto", "default", "tuned"]

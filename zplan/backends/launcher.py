@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +21,7 @@ from zplan.backends.outcome import Observed, RankError, RankExit, Watchdog
 from zplan.errors import MachineError
 from zplan.trial import RESULT_FILE, error_file, log_file
 from zplan.units import MIB, format_bytes, format_seconds
+from zplan.values import dataclass
 
 _POLL_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1

@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
 from zplan.trial import Outcome
 from zplan.units import format_bytes, format_seconds
+from zplan.values import dataclass
 
 Watchdog = Literal["deadline", "stalled", "host_memory"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import tomllib
-from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from zplan.errors import ConfigError
 from zplan.hardware import Gpu
 from zplan.units import GIB, MIB
+from zplan.values import dataclass
 
 _DRIVER_RESERVE_BYTES = 512 * MIB
 """Of a described card, what driver and firmware keep; nvidia-smi shows 0.3 to 0.6 GiB used on idle cards."""

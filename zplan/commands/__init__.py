@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zplan.errors import ExitCode
+from zplan.values import dataclass
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from zplan.memory.tape import Event, Step, Tape, Tensor, Value
+from zplan.values import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

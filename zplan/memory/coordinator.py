@@ -10,11 +10,12 @@ from __future__ import annotations
 import sys
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import IntEnum
 from itertools import accumulate
 
 from zplan.memory.fetch_limits import Bounds, Limits
+from zplan.values import dataclass
 
 NOT_AVAILABLE, INFLIGHT, AVAILABLE = 0, 1, 2
 RECOMPUTED = -1

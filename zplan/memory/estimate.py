@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from zplan.hardware import Cluster
@@ -28,6 +28,7 @@ from zplan.memory.timeline import record
 from zplan.memory.trainable import Layout, layout
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
+from zplan.values import dataclass
 from zplan.zero_config import Choice, ZeroConfig
 
 BucketRule = Literal["engine", "documented"]

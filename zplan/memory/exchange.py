@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from zplan.hardware import Cluster
 from zplan.recipe import Recipe
+from zplan.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 
+from zplan.values import dataclass
 from zplan.zero_config import ZeroConfig
 
 

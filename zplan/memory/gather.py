@@ -6,7 +6,7 @@ Only the hooks of modules move them, and only those: gradients, buckets and redu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import cached_property, lru_cache
 from operator import sub
 
@@ -20,6 +20,7 @@ from zplan.memory.meter import Gauge, Kind
 from zplan.memory.schedule import Happening, Run, Schedule, Scheduler
 from zplan.memory.script import UPDATED, Op, Script
 from zplan.memory.stage3 import Shards, Stage3Engine, secondary_group, shard, update_bytes
+from zplan.values import dataclass
 from zplan.zero_config import Choice
 
 MOST_KEPT = 1024

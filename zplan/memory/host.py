@@ -6,7 +6,6 @@ the whole model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import ceil
 
 from zplan.hardware import Cluster
@@ -19,6 +18,7 @@ from zplan.memory.terms import PHASES, HostEstimate, NvmeEstimate, Phase, Term
 from zplan.memory.trainable import Layout
 from zplan.recipe import Recipe
 from zplan.units import MIB
+from zplan.values import dataclass
 from zplan.zero_config import Choice
 
 FP32 = 4

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import accumulate
 
 from zplan.memory.muon import is_updated_by_muon
 from zplan.memory.trainable import Layout, Weight
+from zplan.values import dataclass
 
 
 @dataclass(frozen=True, slots=True, eq=False)

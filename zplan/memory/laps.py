@@ -7,8 +7,9 @@ on, will do in it what it did there. Whether it stands so is looked at, never as
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
+
+from zplan.values import dataclass
 
 Value = TypeVar("Value")
 

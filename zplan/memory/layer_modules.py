@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 
 from zplan.memory.trainable import EXPERT_ADAPTERS, LaidBlock, Weight
 from zplan.model_shape import ModelShape
+from zplan.values import dataclass
 
 _OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "W_pack_out", "out")
 

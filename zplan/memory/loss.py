@@ -7,10 +7,9 @@ loss/loss_utils.py (ForCausalLMLoss).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from zplan.model_shape import ModelShape
 from zplan.recipe import Loss
+from zplan.values import dataclass
 
 FP32 = 4
 INT64 = 8

@@ -8,7 +8,6 @@ combination of what they read (`zplan.memory.memo`), and numpy adds the parts. N
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import repeat
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -41,6 +40,7 @@ from zplan.memory.terms import PHASES, VERDICTS, ByteRange, Phase
 from zplan.memory.trainable import layout
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
+from zplan.values import dataclass
 from zplan.zero_config import Choice
 
 Ints: TypeAlias = npt.NDArray[np.int64]

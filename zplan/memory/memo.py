@@ -8,10 +8,12 @@ can go out of date. A formula that is asked like this must be a pure function th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import is_dataclass
 from itertools import takewhile
 from operator import attrgetter
 from typing import Any, Generic, TypeVar, cast
+
+from zplan.values import dataclass
 
 Question = TypeVar("Question")
 Answer = TypeVar("Answer")

@@ -6,11 +6,12 @@ Source: transformers 5.23.0, models/llama/modeling_llama.py and its siblings; to
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from zplan.memory.tape import Tape, Value
 from zplan.memory.trainable import LaidBlock, Weight
 from zplan.recipe import Attention
+from zplan.values import dataclass
 
 FP32 = 4
 MAGNITUDE = "lora_magnitude_vector.default"

@@ -7,9 +7,10 @@ g groups of elements with one float32 scale each.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, isqrt
+
+from zplan.values import dataclass
 
 GROUP_NUMEL = 8000
 """Elements of a group at most (CUDAQuantizer.target_group_size)."""

@@ -11,7 +11,7 @@ are added first, and between those calls only their largest moment is kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from itertools import chain, pairwise
 from operator import add
@@ -26,6 +26,7 @@ from zplan.memory.script import STEP_PHASES, Course, Kinds, Op, Reduction, Scrip
 from zplan.memory.stage0 import Stage0Engine
 from zplan.memory.stage3 import Stage3Engine, shard
 from zplan.memory.stage12 import Stage12Engine, partition
+from zplan.values import dataclass
 from zplan.zero_config import Choice, ZeroConfig
 
 MOST_KEPT = 512

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from math import prod
 
@@ -16,6 +16,7 @@ from zplan.memory.sub_groups import left_on_gpu, muon_bytes, sub_groups
 from zplan.memory.terms import Phase, Term
 from zplan.memory.trainable import Layout
 from zplan.recipe import Recipe
+from zplan.values import dataclass
 from zplan.zero_config import Choice
 
 PEFT = "peft 0.21.2, tuners/tuners_utils.py (_move_adapter_to_device_of_base_layer)"

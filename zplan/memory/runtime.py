@@ -6,10 +6,9 @@ A model, not a measurement. Each constant says where it comes from; `low` takes 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from zplan.memory.terms import ByteRange
 from zplan.units import MIB
+from zplan.values import dataclass
 
 CUDA_CONTEXT = ByteRange(low=300 * MIB, expected=500 * MIB, high=650 * MIB)
 """Context and the kernels of torch 2.x on Ampere to Hopper: 0.3 to 0.6 GB in nvidia-smi before the first tensor."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from itertools import takewhile
 
@@ -12,6 +12,7 @@ from zplan.memory.coordinator import Act, Action, Coordinator, Flight
 from zplan.memory.fetch_limits import Bounds
 from zplan.memory.laps import Laps
 from zplan.memory.script import Op, Script
+from zplan.values import dataclass
 
 Happening = tuple[int, tuple[Action, ...]]
 """(call, actions)."""

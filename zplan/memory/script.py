@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal
 
 from zplan.memory.coordinator import Fetches
 from zplan.memory.laps import Laps
+from zplan.values import dataclass
 
 StepPhase = Literal["forward", "backward", "step"]
 STEP_PHASES: tuple[StepPhase, ...] = ("forward", "backward", "step")

@@ -7,13 +7,13 @@ Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py; line numbers at each ru
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
 from zplan.memory.instances import Instances
 from zplan.memory.meter import Kind, Meter
 from zplan.memory.muon import updates_bytes
+from zplan.values import dataclass
 from zplan.zero_config import ZeroConfig
 
 ALIGNMENT = 2

@@ -7,7 +7,6 @@ Source: deepspeed 0.19.8, runtime/zero/stage3.py, partition_parameters.py, parti
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from zplan.memory.coordinator import Action
@@ -17,6 +16,7 @@ from zplan.memory.meter import Kind, Meter
 from zplan.memory.quantized import Given, QuantizedGather, gather_alone, gather_together, scatter_bytes
 from zplan.memory.runtime import ALLOCATOR_ROUNDING
 from zplan.memory.sub_groups import muon_bytes, sub_groups
+from zplan.values import dataclass
 from zplan.zero_config import ZeroConfig
 
 FP32 = 4

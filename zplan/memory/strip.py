@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 from zplan.memory.tape import Event, Step
+from zplan.values import dataclass
 
 WEIGHT, MODULE = 0, 1
 Stretch = tuple[int, int]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 from zplan.memory.instances import Instances
 from zplan.memory.muon3 import muon_chunks, muon_step_bytes
+from zplan.values import dataclass
 from zplan.zero_config import ZeroConfig
 
 

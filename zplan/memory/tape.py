@@ -10,8 +10,10 @@ after the node ran), input_buffer.cpp (can_accumulate_inplace: nobody else holds
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import IntEnum
+
+from zplan.values import dataclass
 
 
 class Event(IntEnum):

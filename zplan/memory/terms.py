@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
+
+from zplan.values import dataclass
 
 Phase = Literal["load", "init", "forward", "backward", "step", "save"]
 PHASES: tuple[Phase, ...] = ("load", "init", "forward", "backward", "step", "save")

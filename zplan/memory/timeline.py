@@ -6,7 +6,6 @@ Nothing here depends on the ZeRO configuration.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from zplan.memory.around import (
@@ -26,6 +25,7 @@ from zplan.memory.tape import Event, Step, Tape, Value
 from zplan.memory.trainable import LaidBlock, Layout, Weight
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
+from zplan.values import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

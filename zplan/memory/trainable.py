@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from zplan.errors import ConfigError
 from zplan.model_shape import Block, ModelShape, ParameterShape
 from zplan.recipe import Recipe
+from zplan.values import dataclass
 
 NF4_BLOCK = 64
 """Weights per absmax value. Source: bitsandbytes, functional.py (quantize_4bit, blocksize=64)."""

@@ -7,7 +7,6 @@ restates. Not restated: pools of CUDA graphs, peers, events of other streams.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from zplan.errors import ConfigError
@@ -25,6 +24,7 @@ from zplan.simulate.blocks import (
     rounded_bytes,
     segment_bytes,
 )
+from zplan.values import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

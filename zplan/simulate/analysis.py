@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache
 
 from zplan.simulate.allocator import CachingAllocator, CardFullError
 from zplan.simulate.blocks import Block as CacheBlock
 from zplan.simulate.report import Allocation, Category, MemoryKind, Sample
 from zplan.simulate.tracker import ALLOCATE, EMPTY_CACHE, Block, Tracker
+from zplan.values import dataclass
 
 NUM_SAMPLES = 400
 NUM_TOP_ALLOCATIONS = 12

@@ -6,7 +6,8 @@ Source: torch 2.13, c10/cuda/CUDACachingAllocator.cpp and c10/core/AllocatorConf
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass
+
+from zplan.values import dataclass
 
 MIB = 1 << 20
 MIN_BLOCK_BYTES = 512

@@ -6,11 +6,12 @@ classes around them, which run as they are. The asynchronous I/O op moves bytes 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from zplan.values import dataclass
 
 
 @dataclass(slots=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
 from zplan.errors import ExitCode, ZplanError
+from zplan.values import dataclass
 
 MemoryKind = Literal["gpu", "host", "pinned"]
 Cause = Literal["unsupported", "refused", "broken"]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from zplan.errors import ConfigError
 from zplan.hardware import Cluster
 from zplan.recipe import Recipe
+from zplan.values import dataclass
 from zplan.zero_config import Choice
 
 

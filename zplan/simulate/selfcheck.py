@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 from zplan.simulate.collectives import COLLECTIVES
 from zplan.simulate.report import SimulationError
+from zplan.values import dataclass
 
 VERIFIED = {
     "torch": "2.13",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zplan.simulate import kernels
 from zplan.simulate.dispatch_cache import DispatchCache
 from zplan.simulate.report import Category, MemoryKind
+from zplan.values import dataclass
 
 aten = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default

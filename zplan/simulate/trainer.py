@@ -9,7 +9,6 @@ import contextlib
 import gc
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +28,7 @@ from zplan.recipe import Recipe
 from zplan.simulate import optimizer_process
 from zplan.simulate.report import SimulationError
 from zplan.simulate.tracker import Tracker
+from zplan.values import dataclass
 from zplan.zero_config import Choice
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from zplan.hardware import Cluster
 from zplan.recipe import Recipe
 from zplan.speed.work import Work
+from zplan.values import dataclass
 from zplan.zero_config import Choice
 
 COLLECTIVE_SECONDS = 20e-6

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
+
+from zplan.values import dataclass
 
 BoundBy = Literal["compute", "memory_bandwidth", "communication", "host_link", "cpu_adam", "nvme"]
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from zplan.model_shape import Block, ModelShape, ParameterShape
 from zplan.recipe import Recipe
+from zplan.values import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

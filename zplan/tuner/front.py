@@ -10,12 +10,12 @@ Source: Emmerich et al. 2006 (expected hypervolume improvement); exact here, bec
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from math import erf, exp, log, pi, sqrt
 
 from zplan.hardware import Cluster
 from zplan.trial import Outcome, TrialResult
+from zplan.values import dataclass
 
 _SLOWEST_SHARE = 0.25
 """What is slower than this share of the fastest is of no interest, however little memory it needs."""

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ from zplan.tuner import journal
 from zplan.tuner.front import gpu_bytes
 from zplan.tuner.space import Draft, Space
 from zplan.tuner.storage import guarded, open_storage, without_password
+from zplan.values import dataclass
 from zplan.zero_config import Choice
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from zplan.candidates import is_choice_setting
 from zplan.errors import ConfigError
@@ -12,6 +12,7 @@ from zplan.settings import apply_settings, gives_one_value, read_bool, setting_v
 from zplan.tuner.ranges import Elements, Options, Range, Share, Value
 from zplan.tuner.space import KNOB_NAMES
 from zplan.units import parse_size
+from zplan.values import dataclass
 from zplan.zero_config import ZeroConfig
 
 _FLAGS = {

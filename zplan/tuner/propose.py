@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from math import log
@@ -23,6 +23,7 @@ from zplan.tuner.pool import first_order_choices, one_per_placement, suggestions
 from zplan.tuner.screen import Screen, Screened
 from zplan.tuner.space import Space, nearest_micro_batch, world_sizes
 from zplan.tuner.surrogate import Observation, Surrogate, Vector, features, make_kernel, share_of
+from zplan.values import dataclass
 from zplan.zero_config import Choice, OffloadOptimizer, OffloadParam, batch_sizes
 
 _SEEDS = 4

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
+
+from zplan.values import dataclass
 
 Value: TypeAlias = bool | int | float | str
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from zplan.backends.base import Backend, Predictor
 from zplan.trial import Outcome, TrialResult, TrialSpec
 from zplan.tuner.ledger import out_of_memory
 from zplan.tuner.space import Space
+from zplan.values import dataclass
 from zplan.zero_config import Choice
 
 _SURE_SHARE = 0.6

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from math import isqrt
 from typing import Any, TypeAlias
 
@@ -19,6 +19,7 @@ from zplan.hardware import Cluster
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.tuner.ranges import Elements, Options, Range, Share, Suggester, Value, ask, clamped, is_inside
+from zplan.values import dataclass
 from zplan.zero_config import Choice, OffloadOptimizer, OffloadParam, ZeroConfig, batch_sizes
 
 Draft: TypeAlias = Mapping[str, Value]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +26,7 @@ from zplan.tuner.propose import Proposal, Proposer
 from zplan.tuner.screen import Screen
 from zplan.tuner.space import Problem, Space
 from zplan.tuner.winner import compared, front_records, make_plan, rank_records
+from zplan.values import dataclass
 from zplan.zero_config import Choice
 
 _PATIENCE = 3

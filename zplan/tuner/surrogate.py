@@ -10,7 +10,6 @@ Source: Rasmussen & Williams 2006, algorithm 2.1 and section 2.7 (exact regressi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import erf, exp, log, pi, sqrt
 from typing import Literal, TypeAlias
 
@@ -19,6 +18,7 @@ import numpy.typing as npt
 
 from zplan.tuner.ranges import Elements, Options, Share, Value
 from zplan.tuner.space import Draft, Knob
+from zplan.values import dataclass
 
 Vector = npt.NDArray[np.float64]
 _NOISE = 0.02
