@@ -15,7 +15,6 @@ from zplan.memory.exchange import PLAIN, Exchange
 from zplan.memory.fetch_limits import Limits
 from zplan.memory.instances import Instances
 from zplan.memory.laps import Laps
-from zplan.memory.memo import Memo
 from zplan.memory.meter import Gauge, Kind
 from zplan.memory.schedule import Happening, Run, Schedule, Scheduler
 from zplan.memory.script import UPDATED, Op, Script
@@ -310,8 +309,3 @@ def _moments(engine: Stage3Engine, first: int, num_calls: int, happenings: Seque
         behind = call + 1
     found += [meter.total_bytes] * (2 * (first + num_calls - behind))
     return tuple(found)
-
-
-def gathering(script: Script, items: Instances, itemsize: int, exchange: Exchange = PLAIN) -> Memo[Choice, Steps]:
-    """What is gathered during a script, by what that depends on of a choice."""
-    return Memo(Gathering(script, items, itemsize, exchange).steps_of, most_kept=MOST_KEPT)

@@ -18,7 +18,7 @@ from operator import add
 from typing import Protocol
 
 from zplan.memory.exchange import PLAIN, Exchange
-from zplan.memory.gather import Steps, gathering, most_of
+from zplan.memory.gather import Gathering, Steps, most_of
 from zplan.memory.instances import Instances
 from zplan.memory.memo import Memo
 from zplan.memory.meter import Kind, Meter
@@ -73,12 +73,14 @@ class Replay:
     rank: int | None
     exchange: Exchange = PLAIN
     held: Memo[Choice, Held] = field(init=False)
+    gathering: Gathering = field(init=False)
     gathered: Memo[Choice, Steps] = field(init=False)
     _bases: dict[tuple[int, int], tuple[Course, Steps, _Base]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.held = held_by(self.script.reduction, self.items, self.itemsize, self.rank, self.exchange)
-        self.gathered = gathering(self.script, self.items, self.itemsize, self.exchange)
+        self.gathering = Gathering(self.script, self.items, self.itemsize, self.exchange)
+        self.gathered = Memo(self.gathering.steps_of, most_kept=MOST_KEPT)
 
     @cached_property
     def cuts(self) -> tuple[int, ...]:
