@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import field, replace
 from functools import cached_property, lru_cache
-from operator import sub
 
 from zplan.memory.coordinator import Coordinator
 from zplan.memory.exchange import PLAIN, Exchange
@@ -253,9 +252,8 @@ def most_of(steps: Steps) -> tuple[int, ...]:
     """The most that any of the steps holds, moment by moment."""
     if len(steps) == 1:
         return steps[0][0].moments
-    moments = (gathered.moments for gathered, _ in steps)
-    absent = [num_bytes for _, num_bytes in steps]
-    return tuple(max(map(sub, held, absent)) for held in zip(*moments, strict=True))
+    there = ([held - absent for held in gathered.moments] for gathered, absent in steps)
+    return tuple(map(max, *there))
 
 
 def follow_hooks(of: Gathering, choice: Choice, shards: Shards, schedule: Schedule, has_copies: bool) -> Parts:
