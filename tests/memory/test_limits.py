@@ -14,6 +14,7 @@ from zplan.ds_config import read_ds_config
 from zplan.errors import ConfigError
 from zplan.memory.estimate import estimate_memory
 from zplan.memory.terms import MemoryEstimate
+from zplan.memory.trainable import layout
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.zero_config import BatchSizes, Choice, OffloadOptimizer, ZeroConfig
@@ -92,6 +93,24 @@ def test_dora_costs_more_than_lora_and_rslora_as_much() -> None:
     assert quantised.gpu.verdict == "tight"
     assert any(note.startswith("not modelled: DoRA on quantised weights") for note in quantised.notes)
     assert estimate(ZeroConfig(stage=2), method="lora", use_rslora=True) == lora
+
+
+def test_qlora_is_modelled_at_every_stage_of_gpus_and_its_scales_are_whole_at_stage_3() -> None:
+    for stage in (0, 1, 2, 3):
+        found = estimate(ZeroConfig(stage=stage), method="qlora")  # type: ignore[arg-type]
+        assert found.gpu.verdict == "fits"
+    terms = {term.name: term.bytes for term in found.gpu.terms}
+    laid = layout(SHAPE, Recipe(model="any", method="qlora"))
+    packed = [w.numel for block in laid.blocks for w in block.weights * block.repeat if w.packed]
+    assert terms["scales of quantised weights"] == sum(numel // 64 + 4 * -(-numel // 64 // 256) for numel in packed)
+
+
+def test_falcons_linear_layers_are_not_quantised() -> None:
+    """transformers replaces nn.Linear itself, no class made of it."""
+    shape = find_model("falcon-7b")
+    assert isinstance(shape, ModelShape)
+    lora, qlora = (layout(shape, Recipe(model="any", method=method)) for method in ("lora", "qlora"))  # type: ignore[arg-type]
+    assert lora.stored_bytes == qlora.stored_bytes
 
 
 def test_hpz_keeps_a_second_copy_of_the_weights_between_their_release_and_the_update() -> None:

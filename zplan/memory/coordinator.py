@@ -140,6 +140,8 @@ class Coordinator:
         missing: persistent parameters that are gathered when a module needs them, not before the step.
         external: parameters registered as external; they are not released (release_sub_module).
         trainable: whether each parameter trains.
+        viewed: weights that the graph of any forward keeps a view of.
+        staying: those of them that it keeps until it goes itself, whoever released them.
         unread: parameters that a module reads without owning them; not known as its own before they were read.
         num_unread: steps of the first forward, in which they are read.
     """
@@ -153,6 +155,7 @@ class Coordinator:
         external: Sequence[int],
         trainable: Sequence[bool],
         viewed: frozenset[int] = frozenset(),
+        staying: frozenset[int] = frozenset(),
         missing: frozenset[int] = frozenset(),
         unread: frozenset[int] = frozenset(),
         num_unread: int = 0,
@@ -173,7 +176,7 @@ class Coordinator:
         self.inflight: dict[int, Flight] = {}
         self.recomputed: list[int] = []
         self.kept: dict[int, tuple[int, ...]] = {}
-        self.viewed = viewed
+        self.viewed, self.staying = viewed, staying
         self.step = 0
         self.available_numel = 0
         self.actions: list[Action] = []
@@ -207,8 +210,11 @@ class Coordinator:
             if is_releasable and self._release(number):
                 released.append(number)
         forgotten = self.kept.pop(module, ()) if self.kept else ()
+        stays = tuple(number for number in released if number in self.staying) if self.staying else ()
+        freed = tuple(number for number in released if number not in self.staying) if stays else tuple(released)
         return (
-            *(((int(Act.RELEASE), tuple(released)),) if released else ()),
+            *(((int(Act.KEEP), stays),) if stays else ()),
+            *(((int(Act.RELEASE), freed),) if freed else ()),
             *(((int(Act.FORGET), forgotten),) if forgotten else ()),
         )
 

@@ -16,6 +16,7 @@ class Instances:
     """Parallel tuples over all parameters of all layers, in the order of `model.parameters()`."""
 
     numel: tuple[int, ...]
+    """Of a quantised weight as it is packed."""
     itemsize: tuple[int, ...]
     trainable: tuple[bool, ...]
     group: tuple[int, ...]
@@ -28,6 +29,8 @@ class Instances:
     where it sees shapes (below stage 3; original_muon.py:380, MuonWithAuxAdam)."""
     longest: tuple[int, ...] = ()
     """The larger of the first two dimensions of each; 0 for a vector."""
+    packed: frozenset[int] = frozenset()
+    """Quantised weights."""
     muon: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     """Shapes of the parameters of the first group where that is Muon's, in its order."""
 
@@ -60,14 +63,15 @@ def _number(layout: Layout) -> Instances:
         for number, before in zip(numbers, accumulate((weights[n].numel for n in numbers), initial=0), strict=False):
             offset[number] = before
     return Instances(
-        numel=tuple(weight.numel for weight in weights),
-        itemsize=tuple(weight.itemsize for weight in weights),
+        numel=tuple(weight.held[0] for weight in weights),
+        itemsize=tuple(weight.held[1] for weight in weights),
         trainable=tuple(weight.trainable for weight in weights),
         group=tuple(group if members[0] else [0] * len(group)),
         offset=tuple(offset),
         base=tuple(base),
         groups=tuple(tuple(numbers) for numbers in members if numbers),
         longest=tuple(max(weight.shape[:2]) if len(weight.shape) > 1 else 0 for weight in weights),
+        packed=frozenset(number for number, weight in enumerate(weights) if weight.packed),
         muon={number: weights[number].shape for number in members[0]} if layout.muon else {},
     )
 

@@ -21,7 +21,7 @@ CHECKED_OPTIMIZERS = frozenset({"adamw", "sgd", "muon"})
 
 def not_modelled(shape: ModelShape, recipe: Recipe, choice: Choice, *, on_cpu: bool) -> tuple[str, ...]:
     """Options whose bytes are missing or known to be wrong; each one line, `not modelled: ...`."""
-    found = [*_of_model(shape, recipe), *_of_recipe(recipe, choice), *_of_zero(choice)]
+    found = [*_of_model(shape, recipe), *_of_recipe(recipe, on_cpu), *_of_zero(choice)]
     found += _of_quantizer(shape, recipe, choice)
     refused = super_offload_refused(choice.zero, recipe.optimizer, on_cpu=on_cpu)
     found += [refused] if refused else []
@@ -42,12 +42,12 @@ def _of_model(shape: ModelShape, recipe: Recipe) -> list[str]:
     return lines
 
 
-def _of_recipe(recipe: Recipe, choice: Choice) -> list[str]:
+def _of_recipe(recipe: Recipe, on_cpu: bool) -> list[str]:
     lines = []
     if recipe.load_in_8bit:
         lines.append("8-bit copies of the inputs that LLM.int8() keeps for backward, and its outlier columns")
-    if recipe.method == "qlora" and choice.zero.stage == 3:
-        lines.append("quantised weights gathered by ZeRO-3 and the quantisation states beside them")
+    elif recipe.method == "qlora" and on_cpu:
+        lines.append("4-bit weights on CPU ranks: bitsandbytes multiplies there in other ways than on GPUs")
     return lines
 
 
@@ -107,8 +107,8 @@ def unchecked(shape: ModelShape, recipe: Recipe) -> tuple[str, ...]:
         lines.append(f"activations of {shape.model_type} layers")
     if recipe.optimizer not in CHECKED_OPTIMIZERS:
         lines.append(f"states and temporaries of {recipe.optimizer}")
-    if recipe.method == "qlora":
-        lines.append(f"{8 if recipe.load_in_8bit else 4}-bit weights and their dequantisation")
+    if recipe.load_in_8bit:
+        lines.append("8-bit weights and their dequantisation")
     if recipe.neftune_noise_alpha is not None:
         lines.append("NEFTune's noise, one tensor as large as the embedded batch")
     if recipe.loss == "liger":

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import field
 
 from zplan.memory.tape import Tape, Value
-from zplan.memory.trainable import LaidBlock, Weight
+from zplan.memory.trainable import NF4_BLOCK, LaidBlock, Weight
 from zplan.recipe import Attention
 from zplan.values import dataclass
 
@@ -220,19 +220,35 @@ def _matmul(
     in_features, out_features = features
     number = modules.number(path)
     tape.enter(number, x)
-    partitioned = sizes.partitioned and not (sizes.multiplies_by_hand and ".lora_" not in path)
-    dequantised = sum(sizes.itemsize * weight.numel for _, weight in owned if weight.itemsize == 0)
+    quantised = sum(weight.numel for _, weight in owned if weight.packed)
+    by_hand = quantised or (sizes.multiplies_by_hand and ".lora_" not in path)
+    partitioned = sizes.partitioned and not by_hand
+    forward, backward = dequantised_bytes(quantised, sizes.itemsize)
     out = tape.apply(
         sizes.bytes(out_features),
         [(x, sizes.bytes(in_features))],
         saves=(x,) if partitioned or any(w.trainable and len(w.shape) == 2 for _, w in owned) else (),
         weights=gradients_of(owned),
-        temporary=dequantised,
+        temporary=backward,
         viewed=not flat and not partitioned,
-        forward_temporary=dequantised,
+        forward_temporary=forward,
     )
     tape.exit(number, out)
+    if quantised and path.endswith(".base_layer"):
+        tape.touch(sizes.bytes(out_features))  # the clone of the result (peft, lora/bnb.py, Linear4bit.forward)
     return out
+
+
+def dequantised_bytes(numel: int, itemsize: int) -> tuple[int, int]:
+    """Workspace of a product with a 4-bit weight in forward and in the backward of its input: the weight in the
+    training dtype, in forward beside two copies of its scales in fp32 (backward's copy is gone before the product).
+
+        b n + 8 n / 64        b n
+
+    Source: bitsandbytes 0.50.2, backends/cuda/ops.py (_dequant_linear_fallback), functional.py (dequantize_4bit).
+    Limits: for some hundred tokens or fewer a kernel that dequantises nothing may be chosen, by the GPU.
+    """
+    return itemsize * numel + 2 * FP32 * -(-numel // NF4_BLOCK), itemsize * numel
 
 
 def rms_norm(tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, width: int) -> Value:

@@ -84,7 +84,8 @@ def unread_numbers(recording: Recording) -> frozenset[int]:
 
 def viewed_numbers(recording: Recording, *, checkpointing: bool) -> frozenset[int]:
     """Weights of which autograd keeps a view, and with it the gathered storage that ZeRO-3 means to free: stacked
-    weights of experts without adapters, and Falcon's linear layers, which do without the function that ZeRO-3 replaces.
+    weights of experts without adapters, Falcon's linear layers, which do without the function that ZeRO-3 replaces, and
+    4-bit ones.
 
     Source: transformers 5.23.0, integrations/moe.py (_grouped_linear: weight.transpose), models/falcon/
     modeling_falcon.py (FalconLinear: input @ weight.T); torch 2.13.0, derivatives.yaml (_grouped_mm and mm save it);
@@ -105,17 +106,17 @@ def viewed_numbers(recording: Recording, *, checkpointing: bool) -> frozenset[in
 
 
 def _transposed(recording: Recording, block: Recorded, layer: int, checkpointing: bool) -> list[int]:
-    """Places of Falcon's linear weights in a layer. One whose input needs no gradient keeps nothing: no hook follows
-    its backward."""
-    if recording.shape.model_type != "falcon" or block.laid.block.role != "layer":
-        return []
+    """Places of Falcon's linear weights and of quantised ones in a layer. One whose input needs no gradient keeps
+    nothing: no hook follows its backward. Under recomputation a layer's quantised weights stay gathered as long."""
+    is_falcon = recording.shape.model_type == "falcon" and block.laid.block.role == "layer"
     apart = block.first if layer == 0 and not checkpointing else None
     followed = {module for event, module, _ in apart[1] if event == Event.POST_BACKWARD} if apart else None
     names = block.modules.numbers
     return [
         local
         for local, weight in enumerate(block.laid.weights)
-        if len(weight.shape) == 2 and ".lora_" not in weight.name
+        if (weight.packed and not checkpointing)
+        or (is_falcon and len(weight.shape) == 2 and ".lora_" not in weight.name)
         if followed is None or _own_module(weight, names) in followed
     ]
 

@@ -18,7 +18,7 @@ from operator import add
 from typing import Protocol
 
 from zplan.memory.exchange import PLAIN, Exchange
-from zplan.memory.gather import Gathering, Steps, most_of
+from zplan.memory.gather import Steps, gathering, most_of
 from zplan.memory.instances import Instances
 from zplan.memory.memo import Memo
 from zplan.memory.meter import Kind, Meter
@@ -55,8 +55,8 @@ class _Base:
 
     moments: Sequence[int]
     """Of the reduction: all but what the gradients hold."""
-    totals: Sequence[int]
-    """The same of the script."""
+    gathered: Sequence[int]
+    """Of the script: parameters alone."""
 
 
 @dataclass(eq=False)
@@ -73,14 +73,12 @@ class Replay:
     rank: int | None
     exchange: Exchange = PLAIN
     held: Memo[Choice, Held] = field(init=False)
-    gathering: Gathering = field(init=False)
     gathered: Memo[Choice, Steps] = field(init=False)
     _bases: dict[tuple[int, int], tuple[Course, Steps, _Base]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.held = held_by(self.script.reduction, self.items, self.itemsize, self.rank, self.exchange)
-        self.gathering = Gathering(self.script, self.items, self.itemsize, self.exchange)
-        self.gathered = Memo(self.gathering.steps_of, most_kept=MOST_KEPT)
+        self.gathered = gathering(self.script, self.items, self.itemsize, self.exchange)
 
     @cached_property
     def cuts(self) -> tuple[int, ...]:
@@ -98,14 +96,14 @@ class Replay:
 
     def peaks(self, course: Course, choice: Choice) -> dict[StepPhase, Kinds]:
         """Bytes by kind at the largest moment of each phase."""
-        base = self._most(course, self.gathered(choice)) if choice.zero.stage == 3 else None
+        gathered = self._most(course, self.gathered(choice)) if choice.zero.stage == 3 else None
         held = self.held(choice)
-        outside = course.moments if base is None else base.moments
+        outside = course.moments if gathered is None else gathered.moments
         totals = list(map(add, outside, held.moments))
         found: dict[StepPhase, Kinds] = {}
         for phase, moments in self.phases.items():
             index = totals.index(max(totals[moments]), moments.start)
-            found[phase] = tuple(map(add, self._kinds(course, base, index), held.kinds[index]))
+            found[phase] = tuple(map(add, self._kinds(course, gathered, index), held.kinds[index]))
         return found
 
     def _most(self, course: Course, steps: Steps) -> _Base:
@@ -113,22 +111,22 @@ class Replay:
         key = (id(course), id(steps))
         known = self._bases.get(key)
         if known is None:
-            totals = list(map(add, course.moments, most_of(steps)))
+            gathered = most_of(steps)
+            totals = list(map(add, course.moments, gathered))
             moments = [max(totals[first:end]) for first, end in pairwise(self.cuts)]
             if len(self._bases) >= MOST_KEPT:
                 self._bases.clear()
-            known = self._bases[key] = (course, steps, _Base(moments, totals))
+            known = self._bases[key] = (course, steps, _Base(moments, gathered))
         return known[2]
 
-    def _kinds(self, course: Course, base: _Base | None, index: int) -> Kinds:
+    def _kinds(self, course: Course, gathered: _Base | None, index: int) -> Kinds:
         """What the bytes of a moment of the reduction are, outside the reduction."""
-        if base is None:
+        if gathered is None:
             return course.kinds(index)
-        first, end = self.cuts[index], self.cuts[index + 1]
-        most = max(base.totals[first:end])
-        moment = base.totals.index(most, first)
+        moments = range(self.cuts[index], self.cuts[index + 1])
+        moment = max(moments, key=lambda number: course.moments[number] + gathered.gathered[number])
         kinds = list(course.kinds(moment))
-        kinds[Kind.GATHERED_PARAMETERS] += most - course.moments[moment]
+        kinds[Kind.GATHERED_PARAMETERS] += gathered.gathered[moment]
         return tuple(kinds)
 
 

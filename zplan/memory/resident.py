@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import accumulate
 from math import prod
+from operator import mul
 
 from zplan.memory.instances import Instances, instances
 from zplan.memory.muon import ADAM_STATES, first_updates_bytes
@@ -170,29 +171,30 @@ def _muon_states_of_stage12(items: Instances, cut: Partitions, b: int) -> int:
 
 
 def _initialising(
-    laid: Layout, recipe: Recipe, choice: Choice, numel: int, bucket: int, largest_group: int
+    laid: Layout, recipe: Recipe, choice: Choice, shards: Shards, bucket: int, largest_group: int
 ) -> list[Term]:
     """What comes and goes while the optimizer is built, beside parameters and masters.
 
         max(4 * largest sub-group, gradients + bucket + largest parameter, adapters before they are cut)
 
-    Each trained parameter is gathered once. PEFT puts whole adapters beside the base weights; the engine cuts them.
-
-    Args:
-        numel: trained elements of one rank.
+    Each trained parameter is gathered once. PEFT puts whole adapters beside the base weights; the engine cuts them. A
+    quantised model is whole on every GPU until then.
     """
-    b, zero = recipe.weight_bytes, choice.zero
+    b, zero, numel = recipe.weight_bytes, choice.zero, shards.trainable_numel
     staged = -(-laid.largest_trainable // choice.batch.world_size) if zero.offloads_param else 0
     buffers = bucket + b * (laid.largest_trainable + staged)
     if not zero.offloads_optimizer:
         buffers = max(FP32 * largest_group, b * numel + buffers)
     uncut = b * laid.trainable_numel - (0 if zero.offloads_param else b * numel) if recipe.method != "full" else 0
+    whole, most = 0, 0
+    if recipe.method == "qlora":
+        whole, most = _not_yet_cut(instances(laid), shards, offloads_param=zero.offloads_param)
     masters = 0 if zero.offloads_optimizer else FP32 * numel
     formula = "max(4 x largest sub-group, gradients + bucket + largest parameter, adapters not yet cut)"
     source = "deepspeed 0.19.8, runtime/zero/stage3.py (_setup_for_real_optimizer)"
     return [
-        _term("buffers at initialize", max(buffers, uncut - masters), ("init",), formula, source),
-        _term("adapters before they are cut", uncut, ("load",), f"{b} x {laid.trainable_numel}, less the cut", PEFT),
+        _term("buffers at initialize", max(buffers, uncut - masters, most - masters), ("init",), formula, source),
+        _term("weights before they are cut", max(uncut, whole), ("load",), "less what is left of them", PEFT),
     ]
 
 
@@ -212,7 +214,8 @@ def _secondary(laid: Layout, choice: Choice) -> list[Term]:
     copies = {True: 0, False: 0}
     for block in laid.blocks:
         for weight in block.weights:
-            copies[weight.trainable] += block.repeat * weight.itemsize * -(-weight.numel // ranks) * ranks // group
+            numel, itemsize = weight.held
+            copies[weight.trainable] += block.repeat * itemsize * -(-numel // ranks) * ranks // group
     name, formula = "secondary partitions (hpZ)", f"a second copy cut over {group} ranks"
     source = "deepspeed 0.19.8, runtime/zero/partition_parameters.py (ds_secondary_tensor)"
     return [
@@ -264,6 +267,34 @@ def _states_of_stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shar
     ]
 
 
+def _scales(laid: Layout) -> list[Term]:
+    """QLoRA under ZeRO-3, which takes apart the packed weights and knows nothing of their scales.
+
+    Source: bitsandbytes 0.50.2, nn/modules.py (Params4bit.quant_state).
+    """
+    scales = sum(block.repeat * sum(weight.states_bytes for weight in block.weights) for block in laid.blocks)
+    source = "bitsandbytes 0.50.2, nn/modules.py"
+    return [_term("scales of quantised weights", scales, ("load", *AFTER_LOAD), "whole on every rank", source)]
+
+
+def _not_yet_cut(items: Instances, shards: Shards, *, offloads_param: bool) -> tuple[int, int]:
+    """What a quantised model has more on a GPU before the engine cuts it, and at most while it is cut, one parameter
+    after the other: it is not built under zero.Init.
+
+        sum n_i size_i - cut        max over k of   sum n_i size_i - (n_1 - p_1 + ... + n_k-1 - p_k-1) + p_k - cut
+
+    Source: transformers 5.23.0, modeling_utils.py:1435 (needs_zero3_init); deepspeed 0.19.8,
+    runtime/zero/parameter_offload.py (_convert_to_zero_parameters).
+    """
+    cut = 0 if offloads_param else shards.stored_bytes
+    loaded = now = most = sum(map(mul, items.numel, items.itemsize))
+    for numel, size, part in zip(items.numel, items.itemsize, shards.partition, strict=True):
+        kept = 0 if offloads_param else size * part
+        most = max(most, now + kept)
+        now += kept - size * numel
+    return loaded - cut, most - cut
+
+
 def _stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards) -> Resident:
     """b P + 4 P + states(P) + b P gradients + the bucket + persistent parameters, less what is offloaded.
 
@@ -286,8 +317,9 @@ def _stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards) -> Res
             _term("master weights", FP32 * numel, AFTER_LOAD, f"4 x {numel}", source),
             _term("gradient partitions", b * numel, STEPS, f"{b} x {numel}", source),
         ]
+    terms += _scales(laid)
     bucket = b * zero.reduce_bucket_size if zero.contiguous_gradients else 0
-    terms += _initialising(laid, recipe, choice, numel, bucket, max(groups))
+    terms += _initialising(laid, recipe, choice, shards, bucket, max(groups))
     if bucket:
         terms.append(_term("reduce bucket", bucket, STEPS, f"{b} x {zero.reduce_bucket_size}", source))
     terms += _secondary(laid, choice)

@@ -253,14 +253,24 @@ class Stage3Engine:
         self.meter.add(Kind.GATHERED_PARAMETERS, -released)
 
     def _keep(self, numbers: tuple[int, ...]) -> None:
+        """What is kept is the tensor that forward saw; one that is gathered again goes."""
         self._cut_again(numbers)
+        again = tuple(number for number in numbers if self.kept[number] and number in self.items.packed)
         for number in numbers:
-            self.kept[number], self.held[number] = self.held[number], 0
+            if number not in again:
+                self.kept[number], self.held[number] = self.held[number], 0
+        self._release(again)
 
     def _forget(self, numbers: tuple[int, ...]) -> None:
+        """A quantised weight is kept on the context of its node, not among what the node saves: as long as the graph,
+        which goes with the loss, behind the update.
+
+        Source: bitsandbytes 0.50.2, autograd/_functions.py (MatMul4Bit.forward: ctx.tensors).
+        """
         for number in numbers:
-            self.meter.add(Kind.GATHERED_PARAMETERS, -self.kept[number])
-            self.kept[number] = 0
+            if number not in self.items.packed:
+                self.meter.add(Kind.GATHERED_PARAMETERS, -self.kept[number])
+                self.kept[number] = 0
 
     def _drop(self, numbers: tuple[int, ...]) -> None:
         """The node that made a weight's gradient has run: the view of the weight that it kept is gone when the gradient
@@ -277,7 +287,8 @@ class Stage3Engine:
         self.meter.touch(Kind.GATHERED_PARAMETERS, again)
 
     def _give_back(self, _numbers: tuple[int, ...]) -> None:
-        self.meter.add(Kind.GATHERED_PARAMETERS, -self.meter.by_kind[Kind.GATHERED_PARAMETERS])
+        stays = sum(self.kept[number] for number in self.items.packed)
+        self.meter.add(Kind.GATHERED_PARAMETERS, stays - self.meter.by_kind[Kind.GATHERED_PARAMETERS])
 
     # -- gradients -----------------------------------------------------------------------------------------------
     def begin_micro_step(self) -> None:

@@ -31,6 +31,18 @@ class Weight:
     trainable: bool
     group: int
     """0: weight decay, 1: none (norms and biases), as transformers' Trainer splits them."""
+    packed: tuple[int, int] | None = None
+    """(elements, bytes of one) of a quantised weight as a parameter; its scales are no part of it."""
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """(elements, bytes of one) of the parameter, as an engine sees it."""
+        return self.packed or (self.numel, self.itemsize)
+
+    @property
+    def states_bytes(self) -> int:
+        """Scales of a quantised weight, which no engine takes apart."""
+        return self.stored_bytes - self.packed[0] * self.packed[1] if self.packed else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +146,9 @@ def _lay(block: Block, recipe: Recipe, model_type: str) -> LaidBlock:
     weights: list[Weight] = []
     for parameter in block.parameters:
         saved = any(parameter.module.rpartition(".")[2] == name for name in recipe.modules_to_save)
-        weights.append(_weight(parameter, recipe, trains=recipe.method == "full" or saved, block=block))
+        quantised = recipe.method == "qlora" and not saved and is_quantised(parameter, block, model_type)
+        trains = recipe.method == "full" or saved
+        weights.append(_weight(parameter, recipe, trains=trains, quantised=quantised))
         converted = is_converted_target(parameter, model_type, recipe.lora_target)
         if recipe.method != "full" and not saved and is_lora_target(parameter, block, recipe.lora_target, converted):
             weights.extend(_adapter(parameter, recipe))
@@ -143,8 +157,7 @@ def _lay(block: Block, recipe: Recipe, model_type: str) -> LaidBlock:
     return LaidBlock(block=block, weights=tuple(weights), repeat=block.repeat)
 
 
-def _weight(parameter: ParameterShape, recipe: Recipe, *, trains: bool, block: Block) -> Weight:
-    quantised = recipe.method == "qlora" and not trains and parameter.kind == "linear" and block.role != "head"
+def _weight(parameter: ParameterShape, recipe: Recipe, *, trains: bool, quantised: bool) -> Weight:
     itemsize = recipe.weight_bytes
     return Weight(
         name=parameter.name,
@@ -155,7 +168,30 @@ def _weight(parameter: ParameterShape, recipe: Recipe, *, trains: bool, block: B
         stored_bytes=_quantised_bytes(parameter, recipe) if quantised else itemsize * parameter.numel,
         trainable=trains,
         group=1 if parameter.kind in ("norm", "bias") else 0,
+        packed=_packed(parameter, recipe) if quantised else None,
     )
+
+
+def is_quantised(parameter: ParameterShape, block: Block, model_type: str) -> bool:
+    """Matrices of linear modules, the output head aside; experts stacked in one tensor are no linear modules, and
+    Falcon's are of a class of their own, which is passed over.
+
+    Source: transformers 5.23.0, integrations/bitsandbytes.py (replace_with_bnb_linear: type(module) is nn.Linear),
+    quantizers/base.py (get_keys_to_not_convert), models/falcon/modeling_falcon.py (FalconLinear).
+    """
+    is_linear = parameter.kind == "linear" and len(parameter.shape) == 2 and model_type != "falcon"
+    return is_linear and block.role != "head"
+
+
+def _packed(parameter: ParameterShape, recipe: Recipe) -> tuple[int, int]:
+    """int8, or two 4-bit weights a byte in elements of the training dtype, as the trainer asks for
+    (bnb_4bit_quant_storage).
+
+    Source: bitsandbytes 0.50.2, _ops.py (quantize_4bit).
+    """
+    if recipe.load_in_8bit:
+        return parameter.numel, 1
+    return (parameter.numel + 1) // (2 * recipe.weight_bytes), recipe.weight_bytes
 
 
 def _quantised_bytes(parameter: ParameterShape, recipe: Recipe) -> int:

@@ -22,10 +22,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+from transformers.modeling_utils import set_quantized_state
 from trl import SFTTrainer
 
 from zplan.recipe import Recipe
 from zplan.simulate import optimizer_process
+from zplan.simulate.bitsandbytes import peft_with_4bit, quantize_model
 from zplan.simulate.report import SimulationError
 from zplan.simulate.tracker import Tracker
 from zplan.values import dataclass
@@ -43,6 +45,7 @@ REPLACED = (
     "the data loader: every batch holds sequences of max_length tokens, no padding, every label counted",
     "torch.compile, with which DeepSpeed decorates Muon's update: it runs operation by operation, as it is written",
     optimizer_process.REPLACED,
+    "DeepSpeed's quantizer and bitsandbytes' 4-bit weights: the tensors of their CUDA code, without its arithmetic",
     "Trainer's loop: TRL's compute_loss, accelerate's backward and step in its order, no callbacks, no logging",
 )
 
@@ -62,43 +65,13 @@ class Run:
     """Fill the weights; real tensors need finite ones, fake tensors have none."""
 
 
-def train(run: Run, tracker: Tracker) -> Any:
-    """Build, initialise and step; the tracker sees everything. Returns the engine, which holds all there is."""
-    return train_model(run, load_model(run, tracker), tracker)
-
-
-@contextlib.contextmanager
-def configured(run: Run) -> Iterator[None]:
-    """transformers keeps a weak reference to the configuration, and asks it whether to build under zero.Init."""
+def train(run: Run, tracker: Tracker) -> None:
+    """Build, initialise and step; the tracker sees everything."""
+    # transformers keeps a weak reference to it, and asks it whether to build under zero.Init
     hf_config = HfDeepSpeedConfig(run.deepspeed_config)
     try:
-        yield
-    finally:
-        unset_hf_deepspeed_config()
-        del hf_config
-
-
-def load_model(run: Run, tracker: Tracker) -> Any:
-    """The model with its adapters; of the choice it takes what zero.Init reads, and nothing below stage 3."""
-    recipe = run.recipe
-    if recipe.method == "qlora":
-        raise SimulationError("qlora needs bitsandbytes kernels, which do not run on fake tensors", operation="bnb")
-    tracker.enter_phase("load")
-    config = model_config(run.model_config)
-    check_attention(config, recipe)
-    with configured(run):
-        with collected(), contextlib.nullcontext() if run.initialise else no_init_weights():
-            model: Any = AutoModelForCausalLM.from_config(
-                config, dtype=DTYPES[recipe.dtype], attn_implementation=recipe.attention
-            )
-            model.tie_weights()  # skipped under no_init_weights
-        return get_peft_model(model, lora_config(recipe), **_adapter_dtype(run)) if recipe.method == "lora" else model
-
-
-def train_model(run: Run, model: Any, tracker: Tracker) -> Any:
-    """All that follows, up to the last step; returns the engine."""
-    with configured(run):
-        prepare_model(run, model)
+        tracker.enter_phase("load")
+        model = build_model(run)
         tracker.enter_phase("init")
         engine = build_engine(run, model, tracker)
         trainer = trainer_stand_in(run, engine)
@@ -107,12 +80,30 @@ def train_model(run: Run, model: Any, tracker: Tracker) -> Any:
             optimizer_step(run, engine, trainer, tracker)
             if step == 0:
                 label_states(engine, tracker)
-        return engine
+    finally:
+        unset_hf_deepspeed_config()
+        del hf_config
 
 
-def prepare_model(run: Run, model: Any) -> None:
-    """As SFTTrainer does: checkpointing and the fused LM head."""
-    lora = run.recipe.method == "lora"
+def build_model(run: Run) -> Any:
+    """The model as SFTTrainer prepares it: adapters, checkpointing, fused LM head."""
+    recipe = run.recipe
+    if recipe.method == "qlora" and (recipe.load_in_8bit or run.device == "cpu"):
+        what = "LLM.int8()'s kernels have" if recipe.load_in_8bit else "bitsandbytes' CPU kernels have"
+        raise SimulationError(f"{what} no simulated counterpart", operation="bitsandbytes")
+    config = model_config(run.model_config)
+    check_attention(config, recipe)
+    quantized = recipe.method == "qlora"
+    with collected(), contextlib.nullcontext() if run.initialise else no_init_weights(), _on_meta(quantized):
+        model: Any = AutoModelForCausalLM.from_config(
+            config, dtype=DTYPES[recipe.dtype], attn_implementation=recipe.attention
+        )
+        model.tie_weights()  # skipped under no_init_weights
+    lora = recipe.method != "full"
+    if quantized:
+        model = _quantized_with_adapter(run, model)
+    elif lora:
+        model = get_peft_model(model, lora_config(recipe), **_adapter_dtype(run))
     if run.choice.gradient_checkpointing:
         reentrant = lora and run.choice.zero.stage == 3
         model.activation_checkpointing_enable({"use_reentrant": True} if reentrant else None)
@@ -120,6 +111,28 @@ def prepare_model(run: Run, model: Any) -> None:
             model.enable_input_require_grads()
     trl_utils.add_fused_lm_head(model.get_base_model() if lora else model, outputs=("log_probs", "entropy", "is_top1"))
     model.train()
+    return model
+
+
+@contextlib.contextmanager
+def _on_meta(quantized: bool) -> Iterator[None]:
+    """A model that is quantised while it is loaded has no bytes before, and is not built under zero.Init."""
+    with contextlib.ExitStack() as stack:
+        if quantized:
+            stack.enter_context(set_quantized_state())
+            stack.enter_context(torch.device("meta"))
+        yield
+
+
+def _quantized_with_adapter(run: Run, model: Any) -> Any:
+    """QLoRA: as transformers loads the base model, PEFT adds the adapters and TRL casts them (SFTTrainer.__init__)."""
+    quantize_model(model, dtype=DTYPES[run.recipe.dtype], device=run.device)
+    with peft_with_4bit():
+        model = get_peft_model(model, lora_config(run.recipe))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_magnitude_vector" not in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model
 
 
 @contextlib.contextmanager
