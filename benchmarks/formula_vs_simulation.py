@@ -157,6 +157,16 @@ def added_cases() -> list[Case]:
         _added("qwen2.5-0.5b", "full", 3, world_size=4, accumulation=2, reduce_bucket_size=50_000_000,
                sub_group_size=10_000_000, adapter=MUON),
         _added("qwen2.5-7b", "lora", 3, adapter=MUON, offload_param=OffloadParam(device="cpu")),
+        *(
+            _added("qwen2.5-0.5b", "full", stage, world_size=2, adapter={**MUON, "dtype": dtype}, offload_optimizer=cpu)
+            for stage in (1, 2, 3) for dtype in ("bf16", "fp16")
+        ),
+        _added("llama-3.2-1b", "full", 3, accumulation=2, offload_optimizer=cpu, adapter=MUON),
+        _added("olmo-2-1b", "full", 3, world_size=1, adapter=MUON, offload_optimizer=cpu, sub_group_size=20_000_000),
+        _added("qwen2.5-7b", "lora", 2, accumulation=2, adapter={**MUON, "dtype": "fp32"}, offload_optimizer=cpu),
+        _added("llama-3.2-1b", "full", 0, world_size=2, adapter={**MUON, "dtype": "fp16"}),
+        _added("qwen2.5-0.5b", "full", 3, world_size=2, adapter={**MUON, "dtype": "fp16"}),
+        _added("qwen2.5-0.5b", "full", 0, world_size=2, adapter={**MUON, "dtype": "fp32"}),
         _added("qwen2.5-0.5b", "full", 3, world_size=2, accumulation=2, sub_group_size=20_000_000,
                reduce_bucket_size=20_000_000, offload_optimizer=OffloadOptimizer(device="cpu", super_offload=True)),
         _added("llama-3.2-1b", "full", 3, world_size=2, adapter={"max_grad_norm": 0.0},
@@ -290,6 +300,8 @@ def request_of(case: Case) -> SimulationRequest:
             nodes=max(1, case.world_size // 8),
         ),
         cpu_adam=case.zero.offload_optimizer.ratio < 1,  # which takes no other
+        # Muon keeps buffers of the first step and, offloaded, others of the second
+        steps=3 if case.zero.offloads_optimizer and case.adapter.get("optimizer") == "muon" else 2,
     )  # fmt: skip
 
 

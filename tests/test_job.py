@@ -62,6 +62,11 @@ def refused(**flags: Any) -> ConfigError:
             "--set offload_optimizer.super_offload=false",
         ),
         (
+            {"stage": 3, "offload_optimizer": "cpu", "optimizer": "muon", "set_": ["offload_optimizer.ratio=0.5"]},
+            "offload_optimizer.ratio of muon",
+            "--set offload_optimizer.ratio=1",
+        ),
+        (
             {"stage": 2, "set_": ["gradient_checkpointing=maybe"]},
             "not true or false",
             "--set gradient_checkpointing=true",

@@ -25,8 +25,8 @@ from zplan.sanity import (
     odd_sizes,
     refuse_more_ranks_than_gpus,
     refuse_nvme_without_drive,
+    refuse_offload,
     refuse_oversized_buckets,
-    refuse_super_offload,
 )
 from zplan.settings import gives_one_value, split_setting
 from zplan.units import GIB, parse_size
@@ -111,7 +111,7 @@ def make_job(
 def _checked(job: Job) -> Job:
     """The job with warnings about what is probably a mistake. Raises ConfigError for what cannot be meant."""
     refuse_nvme_without_drive(job.cluster, job.fixed, job.choice)
-    refuse_super_offload(job.cluster, job.recipe, job.choice)
+    refuse_offload(job.cluster, job.recipe, job.choice)
     return replace(job, warnings=(*job.warnings, *odd_sizes(job.shape, job.recipe, job.choice)))
 
 

@@ -11,7 +11,7 @@ from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.settings import setting_value, split_setting
 from zplan.units import format_count, parse_size
-from zplan.zero_config import Choice, super_offload_refused
+from zplan.zero_config import Choice, offload_refused
 
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
 
@@ -30,14 +30,15 @@ def refuse_nvme_without_drive(cluster: Cluster, fixed: Fixed, choice: Choice | N
         )
 
 
-def refuse_super_offload(cluster: Cluster, recipe: Recipe, choice: Choice | None) -> None:
-    """Raises ConfigError where DeepSpeed's super_offload does not run."""
+def refuse_offload(cluster: Cluster, recipe: Recipe, choice: Choice | None) -> None:
+    """Raises ConfigError where DeepSpeed's super_offload or partial offload does not run."""
     if choice is None:
         return
-    refused = super_offload_refused(choice.zero, recipe.optimizer, on_cpu=cluster.gpu.kind == "cpu")
+    refused = offload_refused(choice.zero, recipe.optimizer, on_cpu=cluster.gpu.kind == "cpu")
     if refused:
         what, _, why = refused.partition(": ")
-        raise ConfigError(what, because=why, fix="--set offload_optimizer.super_offload=false")
+        mend = "ratio=1" if what.startswith("offload_optimizer.ratio") else "super_offload=false"
+        raise ConfigError(what, because=why, fix=f"--set offload_optimizer.{mend}")
 
 
 def refuse_more_ranks_than_gpus(cluster: Cluster, fixed: Fixed) -> None:

@@ -138,21 +138,26 @@ class Choice:
     gradient_checkpointing: bool = True
 
 
-def super_offload_refused(zero: ZeroConfig, optimizer: Optimizer, *, on_cpu: bool) -> str | None:
-    """Why super_offload cannot run here, if it cannot.
+def offload_refused(zero: ZeroConfig, optimizer: Optimizer, *, on_cpu: bool) -> str | None:
+    """Why ZeRO-3's partial offload or super_offload cannot run here, if it cannot.
 
-    Source: deepspeed 0.19.8, runtime/superoffload/superoffload_stage3.py:18 (_validate_superoffload_accelerator), :43
-    (it reads the options of Adam), :159 (partition_grads: a swapped gradient is None).
+    Source: deepspeed 0.19.8, stage3.py:314 (the assertion of the backup optimizer);
+    runtime/superoffload/superoffload_stage3.py:18 (_validate_superoffload_accelerator), :43 (it reads the options of
+    Adam), :159 (partition_grads: a swapped gradient is None).
     """
     states = zero.offload_optimizer
-    if zero.stage != 3 or not states.super_offload or states.device == "none":
+    if zero.stage != 3 or states.device == "none":
+        return None
+    if states.ratio < 1 and optimizer == "muon":
+        return "offload_optimizer.ratio of muon: DeepSpeed asserts DeepSpeedCPUAdam"
+    if not states.super_offload:
         return None
     if on_cpu:
         return "super_offload on CPU ranks: DeepSpeed asserts NVIDIA GPUs"
     if states.device == "nvme":
         return "super_offload with offload_optimizer.device nvme: DeepSpeed's has no swapping and fails in backward"
     if optimizer not in ("adamw", "paged_adamw"):
-        return f"super_offload of {optimizer}: its process runs DeepSpeedCPUAdam, and the engine fails at the start"
+        return f"super_offload of {optimizer}: its process runs DeepSpeedCPUAdam and nothing else"
     return None
 
 

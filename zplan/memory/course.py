@@ -11,7 +11,6 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 from zplan.memory.coordinator import Fetches
-from zplan.memory.instances import Instances
 from zplan.memory.laps import Laps, laps_of
 from zplan.memory.meter import Kind, Meter
 from zplan.memory.owners import leaf_modules, module_parameters, unread_numbers, viewed_numbers
@@ -349,7 +348,7 @@ def course(recording: Recording, *, checkpointing: bool, fetches: bool) -> Cours
 def _script(walk: _Walk) -> Script:
     """Recordings that differ in bytes only (micro-batch, length, attention, loss) share one script."""
     recording, calls = walk.recording, tuple(walk.calls)
-    key = (recording.items, walk.checkpointing, walk.fetches, calls)
+    key = (recording.items, walk.checkpointing, walk.fetches, calls, recording.sizes.on_cpu)
     known = _SCRIPTS.get(key)
     if known is None:
         if len(_SCRIPTS) >= MOST_KEPT:
@@ -360,7 +359,7 @@ def _script(walk: _Walk) -> Script:
         known = _SCRIPTS[key] = Script(
             calls=calls,
             phases=tuple(walk.phases),
-            reduction=_reduction(recording.items, calls, kept, walk.phases),
+            reduction=_reduction(recording, calls, kept, walk.phases),
             kept=kept,
             fetches=Fetches.of(order, modules, recording.items.numel, *leaf_modules(recording)),
             external=external_numbers(recording) if walk.fetches else (),
@@ -387,12 +386,15 @@ def _laps(walk: _Walk, calls: tuple[Call, ...]) -> tuple[Laps, ...]:
     return tuple(found)
 
 
-def _reduction(items: Instances, calls: tuple[Call, ...], kept: tuple[int, ...], phases: Sequence[int]) -> Reduction:
+def _reduction(
+    recording: Recording, calls: tuple[Call, ...], kept: tuple[int, ...], phases: Sequence[int]
+) -> Reduction:
     """Scripts with the same gradients in the same order (stages, recomputation) share one."""
     found = Reduction(
-        calls=tuple(calls[number] for number in kept), phases=tuple(bisect_left(kept, first) for first in phases)
-    )
-    key = (items, found.calls)
+        calls=tuple(calls[number] for number in kept), phases=tuple(bisect_left(kept, first) for first in phases),
+        on_cpu=recording.sizes.on_cpu,
+    )  # fmt: skip
+    key = (recording.items, found.calls, found.on_cpu)
     if len(_REDUCTIONS) >= MOST_KEPT:
         _REDUCTIONS.clear()
     return _REDUCTIONS.setdefault(key, found)

@@ -101,12 +101,13 @@ def standing(laid: Layout, recipe: Recipe, choice: Choice, cluster: Cluster, ran
     """
     items, zero, world = instances(laid), choice.zero, choice.batch.world_size
     cut = partition(items, world, rank) if zero.stage in (1, 2) else None
-    still = resident(laid, recipe, choice, cut, shard(items, zero, world) if zero.stage == 3 else None)
+    shards, on_cpu = shard(items, zero, world) if zero.stage == 3 else None, cluster.gpu.kind == "cpu"
+    still = resident(laid, recipe, choice, cut, shards, on_cpu=on_cpu)
     if cut is not None:
         ranks = ranks_of_node(choice, cluster)
         touched = sum(cut.touched_by_rank[:ranks]) if rank is None else ranks * cut.touched_numel
         still = replace(still, node_touched_numel=touched)
-    if cluster.gpu.kind == "cpu":
+    if on_cpu:
         return replace(still, terms=(*still.terms, *_offloaded_to_itself(laid, recipe, choice, cluster, still)))
     return still if zero.stage == 3 else replace(still, terms=_without_load(still.terms))
 

@@ -11,6 +11,8 @@ from math import ceil
 from zplan.hardware import Cluster
 from zplan.memory.host_limits import host_limits, verdict_of
 from zplan.memory.instances import instances
+from zplan.memory.muon import ADAM_STATES
+from zplan.memory.stage12 import partition
 from zplan.memory.states import optimizer_state_bytes
 from zplan.memory.sub_groups import left_on_gpu, sub_groups
 from zplan.memory.super_offload import shared_memory_bytes, super_offload_terms
@@ -61,14 +63,9 @@ def estimate_host(
         touched_numel: elements of the parameters that touch the partitions of the node's ranks, summed over the ranks.
     """
     found = host_bytes(
-        layout,
-        recipe,
-        choice,
-        cluster,
-        partition_numel=partition_numel,
-        rank_bytes=rank_bytes,
+        layout, recipe, choice, cluster, partition_numel=partition_numel, rank_bytes=rank_bytes,
         touched_numel=touched_numel,
-    )
+    )  # fmt: skip
     phases = {phase: sum(term.bytes for term in found.terms if phase in term.phases) for phase in PHASES}
     resident = max(phases.values())
     ranks = ranks_of_node(choice, cluster)
@@ -80,14 +77,9 @@ def estimate_host(
     )  # fmt: skip
     verdict, short = verdict_of(limits)
     host = HostEstimate(
-        resident_bytes=resident,
-        pinned_bytes=found.pinned_bytes,
-        phases=phases,
-        terms=found.terms,
-        verdict=verdict,
-        short_bytes=short,
-        limits=limits,
-    )
+        resident_bytes=resident, pinned_bytes=found.pinned_bytes, phases=phases, terms=found.terms, verdict=verdict,
+        short_bytes=short, limits=limits,
+    )  # fmt: skip
     free = cluster.host.nvme_free_bytes
     lacks = found.nvme_bytes > 0 and (free is None or free < found.nvme_bytes)
     return host, NvmeEstimate(bytes=found.nvme_bytes, verdict="does_not_fit" if lacks else "fits", free_bytes=free)
@@ -182,7 +174,7 @@ def _optimizer(
     """
     zero, b = choice.zero, recipe.weight_bytes
     there = offloaded_numel(layout, choice, numel)
-    states = optimizer_state_bytes(recipe.optimizer, there)
+    states = _muon_states(layout, choice, there, b) if layout.muon else optimizer_state_bytes(recipe.optimizer, there)
     master, gradients, low = FP32 * there, FP32 * there, b * numel
     extra = b * layout.largest_trainable if zero.stage < 3 else 0
     source = "deepspeed 0.19.8, stage_1_and_2.py, stage3.py"
@@ -194,19 +186,13 @@ def _optimizer(
     terms = [
         _term("offloaded optimizer", total, STEADY, formula, source),
         _term("offloaded optimizer states", ranks * states, STEPS, made, source),
+        _overflow_check(layout, choice, ranks, numel),
     ]
     pinned = ranks * (master + gradients + low + extra) if zero.offload_optimizer.pin_memory and not on_cpu else 0
     if pinned:
+        source = "deepspeed 0.19.8, pin_memory(torch.zeros())"
         doubled = ranks * FP32 * there
-        terms.append(
-            _term(
-                "second copy while pinning",
-                doubled,
-                ("init",),
-                f"{ranks} ranks x 4 S",
-                "deepspeed 0.19.8, pin_memory(torch.zeros())",
-            )
-        )
+        terms.append(_term("second copy while pinning", doubled, ("init",), f"{ranks} ranks x 4 S", source))
     if zero.super_offloads:
         largest = max(sub_groups(instances(layout), choice.batch.world_size, zero.sub_group_size).numel)
         more, pins = super_offload_terms(
@@ -214,6 +200,33 @@ def _optimizer(
         )
         terms, pinned = [*terms, *more], pinned + pins
     return terms, pinned, 0
+
+
+def _overflow_check(layout: Layout, choice: Choice, ranks: int, numel: int) -> Term:
+    """ZeRO-3 looks for infinities in the flat buffer of its fp16 gradients where that lies: a byte for each.
+
+    Source: deepspeed 0.19.8, runtime/zero/stage3.py (has_overflow: isinf, isnan).
+    """
+    num_bytes = ranks * numel if layout.in_fp16 and choice.zero.stage == 3 else 0
+    source = "deepspeed 0.19.8, runtime/zero/stage3.py"
+    return _term("offloaded gradients' overflow check", num_bytes, ("step",), f"{ranks} ranks x S", source)
+
+
+def _muon_states(layout: Layout, choice: Choice, there: int, b: int) -> int:
+    """One rank's momentum of Muon's matrices, in fp32 or, at stage 3, in the dtype of the reduction, and AdamW's
+    states of the rest.
+
+    Source: deepspeed 0.19.8, stage_1_and_2.py:2059 (_apply_muon_updates_cpu_offload), stage3.py:1066
+    (_create_momentum_buffer).
+    """
+    items, ranks = instances(layout), choice.batch.world_size
+    if not items.muon:
+        return ADAM_STATES * there
+    if choice.zero.stage == 3:
+        matrices, momentum = sum(-(-items.numel[number] // ranks) for number in items.muon), b
+    else:
+        matrices, momentum = partition(items, ranks).sizes[0], FP32
+    return momentum * matrices + ADAM_STATES * (there - matrices)
 
 
 def _accumulation(b: int, touched_numel: int) -> Term:

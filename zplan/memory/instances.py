@@ -33,6 +33,7 @@ class Instances:
     """Quantised weights."""
     muon: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     """Shapes of the parameters of the first group where that is Muon's, in its order."""
+    in_fp16: bool = False
 
 
 _INSTANCES: dict[int, tuple[Layout, Instances]] = {}
@@ -73,6 +74,7 @@ def _number(layout: Layout) -> Instances:
         longest=tuple(max(weight.shape[:2]) if len(weight.shape) > 1 else 0 for weight in weights),
         packed=frozenset(number for number, weight in enumerate(weights) if weight.packed),
         muon={number: weights[number].shape for number in members[0]} if layout.muon else {},
+        in_fp16=layout.in_fp16,
     )
 
 

@@ -6,7 +6,7 @@ from zplan.memory.quantized import num_groups
 from zplan.memory.trainable import layout
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
-from zplan.zero_config import Choice, super_offload_refused
+from zplan.zero_config import Choice, offload_refused
 
 CHECKED_FAMILIES = frozenset(
     {
@@ -23,9 +23,9 @@ def not_modelled(shape: ModelShape, recipe: Recipe, choice: Choice, *, on_cpu: b
     """Options whose bytes are missing or known to be wrong; each one line, `not modelled: ...`."""
     found = [*_of_model(shape, recipe), *_of_recipe(recipe, on_cpu), *_of_zero(choice)]
     found += _of_quantizer(shape, recipe, choice)
-    refused = super_offload_refused(choice.zero, recipe.optimizer, on_cpu=on_cpu)
+    refused = offload_refused(choice.zero, recipe.optimizer, on_cpu=on_cpu)
     found += [refused] if refused else []
-    found += _of_muon(recipe, choice, on_cpu) if recipe.optimizer == "muon" else []
+    found += _of_muon(choice) if recipe.optimizer == "muon" else []
     return tuple(f"not modelled: {line}" for line in found)
 
 
@@ -51,17 +51,11 @@ def _of_recipe(recipe: Recipe, on_cpu: bool) -> list[str]:
     return lines
 
 
-def _of_muon(recipe: Recipe, choice: Choice, on_cpu: bool) -> list[str]:
-    lines = []
-    if choice.zero.offloads_optimizer:
-        lines.append(
-            "Muon with offload: its update gathers whole matrices on the GPU (_apply_muon_updates_cpu_offload)"
-        )
-    if recipe.dtype != "bf16":
-        lines.append(f"Muon in {recipe.dtype}: other copies in its orthogonalisation (original_muon.py)")
-    if on_cpu:
-        lines.append("Muon on CPU ranks, which orthogonalise in fp16 or fp32 by what the CPU can (original_muon.py)")
-    return lines
+def _of_muon(choice: Choice) -> list[str]:
+    zero = choice.zero
+    if zero.stage == 3 and zero.offload_optimizer.device == "nvme":
+        return ["Muon with NVMe: how its update swaps momentum and gradients (stage3.py, _writeback_swap_state)"]
+    return []
 
 
 def _of_zero(choice: Choice) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from zplan.memory.muon import update_bytes
+from zplan.memory.muon import Precision, update_bytes
 
 MOST_KEPT_BYTES = 256 * 1024 * 1024
 """Of gather buffers, kept from step to step (stage3.py:243, _muon_allgather_max_cached_bytes)."""
@@ -36,30 +36,33 @@ class GatherBuffers:
 
     def __init__(self, num_ranks: int, itemsize: int) -> None:
         self.num_ranks, self.itemsize = num_ranks, itemsize
-        self.kept: dict[int, int] = {}
+        self.kept: dict[tuple[int, int], int] = {}
 
     @property
     def kept_bytes(self) -> int:
         return sum(self.kept.values())
 
-    def take(self, numel: int) -> int:
+    def take(self, numel: int, kind: int = 0) -> int:
         """A gather of L elements a rank; bytes that are made and not kept.
 
-        (N + 1) b L
+            (N + 1) b L
+
+        Args:
+            kind: gathers of different kinds share nothing, whatever their size.
         """
         num_bytes = (self.num_ranks + 1) * self.itemsize * numel
         if self.num_ranks == 1:
             return 0
         if num_bytes > MOST_KEPT_BYTES:
             return num_bytes
-        known = self.kept.pop(numel, None)
+        known = self.kept.pop((numel, kind), None)
         while known is None and self.kept and self.kept_bytes + num_bytes > MOST_KEPT_BYTES:
             del self.kept[next(iter(self.kept))]
-        self.kept[numel] = num_bytes
+        self.kept[numel, kind] = num_bytes
         return 0
 
 
-def muon_step_bytes(chunks: Sequence[Sequence[Matrix]], *, num_ranks: int, itemsize: int) -> tuple[int, int]:
+def muon_step_bytes(chunks: Sequence[Sequence[Matrix]], *, num_ranks: int, of: Precision) -> tuple[int, int]:
     """(bytes of gather buffers between steps, most that a later step has live above them).
 
     Per chunk, beside the whole gradients of the chunk before it, which a name still holds:
@@ -68,6 +71,7 @@ def muon_step_bytes(chunks: Sequence[Sequence[Matrix]], *, num_ranks: int, items
         momentum     N b L, its clone b L     and the gather's own buffers
         rounds       zplan.memory.muon3.rounds_bytes
     """
+    itemsize = of.gradient
     buffers = GatherBuffers(num_ranks, itemsize)
     for chunk in chunks:
         buffers.take(sum(numel for numel, _ in chunk))
@@ -78,13 +82,13 @@ def muon_step_bytes(chunks: Sequence[Sequence[Matrix]], *, num_ranks: int, items
         whole = num_ranks * itemsize * numel if num_ranks > 1 else 0
         own = buffers.take(numel)
         above = buffers.kept_bytes - kept + before + whole + itemsize * numel + whole
-        rounds = rounds_bytes([shape for _, shape in chunk], num_ranks=num_ranks, itemsize=itemsize)
+        rounds = rounds_bytes([shape for _, shape in chunk], num_ranks=num_ranks, of=of)
         most = max(most, above + own, above + rounds)
         before = whole
     return kept, most
 
 
-def rounds_bytes(shapes: Sequence[tuple[int, ...]], *, num_ranks: int, itemsize: int) -> int:
+def rounds_bytes(shapes: Sequence[tuple[int, ...]], *, num_ranks: int, of: Precision) -> int:
     """Most that the rounds of a chunk have live on rank 0, which has a matrix in every one.
 
     Each rank updates one of N matrices, then all are gathered; matrices of several shapes, or fewer than N, in padded
@@ -93,11 +97,11 @@ def rounds_bytes(shapes: Sequence[tuple[int, ...]], *, num_ranks: int, itemsize:
         update     b N_before + update_bytes + 2 (N + 1) b M_before
         gather     b N_k + 2 (N + 1) b M + N b M_before
     """
-    most = update = padded = 0
+    itemsize, most, update, padded = of.gradient, 0, 0, 0
     for first in range(0, len(shapes), num_ranks):
         members = shapes[first : first + num_ranks]
         held = 2 * (num_ranks + 1) * padded
-        most = max(most, held + update + update_bytes(members[0], itemsize))
+        most = max(most, held + update + update_bytes(members[0], of))
         update = itemsize * prod(members[0])
         if len(members) < num_ranks or len(set(members)) > 1:
             largest = itemsize * max(map(prod, members))

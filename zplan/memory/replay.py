@@ -22,6 +22,7 @@ from zplan.memory.gather import Steps, gathering, most_of
 from zplan.memory.instances import Instances
 from zplan.memory.memo import Memo
 from zplan.memory.meter import Kind, Meter
+from zplan.memory.muon import Precision, precision
 from zplan.memory.script import STEP_PHASES, Course, Kinds, Op, Reduction, Script, StepPhase
 from zplan.memory.stage0 import Stage0Engine
 from zplan.memory.stage3 import Stage3Engine, shard
@@ -167,7 +168,8 @@ def follow_gradients(
     exchange: Exchange,
 ) -> Held:  # fmt: skip
     """Run the engine through the gradients of a step."""
-    engine = _engine(meter, items, choice, itemsize=itemsize, rank=rank, exchange=exchange)
+    of_muon = precision(itemsize, in_fp16=items.in_fp16, on_cpu=reduction.on_cpu)
+    engine = _engine(meter, items, choice, of_muon, rank=rank, exchange=exchange)
     act: dict[int, Callable[[int], None]] = {
         Op.NOTHING: lambda _: None,
         Op.BEGIN: lambda _: engine.begin_micro_step(),
@@ -188,15 +190,21 @@ def follow_gradients(
 
 
 def _engine(
-    meter: Meter, items: Instances, choice: Choice, *, itemsize: int, rank: int | None, exchange: Exchange
+    meter: Meter, items: Instances, choice: Choice, of_muon: Precision, *, rank: int | None, exchange: Exchange
 ) -> Engine:
-    """The engine of the configured stage."""
+    """The engine of the configured stage; its gradients have the dtype of Muon's."""
+    itemsize = of_muon.gradient
     zero, ranks = choice.zero, choice.batch.world_size
     partial = choice.batch.gradient_accumulation_steps > 1
     if zero.stage == 3:
         # gradients are cut alike whether their parameter persists or not
         shards = shard(items, ZeroConfig(), ranks)
-        return Stage3Engine(meter, items, shards, zero, num_ranks=ranks, itemsize=itemsize, exchange=exchange)
+        return Stage3Engine(
+            meter, items, shards, zero, num_ranks=ranks, itemsize=itemsize, exchange=exchange, of_muon=of_muon
+        )
     if zero.stage:
-        return Stage12Engine(meter, items, partition(items, ranks, rank), zero, itemsize=itemsize, partial=partial)
-    return Stage0Engine(meter, items, itemsize=itemsize, num_ranks=ranks, partial=partial)
+        cut = partition(items, ranks, rank)
+        return Stage12Engine(
+            meter, items, cut, zero, itemsize=itemsize, partial=partial, num_ranks=ranks, of_muon=of_muon
+        )
+    return Stage0Engine(meter, items, itemsize=itemsize, num_ranks=ranks, partial=partial, of_muon=of_muon)

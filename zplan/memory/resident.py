@@ -8,10 +8,10 @@ from math import prod
 from operator import mul
 
 from zplan.memory.instances import Instances, instances
-from zplan.memory.muon import ADAM_STATES, first_updates_bytes
+from zplan.memory.muon import ADAM_STATES, first_updates_bytes, precision
 from zplan.memory.runtime import ALLOCATOR_ROUNDING
 from zplan.memory.stage3 import Shards, secondary_group
-from zplan.memory.stage12 import Partitions
+from zplan.memory.stage12 import Partitions, muon_offload_bytes
 from zplan.memory.states import FP32, optimizer_state_bytes, step_temporary_bytes
 from zplan.memory.sub_groups import left_on_gpu, muon_bytes, sub_groups
 from zplan.memory.terms import Phase, Term
@@ -36,14 +36,16 @@ class Resident:
     """Stages 1 and 2: elements of the parameters that touch the partitions of the node's ranks, summed over ranks."""
 
 
-def resident(laid: Layout, recipe: Recipe, choice: Choice, cut: Partitions | None, shards: Shards | None) -> Resident:
+def resident(
+    laid: Layout, recipe: Recipe, choice: Choice, cut: Partitions | None, shards: Shards | None, *, on_cpu: bool = False
+) -> Resident:
     """The permanent terms of the configured stage."""
     if shards is not None:
         found = _stage3(laid, recipe, choice, shards)
     elif cut is not None:
         found = _stage12(laid, recipe, choice, cut)
     else:
-        found = _stage0(laid, recipe)
+        found = _stage0(laid, recipe, on_cpu=on_cpu)
     return replace(found, terms=(*found.terms, _batches(recipe, choice), _norms(laid, choice)))
 
 
@@ -76,7 +78,7 @@ def _term(name: str, num_bytes: int, phases: tuple[Phase, ...], formula: str, so
     return Term(name=name, bytes=num_bytes, phases=phases, formula=formula, source=source)
 
 
-def _stage0(laid: Layout, recipe: Recipe) -> Resident:
+def _stage0(laid: Layout, recipe: Recipe, *, on_cpu: bool) -> Resident:
     """Everything on every rank: b per parameter, and 4 + states per trainable one (no master in fp32)."""
     numel = laid.trainable_numel
     source = "deepspeed 0.19.8, runtime/fp16/unfused_optimizer.py:72"
@@ -87,9 +89,11 @@ def _stage0(laid: Layout, recipe: Recipe) -> Resident:
         states = FP32 * of_muon + ADAM_STATES * (numel - of_muon)
     terms = [
         _term("parameters", laid.stored_bytes, ("load", *AFTER_LOAD), f"{laid.stored_bytes} bytes, replicated", source),
-        _term("optimizer states", states, AFTER_LOAD, f"{numel} elements", source),
     ]
-    if recipe.weight_bytes != FP32:
+    if recipe.weight_bytes == FP32:
+        terms.append(_term("optimizer states", states, STEPS, f"{numel} elements, from the first step", source))
+    else:
+        terms.append(_term("optimizer states", states, AFTER_LOAD, f"{numel} elements", source))
         terms.append(_term("master weights", FP32 * numel, AFTER_LOAD, f"4 x {numel}", source))
         terms.append(
             _term(
@@ -100,7 +104,7 @@ def _stage0(laid: Layout, recipe: Recipe) -> Resident:
                 source,
             )
         )
-        updating = first_updates_bytes(shapes, numel - of_muon)
+        updating = first_updates_bytes(shapes, numel - of_muon, precision(FP32, on_cpu=on_cpu))
         terms.append(_term("Muon's update at initialize", updating, ("init",), "on gradients of zeros", source))
     return Resident(terms=tuple(terms), partition_numel=numel)
 
@@ -132,6 +136,8 @@ def _stage12(laid: Layout, recipe: Recipe, choice: Choice, cut: Partitions) -> R
                 source,
             ),
         ]
+    elif laid.muon:
+        after.append(_kept_by_muon(muon_offload_bytes(instances(laid), choice.batch.world_size, cut.rank)[0]))
     made = sum(term.bytes for term in after if "init" in term.phases)
     return Resident(terms=(*terms, *after, _flattening(choice, cut, b, made)), partition_numel=numel)
 
@@ -259,11 +265,9 @@ def _states_of_stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shar
         states = optimizer_state_bytes(recipe.optimizer, numel, num_tensors=num_groups)
         return [_term("optimizer states", states, STEPS, made, source)]
     matrices = sum(shards.partition[number] for number in items.muon)
-    kept, _ = muon_bytes(items, choice.zero, choice.batch.world_size, itemsize=b)
     return [
         _term("optimizer states", ADAM_STATES * (numel - matrices), STEPS, f"{made}, {matrices} aside", source),
         _term("Muon's momentum", b * matrices, AFTER_LOAD, f"{b} x {matrices}", source),
-        _term("Muon's gather buffers", kept, STEPS, "kept from step to step, 256 MiB at most", source),
     ]
 
 
@@ -293,6 +297,13 @@ def _not_yet_cut(items: Instances, shards: Shards, *, offloads_param: bool) -> t
         most = max(most, now + kept)
         now += kept - size * numel
     return loaded - cut, most - cut
+
+
+def _kept_by_muon(kept: int) -> Term:
+    """Source: deepspeed 0.19.8, stage3.py:2060 (_partitioned_buffers_all_gather), stage_1_and_2.py:1956
+    (_muon_all_gather_partitions)."""
+    source = "deepspeed 0.19.8, runtime/zero/stage3.py, stage_1_and_2.py"
+    return _term("Muon's gather buffers", kept, STEPS, "kept from step to step, 256 MiB at most", source)
 
 
 def _stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards) -> Resident:
@@ -326,6 +337,9 @@ def _stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards) -> Res
     terms += _left_on_gpu(laid, choice)
     kept = "gathered for good, but for the update itself (Stage3Engine.end_step)"
     terms.append(_term("persistent parameters", shards.persistent_bytes, ("forward", "backward", "save"), kept, source))
+    if laid.muon:
+        of = precision(b, in_fp16=laid.in_fp16)
+        terms.append(_kept_by_muon(muon_bytes(instances(laid), zero, choice.batch.world_size, of)[0]))
     optimizer = 0 if zero.offloads_optimizer else step_temporary_bytes(recipe.optimizer, max(groups))
     terms.append(_term("optimizer temporaries", optimizer, ("step",), "largest sub-group", source))
     return Resident(terms=tuple(terms), partition_numel=numel)

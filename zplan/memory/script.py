@@ -65,6 +65,8 @@ class Reduction:
     calls: tuple[Call, ...]
     phases: tuple[int, ...]
     """Number of the first call of each phase."""
+    on_cpu: bool = False
+    """The ranks are CPUs."""
 
 
 @dataclass(frozen=True, eq=False)

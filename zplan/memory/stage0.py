@@ -7,9 +7,11 @@ optimizer.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from zplan.memory.instances import Instances
 from zplan.memory.meter import Kind, Meter
-from zplan.memory.muon import chained_updates_bytes
+from zplan.memory.muon import Precision, chained_updates_bytes
 
 FP32 = 4
 ALLREDUCE_BUCKET_NUMEL = 500_000_000
@@ -19,7 +21,10 @@ ALLREDUCE_BUCKET_NUMEL = 500_000_000
 class Stage0Engine:
     """Gradients of the training dtype until the step; the step holds fp32 copies of all of them below fp32."""
 
-    def __init__(self, meter: Meter, items: Instances, *, itemsize: int, num_ranks: int, partial: bool) -> None:
+    def __init__(
+        self, meter: Meter, items: Instances, *, itemsize: int, num_ranks: int, partial: bool, of_muon: Precision
+    ) -> None:
+        self.of_muon = replace(of_muon, gradient=FP32, normalised=FP32)
         self.meter, self.items, self.itemsize = meter, items, itemsize
         self.num_ranks, self.partial = num_ranks, partial
         self.own: set[int] = set()
@@ -52,7 +57,7 @@ class Stage0Engine:
 
     def step(self) -> None:
         """fp32 gradients of all trainable parameters next to the low-precision ones, and Muon's update on top."""
-        updates = chained_updates_bytes(self.items.muon.values(), FP32)
+        updates = chained_updates_bytes(self.items.muon.values(), self.of_muon)
         if self.itemsize != FP32:
             total = sum(self.items.numel[number] for group in self.items.groups for number in group)
             self.meter.touch(Kind.TEMPORARIES, FP32 * total + updates)

@@ -12,7 +12,8 @@ from math import ceil
 
 from zplan.memory.instances import Instances
 from zplan.memory.meter import Kind, Meter
-from zplan.memory.muon import updates_bytes
+from zplan.memory.muon import Precision, precision, updates_bytes
+from zplan.memory.muon_offload import Piece, stage12_update_bytes
 from zplan.values import dataclass
 from zplan.zero_config import ZeroConfig
 
@@ -105,6 +106,14 @@ def _touched(
     return tuple(touched)
 
 
+@lru_cache(1024)
+def muon_offload_bytes(items: Instances, num_ranks: int, rank: int, *, on_cpu: bool = False) -> tuple[int, int]:
+    """Gather buffers that Muon keeps with offload, and the most that its update has live above them."""
+    cut = partition(items, num_ranks, rank)
+    pieces = [Piece(shape, cut.pieces[number], cut.mine.get(number, 0)) for number, shape in items.muon.items()]
+    return stage12_update_bytes(pieces, num_ranks=num_ranks, is_scaled=items.in_fp16, of=precision(FP32, on_cpu=on_cpu))
+
+
 class Stage12Engine:
     """Replays hooks, bucket and reduction of one micro-step.
 
@@ -114,8 +123,10 @@ class Stage12Engine:
     """
 
     def __init__(
-        self, meter: Meter, items: Instances, cut: Partitions, zero: ZeroConfig, *, itemsize: int, partial: bool
-    ) -> None:
+        self, meter: Meter, items: Instances, cut: Partitions, zero: ZeroConfig, *, itemsize: int, partial: bool,
+        num_ranks: int, of_muon: Precision,
+    ) -> None:  # fmt: skip
+        self.num_ranks, self.of_muon = num_ranks, of_muon
         self.meter, self.items, self.cut, self.zero = meter, items, cut, zero
         self.itemsize, self.partial = itemsize, partial
         self.stage = zero.stage
@@ -225,7 +236,7 @@ class Stage12Engine:
         Source: deepspeed 0.19.8, stage_1_and_2.py:1016 (independent_gradient_partition_epilogue: get_flat_partition).
         """
         self.meter.touch(
-            Kind.TEMPORARIES, updates_bytes((self.items.muon[number] for number in self.orthogonalised), self.itemsize)
+            Kind.TEMPORARIES, updates_bytes((self.items.muon[number] for number in self.orthogonalised), self.of_muon)
         )
         for number in self.orthogonalised:
             self._free(number)
@@ -305,6 +316,10 @@ class Stage12Engine:
         """
         if self.zero.offloads_optimizer:
             self.meter.add(Kind.GRADIENTS, -self.meter.by_kind[Kind.GRADIENTS])
+            if self.items.muon:
+                on_cpu = self.of_muon.iterated == FP32
+                _, updating = muon_offload_bytes(self.items, self.num_ranks, self.cut.rank, on_cpu=on_cpu)
+                self.meter.touch(Kind.TEMPORARIES, updating)
             return
         self.meter.touch(Kind.TEMPORARIES, 2 * FP32 * self.cut.largest_fragment)
         for index, size in enumerate(self.cut.sizes):

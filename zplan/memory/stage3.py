@@ -13,6 +13,7 @@ from zplan.memory.coordinator import Action
 from zplan.memory.exchange import PLAIN, Exchange
 from zplan.memory.instances import Instances
 from zplan.memory.meter import Kind, Meter
+from zplan.memory.muon import BF16, Precision
 from zplan.memory.quantized import Given, QuantizedGather, gather_alone, gather_together, scatter_bytes
 from zplan.memory.runtime import ALLOCATOR_ROUNDING
 from zplan.memory.sub_groups import muon_bytes, sub_groups
@@ -107,7 +108,9 @@ class Stage3Engine:
         num_ranks: int,
         itemsize: int,
         exchange: Exchange = PLAIN,
+        of_muon: Precision = BF16,
     ) -> None:
+        self.of_muon = of_muon
         self.meter, self.items, self.shards, self.zero = meter, items, shards, zero
         self.num_ranks, self.itemsize, self.exchange = num_ranks, itemsize, exchange
         self.held = [0] * len(items.numel)
@@ -354,11 +357,11 @@ class Stage3Engine:
 
         Source: deepspeed 0.19.8, stage3.py (_prepare_sub_group, _prepare_fp32_grad_for_sub_group).
         """
+        if self.items.muon:
+            _, updating = muon_bytes(self.items, self.zero, self.num_ranks, self.of_muon)
+            self.meter.touch(Kind.TEMPORARIES, updating)
         if self.zero.offloads_optimizer:
             return
-        if self.items.muon:
-            _, updating = muon_bytes(self.items, self.zero, self.num_ranks, itemsize=self.itemsize)
-            self.meter.touch(Kind.TEMPORARIES, updating)
         self.meter.touch(Kind.TEMPORARIES, 2 * FP32 * self.shards.largest_partition)
         groups = sub_groups(self.items, self.num_ranks, self.zero.sub_group_size)
         for numel, count in zip(groups.numel, groups.counts, strict=True):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from functools import lru_cache
 
 from zplan.memory.instances import Instances
+from zplan.memory.muon import Precision
 from zplan.memory.muon3 import muon_chunks, muon_step_bytes
+from zplan.memory.muon_offload import stage3_update_bytes
 from zplan.values import dataclass
 from zplan.zero_config import ZeroConfig
 
@@ -41,21 +43,27 @@ def sub_groups(items: Instances, num_ranks: int, sub_group_size: int) -> SubGrou
     return SubGroups(tuple(totals), tuple(counts))
 
 
-def muon_bytes(items: Instances, zero: ZeroConfig, num_ranks: int, *, itemsize: int) -> tuple[int, int]:
-    """Gather buffers that Muon keeps between steps, and the most that its update has live above them (muon3.py)."""
-    return _muon_bytes(items, num_ranks, zero.sub_group_size, zero.reduce_bucket_size, itemsize)
+def muon_bytes(items: Instances, zero: ZeroConfig, num_ranks: int, of: Precision) -> tuple[int, int]:
+    """Gather buffers that Muon keeps between steps, and the most that its update has live above them (muon3.py,
+    muon_offload.py)."""
+    bucket = 0 if zero.offloads_optimizer else zero.reduce_bucket_size
+    return _muon_bytes(items, num_ranks, zero.sub_group_size, bucket, of)
 
 
 @lru_cache(1024)
 def _muon_bytes(
-    items: Instances, num_ranks: int, sub_group_size: int, reduce_bucket_size: int, itemsize: int
+    items: Instances, num_ranks: int, sub_group_size: int, reduce_bucket_size: int, of: Precision
 ) -> tuple[int, int]:
+    """With a bucket of 0 elements: offloaded, whole sub-groups at a time."""
     matrices = [(-(-items.numel[number] // num_ranks), items.muon[number]) for number in sorted(items.muon)]
-    chunks = []
+    groups = []
     for count in sub_groups(items, num_ranks, sub_group_size).counts:
-        chunks += muon_chunks(matrices[:count], reduce_bucket_size) if matrices else []
+        groups += [matrices[:count]] if matrices else []
         matrices = matrices[count:]
-    return muon_step_bytes(chunks, num_ranks=num_ranks, itemsize=itemsize)
+    if not reduce_bucket_size:
+        return stage3_update_bytes(groups, num_ranks=num_ranks, is_scaled=items.in_fp16, of=of)
+    chunks = [chunk for group in groups for chunk in muon_chunks(group, reduce_bucket_size)]
+    return muon_step_bytes(chunks, num_ranks=num_ranks, of=of)
 
 
 def left_on_gpu(items: Instances, zero: ZeroConfig, num_ranks: int) -> tuple[int, ...]:

@@ -77,6 +77,8 @@ class Layout:
     blocks: tuple[LaidBlock, ...]
     muon: bool = False
     """The optimizer's groups are Muon's: its matrices, and what it leaves to AdamW."""
+    in_fp16: bool = False
+    """Weights and gradients are in fp16, under a loss scale."""
 
     @cached_property
     def group_numel(self) -> tuple[int, int]:
@@ -131,7 +133,10 @@ def layout(shape: ModelShape, recipe: Recipe) -> Layout:
     known = _LAYOUTS.get(key)
     if known is not None and known[0] is shape:
         return known[1]
-    laid = Layout(blocks=tuple(_lay(block, recipe, shape.model_type) for block in shape.blocks), muon=key[-1])
+    laid = Layout(
+        blocks=tuple(_lay(block, recipe, shape.model_type) for block in shape.blocks), muon=key[-1],
+        in_fp16=recipe.dtype == "fp16",
+    )  # fmt: skip
     if laid.trainable_numel == 0:
         raise ConfigError(
             f"lora_target {', '.join(recipe.lora_target)} names no module of {shape.name}",
