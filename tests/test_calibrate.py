@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from tests.oracle import toy_cluster
 from tests.tuner_process import tune
-from zplan import calibrate
+from zplan import calibrate, files
 from zplan.backends.formula import FormulaBackend
 from zplan.calibrate import (
     Corrections,
@@ -129,6 +130,25 @@ def test_a_damaged_file_is_named_and_may_be_deleted(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not JSON") as caught:
         known_corrections(CLUSTER, tmp_path)
     assert caught.value.fix == f"rm {corrections_path(CLUSTER, tmp_path)}"
+
+
+def test_what_was_saved_is_read_without_pydantic_and_anything_else_with_it(tmp_path: Path) -> None:
+    """Both ways give one answer, and a damaged file is explained key by key."""
+    remember(CLUSTER, _pairs([1.1, 1.2, 1.3]), tmp_path)
+    path = corrections_path(CLUSTER, tmp_path)
+    read = known_corrections(CLUSTER, tmp_path)
+    assert read == files.load(Corrections, path)
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved["samples"][0]["log_ratios"]["gpu_bytes"] = 0  # an int is a float to JSON
+    path.write_text(json.dumps(saved), encoding="utf-8")
+    assert known_corrections(CLUSTER, tmp_path) == files.load(Corrections, path) != read
+    saved["samples"][1] = {"trial": 1, "log_ratios": {"gpu_bytes": "much"}, "more": 1}
+    path.write_text(json.dumps(saved), encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        known_corrections(CLUSTER, tmp_path)
+    assert [line.partition(":")[0] for line in caught.value.problems] == [
+        "samples.1.trial", "samples.1.log_ratios.gpu_bytes",
+    ]  # fmt: skip
 
 
 def test_corrections_measured_with_one_warm_up_step_are_not_used_and_that_is_said(

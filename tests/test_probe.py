@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from zplan import probe
@@ -17,9 +19,11 @@ from zplan.probe import (
     DriverNvml,
     NvmlGpu,
     describe_cluster,
+    find_nvme,
     probe_hardware,
     probe_host,
     read_cgroup,
+    read_memory,
     visible_devices,
 )
 from zplan.units import GIB
@@ -103,6 +107,32 @@ def test_a_number_of_ranks_that_means_nothing_is_refused(
         probe_hardware(nvml=RecordedNvml(), cgroup_root=tmp_path)
 
 
+def test_ram_is_what_psutil_says(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:       16384 kB\nMemFree:  1 kB\nMemAvailable:    8192 kB\nHugePages_Total:       0\n")
+    assert read_memory(meminfo) == (16 << 20, 8 << 20)
+    assert read_memory()[0] == psutil.virtual_memory().total
+    meminfo.write_text("MemTotal: 1 kB\nMemAvailable: 2 kB\n")  # LXC shows the host's
+    assert read_memory(meminfo)[0] == read_memory(tmp_path / "no such file")[0] == psutil.virtual_memory().total
+
+
+def test_a_drive_is_that_of_the_inmost_mount(tmp_path: Path) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text(
+        f"overlay / overlay rw 0 0\n/dev/nvme0n1p1 {tmp_path.parent} ext4 rw 0 0\n"
+        f"/dev/sda1 {tmp_path}/slow\\040one ext4 rw 0 0\n/dev/nvme9n1 /elsewhere ext4 rw 0 0\n"
+    )
+    (tmp_path / "slow one").mkdir()
+    found = find_nvme(tmp_path, mounts)
+    assert found["nvme_path"] == str(tmp_path)
+    assert found["nvme_free_bytes"] == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.01)
+    assert find_nvme(tmp_path / "slow one", mounts) == {}
+    assert find_nvme(Path("/etc"), mounts) == {}
+    with mounts.open("a") as stream:
+        stream.write(f"tmpfs {tmp_path.parent} tmpfs rw 0 0\n")
+    assert find_nvme(tmp_path, mounts) == {}
+
+
 def test_cgroup_v2_and_v1_limits_are_read(tmp_path: Path) -> None:
     v2, v1 = tmp_path / "v2", tmp_path / "v1"
     (v1 / "memory").mkdir(parents=True)
@@ -170,6 +200,9 @@ def test_the_driver_is_asked_through_nvml_and_left_again(monkeypatch: pytest.Mon
         nvmlDeviceGetName=lambda handle: b"NVIDIA H100 80GB HBM3",  # bytes before nvidia-ml-py 12
     )
     monkeypatch.setitem(sys.modules, "pynvml", recorded)
+    monkeypatch.setattr(probe, "has_driver", lambda: False)
+    assert DriverNvml().devices() == ()
+    monkeypatch.setattr(probe, "has_driver", lambda: True)
     assert DriverNvml().devices() == [h100()]
     assert calls == ["init", "shutdown"]
 

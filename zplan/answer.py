@@ -15,6 +15,7 @@ from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.settings import hf_auto_bucket_sizes
 from zplan.speed.types import SpeedEstimate
+from zplan.versions import installed_version
 from zplan.zero_config import Choice, flat_section
 
 _VERSIONS = ("zplan", "deepspeed", "torch", "transformers", "trl", "peft")
@@ -23,16 +24,7 @@ _VERSIONS = ("zplan", "deepspeed", "torch", "transformers", "trl", "peft")
 @cache
 def package_versions() -> dict[str, str | None]:
     """Installed versions of what the numbers depend on; null where a package is missing. Imports none of them."""
-    return {name: _version(name) for name in _VERSIONS}
-
-
-def _version(name: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version  # 30 ms, and only JSON needs it
-
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    return {name: installed_version(name) for name in _VERSIONS}
 
 
 def estimate_data(

@@ -7,20 +7,20 @@ on trials that it has not seen: each trial by the median of the others.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import field, replace
+from dataclasses import field, fields, replace
 from math import exp, log
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from zplan import files
 from zplan.errors import ConfigError
 from zplan.hardware import Cluster
 from zplan.trial import Outcome, TrialResult
 from zplan.values import dataclass
+from zplan.versions import installed_version
 
 _LEAST_SAMPLES = 3
 """Below this a median is a guess."""
@@ -67,6 +67,10 @@ class Corrections:
         return exp(median(found)) if len(found) >= _LEAST_SAMPLES else None
 
 
+_KEYS = {item.name for item in fields(Corrections)}
+_SAMPLE_KEYS = {item.name for item in fields(Sample)}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accuracy:
     """Median absolute error of one quantity, as a fraction, over `num_trials`."""
@@ -87,19 +91,14 @@ def machine_name(cluster: Cluster) -> str:
 
 def library_versions() -> dict[str, str]:
     """Installed versions of what decides a trial's numbers."""
-    from importlib.metadata import PackageNotFoundError, version  # 30 ms, and only a calibrated machine needs it
-
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    found = {name: installed_version(name) for name in _LIBRARIES}
+    return {name: version for name, version in found.items() if version is not None}
 
 
 def corrections_path(cluster: Cluster, folder: Path | None = None) -> Path:
     """The machine's file: $XDG_CACHE_HOME/zplan/calibration by default."""
+    import hashlib  # loads OpenSSL
+
     if folder is None:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zplan" / "calibration"
     return folder / f"{hashlib.sha256(machine_name(cluster).encode()).hexdigest()[:16]}.json"
@@ -117,12 +116,32 @@ def load_corrections(cluster: Cluster, versions: Mapping[str, str], folder: Path
         return nothing
     try:
         with _named(path):
-            known = files.load(Corrections, path)
+            data = files.load_json(path)
+            known = _as_saved(data) or files.from_data(Corrections, data, name=str(path))
     except ConfigError:
         if outdated(cluster, folder):
             return nothing
         raise
     return known if dict(known.versions) == dict(versions) and known.machine == nothing.machine else nothing
+
+
+def _as_saved(data: Any) -> Corrections | None:
+    """What `remember` saved, without the 90 ms of pydantic; None for anything else, which pydantic may explain."""
+    if not isinstance(data, dict) or data.keys() != _KEYS or data["schema"] != _SCHEMA:
+        return None
+    machine, versions, samples = data["machine"], data["versions"], data["samples"]
+    if not (isinstance(machine, str) and _maps_to(str, versions) and isinstance(samples, list)):
+        return None
+    for sample in samples:
+        if not (isinstance(sample, dict) and sample.keys() == _SAMPLE_KEYS and isinstance(sample["trial"], str)):
+            return None
+        if not _maps_to(float, sample["log_ratios"]):
+            return None
+    return Corrections(machine=machine, versions=versions, samples=tuple(Sample(**sample) for sample in samples))
+
+
+def _maps_to(kind: type, value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, kind) for item in value.values())
 
 
 @contextmanager

@@ -3,6 +3,7 @@ only for what it uses, and `zplan estimate` starts as fast as Python does."""
 
 from __future__ import annotations
 
+import gc
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 _errors = Console(stderr=True, highlight=False)
 _screen = Console(highlight=False)
+_OBJECTS_BETWEEN_COLLECTIONS = 50_000
+"""Python's own 700 looks 90 times at what an estimate keeps until it ends, a tenth of its time, and frees nothing."""
 BEST_PLAN = "profiles/best.json"
 STUDY = "profiles/study.journal"
 
@@ -243,6 +246,7 @@ def _as_config_error(error: click.ClickException) -> ConfigError:
 
 def main() -> NoReturn:
     """Turn errors into text and exit codes, once, here."""
+    gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     try:
         result = app(standalone_mode=False)
         code = int(result) if isinstance(result, int) else 0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,7 +48,9 @@ class DriverNvml:
     """NVML through nvidia-ml-py; no driver means no device."""
 
     def devices(self) -> Sequence[NvmlGpu]:
-        import pynvml as nvml
+        if not has_driver():
+            return ()
+        import pynvml as nvml  # 10 ms
 
         try:
             nvml.nvmlInit()
@@ -58,6 +60,17 @@ class DriverNvml:
             return [_nvml_device(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
         finally:
             nvml.nvmlShutdown()
+
+
+def has_driver() -> bool:
+    """Whether NVML's library loads; nvmlInit asks the same (pynvml.py, _LoadNvmlLibrary)."""
+    import ctypes
+
+    try:
+        ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def _nvml_device(nvml: Any, index: int) -> NvmlGpu:
@@ -144,21 +157,34 @@ def cpu_cluster(host: Host) -> Cluster:
 
 def probe_host(cgroup_root: Path = Path("/sys/fs/cgroup")) -> Host:
     """RAM and limits of this node."""
-    import psutil  # 10 ms that described machines need not pay
-
-    memory = psutil.virtual_memory()
+    total, available = read_memory()
     limit, used = read_cgroup(cgroup_root)
-    available = memory.available if limit is None else min(memory.available, max(0, limit - used))
     shm = Path("/dev/shm")
     return Host(
-        total_bytes=memory.total if limit is None else min(memory.total, limit),
-        available_bytes=available,
+        total_bytes=total if limit is None else min(total, limit),
+        available_bytes=available if limit is None else min(available, max(0, limit - used)),
         cgroup_limit_bytes=limit,
         memlock_bytes=memlock_bytes(),
-        shm_bytes=shutil.disk_usage(shm).total if shm.exists() else None,
+        shm_bytes=_disk(shm)[0] if shm.exists() else None,
         num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        **_nvme(Path.cwd()),  # type: ignore[arg-type]
+        **find_nvme(Path.cwd()),  # type: ignore[arg-type]
     )
+
+
+def read_memory(meminfo: Path = Path("/proc/meminfo")) -> tuple[int, int]:
+    """(total, available) bytes of RAM, the two numbers of /proc/meminfo that psutil gives as well."""
+    try:
+        lines = (line.split() for line in meminfo.read_text().splitlines())
+        kib = {words[0]: int(words[1]) for words in lines if words[-1] == "kB"}
+        total, available = kib["MemTotal:"] << 10, kib["MemAvailable:"] << 10
+    except (OSError, ValueError, KeyError, IndexError):
+        total, available = 0, 1
+    if available <= total:
+        return total, available
+    import psutil  # 10 ms, and only where /proc is missing, or distorted by LXC
+
+    memory = psutil.virtual_memory()
+    return memory.total, memory.available
 
 
 def read_cgroup(root: Path, membership: Path = Path("/proc/self/cgroup")) -> tuple[int | None, int]:
@@ -208,15 +234,25 @@ def memlock_bytes(status: Path = Path("/proc/self/status")) -> int | None:
     return None if unlimited or limit == resource.RLIM_INFINITY else limit
 
 
-def _nvme(folder: Path) -> dict[str, str | int]:
+def find_nvme(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> dict[str, str | int]:
     """The folder's disk, if it is an NVMe drive: ZeRO-Infinity needs direct I/O on one."""
-    import psutil
-
-    mounts = [part for part in psutil.disk_partitions() if folder.is_relative_to(part.mountpoint)]
-    best = max(mounts, key=lambda part: len(part.mountpoint), default=None)
-    if best is None or "nvme" not in best.device:
+    try:
+        lines = mounts.read_text().splitlines()
+    except OSError:
         return {}
-    return {"nvme_path": str(folder), "nvme_free_bytes": shutil.disk_usage(folder).free}
+    inmost, device = -1, ""
+    for line in lines:
+        source, point = line.split(" ")[:2]
+        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), point)  # a blank is \\040 (proc(5))
+        if folder.is_relative_to(point) and len(point) >= inmost:  # the last one mounted there covers the others
+            inmost, device = len(point), source
+    return {"nvme_path": str(folder), "nvme_free_bytes": _disk(folder)[1]} if "nvme" in device else {}
+
+
+def _disk(folder: Path) -> tuple[int, int]:
+    """(total, free for users) bytes of the file system of a folder."""
+    found = os.statvfs(folder)
+    return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
 
 
 def describe_cluster(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
 
 from zplan.catalog.shapes import from_json, to_json
 from zplan.model_shape import ModelShape
+from zplan.versions import installed_version
 
 
 def cache_dir() -> Path:
@@ -17,13 +17,15 @@ def cache_dir() -> Path:
 
 
 def _entry(config_path: Path) -> Path | None:
-    from importlib.metadata import PackageNotFoundError, version  # 30 ms that catalogue names need not pay
+    import hashlib  # loads OpenSSL, which catalogue names need not
 
     file = config_path / "config.json" if config_path.is_dir() else config_path
     try:
         content = file.read_bytes()
-        stack = version("transformers")
-    except (OSError, PackageNotFoundError):
+    except OSError:
+        return None
+    stack = installed_version("transformers")
+    if stack is None:
         return None
     return cache_dir() / "shapes" / f"{hashlib.sha256(content + stack.encode()).hexdigest()}.json"
 

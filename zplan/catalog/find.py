@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -90,6 +89,8 @@ def _custom(overrides: Mapping[str, Any]) -> ModelShape | Path:
         )
     config = {"model_type": _CUSTOM_TYPE, **overrides}
     check_config(config, name="custom")
+    import hashlib  # loads OpenSSL, which catalogue names need not
+
     text = json.dumps(config, sort_keys=True)
     file = cache_dir() / "custom" / hashlib.sha256(text.encode()).hexdigest()[:16] / "config.json"
     file.parent.mkdir(parents=True, exist_ok=True)

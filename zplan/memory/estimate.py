@@ -145,8 +145,11 @@ def phase_bytes(terms: tuple[Term, ...]) -> dict[Phase, int]:
 
 
 def _without_load(terms: tuple[Term, ...]) -> tuple[Term, ...]:
-    kept = (replace(term, phases=tuple(phase for phase in term.phases if phase != "load")) for term in terms)
-    return tuple(term for term in kept if term.phases)
+    return tuple(
+        replace(term, phases=term.phases[1:]) if term.phases[0] == "load" else term
+        for term in terms
+        if term.phases != ("load",)
+    )
 
 
 def _terms(still: tuple[Term, ...], peaks: dict[StepPhase, Kinds]) -> tuple[Term, ...]:

@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import field, replace
 from functools import cached_property, lru_cache
-from operator import sub
 
 from zplan.memory.coordinator import Coordinator
 from zplan.memory.exchange import PLAIN, Exchange
 from zplan.memory.fetch_limits import Limits
 from zplan.memory.instances import Instances
 from zplan.memory.laps import Laps
-from zplan.memory.memo import Memo
 from zplan.memory.meter import Gauge, Kind
 from zplan.memory.schedule import Happening, Run, Schedule, Scheduler
 from zplan.memory.script import UPDATED, Op, Script
@@ -255,9 +253,8 @@ def most_of(steps: Steps) -> tuple[int, ...]:
     """The most that any of the steps holds, moment by moment."""
     if len(steps) == 1:
         return steps[0][0].moments
-    moments = (gathered.moments for gathered, _ in steps)
-    absent = [num_bytes for _, num_bytes in steps]
-    return tuple(max(map(sub, held, absent)) for held in zip(*moments, strict=True))
+    there = ([held - absent for held in gathered.moments] for gathered, absent in steps)
+    return tuple(map(max, *there))
 
 
 def follow_hooks(of: Gathering, choice: Choice, shards: Shards, schedule: Schedule, has_copies: bool) -> Parts:
@@ -311,8 +308,3 @@ def _moments(engine: Stage3Engine, first: int, num_calls: int, happenings: Seque
         behind = call + 1
     found += [meter.total_bytes] * (2 * (first + num_calls - behind))
     return tuple(found)
-
-
-def gathering(script: Script, items: Instances, itemsize: int, exchange: Exchange = PLAIN) -> Memo[Choice, Steps]:
-    """What is gathered during a script, by what that depends on of a choice."""
-    return Memo(Gathering(script, items, itemsize, exchange).steps_of, most_kept=MOST_KEPT)

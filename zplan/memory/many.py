@@ -34,7 +34,6 @@ from zplan.memory.limits import not_modelled
 from zplan.memory.memo import Memo
 from zplan.memory.meter import Gauge
 from zplan.memory.replay import Replay, follow_gradients, replay_of
-from zplan.memory.resident import Resident
 from zplan.memory.script import STEP_PHASES, UPDATED, UPDATED_IN_REDUCTION, Course, Reduction, StepPhase
 from zplan.memory.terms import PHASES, VERDICTS, ByteRange, Phase
 from zplan.memory.trainable import layout
@@ -104,6 +103,8 @@ class _OnHost:
 
     choice: Choice
     rank_bytes: int
+    partition_numel: int
+    touched_numel: int
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -127,8 +128,7 @@ class Estimator:
         self.exchange = Exchange.of(recipe, cluster)
         self._arrays: dict[int, tuple[Course | Parts, Ints]] = {}
         self._sums: dict[tuple[int, int], tuple[Course, Parts, Ints]] = {}
-        self._standing = Memo(self._of_rank, most_kept=MOST_KEPT)
-        self._still = _Table(self._of_phases)
+        self._still = _Table(self._of_rank)
         self._bases = _Table(self._base)
         self._held: dict[Reduction, _Table[Choice, Ints]] = {}
         self._engine = _Table(self._of_engine)
@@ -137,7 +137,8 @@ class Estimator:
 
     def estimate(self, choices: Sequence[Choice]) -> Estimates:
         """The bytes and verdicts of `estimate_memory` under the engine's bucket rule, of at least one choice."""
-        phases = dict(zip(PHASES, self._still.columns(choices), strict=True))
+        *still, partition_numel, touched_numel = self._still.columns(choices)
+        phases = dict(zip(PHASES, still, strict=True))
         for phase, peaks in self._peaks(choices).items():
             phases[phase] = phases[phase] + peaks
         peak = np.maximum.reduce(list(phases.values()))
@@ -148,7 +149,8 @@ class Estimator:
         level: Any
         short: Any
         level, short = gpu_level(ranges.used, self.cluster.gpu.free_bytes, is_whole=is_whole)
-        on_host = map(_OnHost, choices, peak.tolist() if self.on_cpu else repeat(0))
+        rank_bytes = peak.tolist() if self.on_cpu else repeat(0)
+        on_host = map(_OnHost, choices, rank_bytes, partition_numel.tolist(), touched_numel.tolist())
         resident, pinned, host_level, host_short, nvme, nvme_level = self._hosts.columns(list(on_host))
         return Estimates(
             phases=phases, gpu=ranges, gpu_level=level, gpu_short_bytes=short, host_resident_bytes=resident,
@@ -156,11 +158,9 @@ class Estimator:
             nvme_level=nvme_level,
         )  # fmt: skip
 
-    def _of_rank(self, choice: Choice) -> Resident:
-        return standing(self.laid, self.recipe, choice, self.cluster, self.rank)
-
-    def _of_phases(self, choice: Choice) -> tuple[int, ...]:
-        return tuple(phase_bytes(self._standing(choice).terms).values())
+    def _of_rank(self, choice: Choice) -> tuple[int, ...]:
+        still = standing(self.laid, self.recipe, choice, self.cluster, self.rank)
+        return *phase_bytes(still.terms).values(), still.partition_numel, still.node_touched_numel
 
     def _of_model(self, choice: Choice) -> tuple[int, ...]:
         return (largest_of_model(self.shape, self.recipe, choice),)
@@ -172,10 +172,9 @@ class Estimator:
         return largest, outside.low, outside.expected, outside.high, int(is_whole)
 
     def _of_host(self, asked: _OnHost) -> tuple[int, ...]:
-        still = self._standing(asked.choice)
         host, nvme = estimate_host(
-            self.laid, self.recipe, asked.choice, self.cluster, partition_numel=still.partition_numel,
-            rank_bytes=asked.rank_bytes, touched_numel=still.node_touched_numel,
+            self.laid, self.recipe, asked.choice, self.cluster, partition_numel=asked.partition_numel,
+            rank_bytes=asked.rank_bytes, touched_numel=asked.touched_numel,
         )  # fmt: skip
         level, nvme_level = VERDICTS.index(host.verdict), VERDICTS.index(nvme.verdict)
         return host.resident_bytes, host.pinned_bytes, level, host.short_bytes, nvme.bytes, nvme_level
@@ -188,7 +187,7 @@ class Estimator:
         )  # fmt: skip
         moments = self._array(course)
         if choice.zero.stage == 3:
-            steps = replay.gathered(choice)
+            steps = replay.gathering.steps_of(choice)
             found = [self._with_parameters(replay, course, held.parts) - absent for held, absent in steps]
             moments = np.maximum.reduce(found)
             updated = course.moments[UPDATED] + max(held.update_bytes - absent for held, absent in steps)

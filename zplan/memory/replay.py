@@ -18,7 +18,7 @@ from operator import add
 from typing import Protocol
 
 from zplan.memory.exchange import PLAIN, Exchange
-from zplan.memory.gather import Steps, gathering, most_of
+from zplan.memory.gather import Gathering, Steps, most_of
 from zplan.memory.instances import Instances
 from zplan.memory.memo import Memo
 from zplan.memory.meter import Kind, Meter
@@ -56,8 +56,8 @@ class _Base:
 
     moments: Sequence[int]
     """Of the reduction: all but what the gradients hold."""
-    gathered: Sequence[int]
-    """Of the script: parameters alone."""
+    totals: Sequence[int]
+    """The same of the script."""
 
 
 @dataclass(eq=False)
@@ -74,12 +74,14 @@ class Replay:
     rank: int | None
     exchange: Exchange = PLAIN
     held: Memo[Choice, Held] = field(init=False)
+    gathering: Gathering = field(init=False)
     gathered: Memo[Choice, Steps] = field(init=False)
     _bases: dict[tuple[int, int], tuple[Course, Steps, _Base]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.held = held_by(self.script.reduction, self.items, self.itemsize, self.rank, self.exchange)
-        self.gathered = gathering(self.script, self.items, self.itemsize, self.exchange)
+        self.gathering = Gathering(self.script, self.items, self.itemsize, self.exchange)
+        self.gathered = Memo(self.gathering.steps_of, most_kept=MOST_KEPT)
 
     @cached_property
     def cuts(self) -> tuple[int, ...]:
@@ -97,14 +99,14 @@ class Replay:
 
     def peaks(self, course: Course, choice: Choice) -> dict[StepPhase, Kinds]:
         """Bytes by kind at the largest moment of each phase."""
-        gathered = self._most(course, self.gathered(choice)) if choice.zero.stage == 3 else None
+        base = self._most(course, self.gathered(choice)) if choice.zero.stage == 3 else None
         held = self.held(choice)
-        outside = course.moments if gathered is None else gathered.moments
+        outside = course.moments if base is None else base.moments
         totals = list(map(add, outside, held.moments))
         found: dict[StepPhase, Kinds] = {}
         for phase, moments in self.phases.items():
             index = totals.index(max(totals[moments]), moments.start)
-            found[phase] = tuple(map(add, self._kinds(course, gathered, index), held.kinds[index]))
+            found[phase] = tuple(map(add, self._kinds(course, base, index), held.kinds[index]))
         return found
 
     def _most(self, course: Course, steps: Steps) -> _Base:
@@ -112,22 +114,22 @@ class Replay:
         key = (id(course), id(steps))
         known = self._bases.get(key)
         if known is None:
-            gathered = most_of(steps)
-            totals = list(map(add, course.moments, gathered))
+            totals = list(map(add, course.moments, most_of(steps)))
             moments = [max(totals[first:end]) for first, end in pairwise(self.cuts)]
             if len(self._bases) >= MOST_KEPT:
                 self._bases.clear()
-            known = self._bases[key] = (course, steps, _Base(moments, gathered))
+            known = self._bases[key] = (course, steps, _Base(moments, totals))
         return known[2]
 
-    def _kinds(self, course: Course, gathered: _Base | None, index: int) -> Kinds:
+    def _kinds(self, course: Course, base: _Base | None, index: int) -> Kinds:
         """What the bytes of a moment of the reduction are, outside the reduction."""
-        if gathered is None:
+        if base is None:
             return course.kinds(index)
-        moments = range(self.cuts[index], self.cuts[index + 1])
-        moment = max(moments, key=lambda number: course.moments[number] + gathered.gathered[number])
+        first, end = self.cuts[index], self.cuts[index + 1]
+        most = max(base.totals[first:end])
+        moment = base.totals.index(most, first)
         kinds = list(course.kinds(moment))
-        kinds[Kind.GATHERED_PARAMETERS] += gathered.gathered[moment]
+        kinds[Kind.GATHERED_PARAMETERS] += most - course.moments[moment]
         return tuple(kinds)
 
 

@@ -81,7 +81,7 @@ class SimulationReport:
     """PyTorch's wording when the simulated card was full; empty when it was not."""
     wall_seconds: float
     cpu_seconds: float
-    """Of the run alone, in a worker that has imported everything."""
+    """Of the run alone, in a worker that has imported everything; not of a model that it found built."""
     worker_rss_bytes: int
     num_operations: int
     versions: Mapping[str, str]

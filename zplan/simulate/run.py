@@ -12,6 +12,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch.distributed as dist
@@ -51,47 +52,94 @@ def installed_versions() -> dict[str, str]:
 
 
 def simulate_run(request: SimulationRequest) -> SimulationReport:
-    """Run the engine on simulated devices.
+    """Run the engine on simulated devices, start to end.
 
     Raises:
         SimulationError: names the module and the operation that could not run, or the seam that moved.
     """
-    check_seams()
-    started = time.monotonic()
-    gpu = request.cluster.gpu.kind == "cuda"
-    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    tracker = Tracker({DEVICE: "gpu", "cpu": "host"} if gpu else {"cpu": "gpu"}, fake_mode=fake_mode)
-    NVME_TRAFFIC.read_bytes = NVME_TRAFFIC.written_bytes = 0
-    recorder = CollectiveRecorder()
-    recorder.clock = lambda: tracker.num_operations
-    drive = tempfile.TemporaryDirectory(prefix="zplan-nvme-")
-    run = Run(
-        model_config=dict(request.config),
-        recipe=request.recipe,
-        choice=request.choice,
-        deepspeed_config=_on_drive(
-            deepspeed_config(request.recipe, request.choice, cpu_adam=request.cpu_adam and gpu), drive.name
-        ),
-        device=DEVICE if gpu else "cpu",
-        steps=request.steps,
-        initialise=request.initialise,
-    )
-    processes = OptimizerProcesses(tracker, (fake_mode, tracker))
-    with drive, simulated_machine(request, tracker, recorder, processes), explained(tracker), fake_mode, tracker:
-        trainer.train(run, tracker)
-    report = make_report(request, tracker, recorder, wall_seconds=time.monotonic() - started)
-    if request.trace:
-        write_trace(request.trace, tracker, recorder)
-    return report
+    with DryRun(request) as run:
+        run.load()
+        return run.finish(request)
 
 
-def _on_drive(config: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Swap folders in a folder of our own: the engine empties and makes them, and they are the user's."""
-    for name in ("offload_optimizer", "offload_param"):
-        section = config["zero_optimization"].get(name, {})
-        if section.get("device") == "nvme":
-            section["nvme_path"] = folder
-    return config
+class DryRun:
+    """One run, in two parts: the model, and what a configuration makes of it, which may be another request's.
+
+    The machine stands from `with` on. What the engine holds at the end stays allocated until the run is dropped, as it
+    does on a real device: the report says nothing of a process that ends.
+    """
+
+    def __init__(self, request: SimulationRequest) -> None:
+        check_seams()
+        self.request = request
+        gpu = request.cluster.gpu.kind == "cuda"
+        self.device = DEVICE if gpu else "cpu"
+        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.tracker = Tracker({DEVICE: "gpu", "cpu": "host"} if gpu else {"cpu": "gpu"}, fake_mode=self.fake_mode)
+        NVME_TRAFFIC.read_bytes = NVME_TRAFFIC.written_bytes = 0
+        self.recorder = CollectiveRecorder()
+        self.recorder.clock = lambda: self.tracker.num_operations
+        self.model: Any = None
+        self.engine: Any = None
+        self._machine = contextlib.ExitStack()
+
+    def __enter__(self) -> DryRun:
+        processes = OptimizerProcesses(self.tracker, (self.fake_mode, self.tracker))
+        self._machine.enter_context(simulated_machine(self.request, self.tracker, self.recorder, processes))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._machine.close()
+
+    def load(self) -> None:
+        """The model, as every question of one `loading_key` has it."""
+        with self._simulated():
+            self.model = trainer.load_model(self._run(self.request), self.tracker)
+        gc.freeze()  # a million objects that live as long as the run: searching them for garbage took a tenth of it
+
+    def finish(self, request: SimulationRequest) -> SimulationReport:
+        """The rest of the run, for a request whose `loading_key` is that of the model's."""
+        started = time.monotonic()
+        ranks = request.choice.batch.world_size
+        if ranks != self.request.choice.batch.world_size:
+            leave_group()
+            join_fake_group(world_size=ranks, local_size=min(request.cluster.gpus_per_node, ranks))
+        with self._simulated():
+            self.engine = trainer.train_model(self._run(request), self.model, self.tracker)
+        report = make_report(request, self.tracker, self.recorder, wall_seconds=time.monotonic() - started)
+        if request.trace:
+            write_trace(request.trace, self.tracker, self.recorder)
+        return report
+
+    @contextlib.contextmanager
+    def _simulated(self) -> Iterator[None]:
+        with explained(self.tracker), self.fake_mode, self.tracker:
+            yield
+
+    def _run(self, request: SimulationRequest) -> Run:
+        gpu = request.cluster.gpu.kind == "cuda"
+        config = deepspeed_config(request.recipe, request.choice, cpu_adam=request.cpu_adam and gpu)
+        return Run(
+            model_config=dict(request.config),
+            recipe=request.recipe,
+            choice=request.choice,
+            deepspeed_config=self._on_drive(config),
+            device=self.device,
+            steps=request.steps,
+            initialise=request.initialise,
+        )
+
+    def _on_drive(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Swap folders in a folder of our own: the engine empties and makes them, and they are the user's."""
+        for name in ("offload_optimizer", "offload_param"):
+            section = config["zero_optimization"].get(name, {})
+            if section.get("device") == "nvme":
+                section["nvme_path"] = self._drive
+        return config
+
+    @cached_property
+    def _drive(self) -> str:
+        return self._machine.enter_context(tempfile.TemporaryDirectory(prefix="zplan-nvme-"))
 
 
 @contextlib.contextmanager
@@ -195,7 +243,6 @@ def make_report(
     request: SimulationRequest, tracker: Tracker, recorder: CollectiveRecorder, *, wall_seconds: float
 ) -> SimulationReport:
     """Everything that the run left in the tracker and the recorder."""
-    gc.collect()
     peaks = analysis.find_peaks(tracker)
     alive = analysis.alive_at(tracker, peaks.gpu_index)
     reserved_bytes, reserved_phases = reserved_bytes_of(request, tracker, peaks)

@@ -65,13 +65,49 @@ class Run:
     """Fill the weights; real tensors need finite ones, fake tensors have none."""
 
 
-def train(run: Run, tracker: Tracker) -> None:
-    """Build, initialise and step; the tracker sees everything."""
-    # transformers keeps a weak reference to it, and asks it whether to build under zero.Init
+def train(run: Run, tracker: Tracker) -> Any:
+    """Build, initialise and step; the tracker sees everything. Returns the engine, which holds all there is."""
+    return train_model(run, load_model(run, tracker), tracker)
+
+
+@contextlib.contextmanager
+def configured(run: Run) -> Iterator[None]:
+    """transformers keeps a weak reference to the configuration, and asks it whether to build under zero.Init."""
     hf_config = HfDeepSpeedConfig(run.deepspeed_config)
     try:
-        tracker.enter_phase("load")
-        model = build_model(run)
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del hf_config
+
+
+def load_model(run: Run, tracker: Tracker) -> Any:
+    """The model with its adapters; of the choice it takes what zero.Init reads, and nothing below stage 3."""
+    recipe = run.recipe
+    if recipe.method == "qlora" and (recipe.load_in_8bit or run.device == "cpu"):
+        what = "LLM.int8()'s kernels have" if recipe.load_in_8bit else "bitsandbytes' CPU kernels have"
+        raise SimulationError(f"{what} no simulated counterpart", operation="bitsandbytes")
+    tracker.enter_phase("load")
+    config = model_config(run.model_config)
+    check_attention(config, recipe)
+    with configured(run):
+        with (
+            collected(), contextlib.nullcontext() if run.initialise else no_init_weights(),
+            _on_meta(recipe.method == "qlora"),
+        ):  # fmt: skip
+            model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=DTYPES[recipe.dtype], attn_implementation=recipe.attention
+            )
+            model.tie_weights()  # skipped under no_init_weights
+        if recipe.method == "qlora":
+            return _quantized_with_adapter(run, model)
+        return get_peft_model(model, lora_config(recipe), **_adapter_dtype(run)) if recipe.method == "lora" else model
+
+
+def train_model(run: Run, model: Any, tracker: Tracker) -> Any:
+    """All that follows, up to the last step; returns the engine."""
+    with configured(run):
+        prepare_model(run, model)
         tracker.enter_phase("init")
         engine = build_engine(run, model, tracker)
         trainer = trainer_stand_in(run, engine)
@@ -80,30 +116,12 @@ def train(run: Run, tracker: Tracker) -> None:
             optimizer_step(run, engine, trainer, tracker)
             if step == 0:
                 label_states(engine, tracker)
-    finally:
-        unset_hf_deepspeed_config()
-        del hf_config
+        return engine
 
 
-def build_model(run: Run) -> Any:
-    """The model as SFTTrainer prepares it: adapters, checkpointing, fused LM head."""
-    recipe = run.recipe
-    if recipe.method == "qlora" and (recipe.load_in_8bit or run.device == "cpu"):
-        what = "LLM.int8()'s kernels have" if recipe.load_in_8bit else "bitsandbytes' CPU kernels have"
-        raise SimulationError(f"{what} no simulated counterpart", operation="bitsandbytes")
-    config = model_config(run.model_config)
-    check_attention(config, recipe)
-    quantized = recipe.method == "qlora"
-    with collected(), contextlib.nullcontext() if run.initialise else no_init_weights(), _on_meta(quantized):
-        model: Any = AutoModelForCausalLM.from_config(
-            config, dtype=DTYPES[recipe.dtype], attn_implementation=recipe.attention
-        )
-        model.tie_weights()  # skipped under no_init_weights
-    lora = recipe.method != "full"
-    if quantized:
-        model = _quantized_with_adapter(run, model)
-    elif lora:
-        model = get_peft_model(model, lora_config(recipe), **_adapter_dtype(run))
+def prepare_model(run: Run, model: Any) -> None:
+    """As SFTTrainer does: checkpointing and the fused LM head."""
+    lora = run.recipe.method != "full"
     if run.choice.gradient_checkpointing:
         reentrant = lora and run.choice.zero.stage == 3
         model.activation_checkpointing_enable({"use_reentrant": True} if reentrant else None)
@@ -111,7 +129,6 @@ def build_model(run: Run) -> Any:
             model.enable_input_require_grads()
     trl_utils.add_fused_lm_head(model.get_base_model() if lora else model, outputs=("log_probs", "entropy", "is_top1"))
     model.train()
-    return model
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """`python -m zplan.simulate.worker`: one JSON request per line on stdin, one JSON answer per line on stdout.
 
 The libraries are imported once; every request runs in a fork of this process, so that no run leaves anything behind
-for the next but what operations return for arguments of known layouts. It ends when stdin does.
+for the next but what operations return for arguments of known layouts. A model that is asked for again is kept built,
+in a fork of its own (template.py). It ends when stdin does.
 """
 
 from __future__ import annotations
@@ -15,8 +16,15 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import IO, Any
+
+from zplan import files
+from zplan.errors import ZplanError
+from zplan.simulate.report import SimulationError, SimulationReport
+from zplan.simulate.request import SimulationRequest
+from zplan.simulate.template import Template, loading_key
 
 ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
@@ -54,9 +62,11 @@ def main() -> None:
     import_libraries()
     answers.write(json.dumps({"ready": os.getpid()}) + "\n")
     answers.flush()
+    worker = Worker(answers)
     for line in sys.stdin:
         if line.strip():
-            _answer_in_child(line, answers)
+            worker.answer(line)
+    worker.close()
 
 
 def import_libraries() -> None:
@@ -104,7 +114,53 @@ def _set_decorators(compile_: Any, disable: Any) -> None:
     vars(torch.compiler)["disable"] = disable
 
 
-def _answer_in_child(line: str, answers: IO[str]) -> None:
+class Worker:
+    """Answers one line after the other, each in a fork; keeps the last model that was asked for twice."""
+
+    def __init__(self, answers: IO[str]) -> None:
+        self._answers = answers
+        self._asked: set[str] = set()
+        self._kept: tuple[str, Template] | None = None
+
+    def answer(self, line: str) -> None:
+        try:
+            key = loading_key(_request(json.loads(line)))
+        except ZplanError:
+            key = None  # the fork says so
+        if key is None or not self._from_template(key, line):
+            in_fork(partial(answer, json.loads(line)), self._answers)
+
+    def _from_template(self, key: str, line: str) -> bool:
+        """The first question about a model pays for nothing but itself."""
+        if key not in self._asked:
+            self._asked.add(key)
+            return False
+        if self._kept is None or self._kept[0] != key:
+            self.close()
+            self._kept = (key, Template(partial(_built, line, self._answers)))
+        if self._kept[1].answers(line):
+            return True
+        self.close()
+        return False
+
+    def close(self) -> None:
+        """Let go of the model."""
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            kept[1].close()
+
+
+def _built(line: str, answers: IO[str]) -> Callable[[str], None]:
+    """In the template's process: the model of a question, and what answers others about it."""
+    from zplan.simulate.run import DryRun
+
+    _refuse_network()
+    run = DryRun(_request(json.loads(line))).__enter__()
+    run.load()
+    return lambda line: in_fork(partial(_responded, lambda: run.finish(_request(json.loads(line)))), answers)
+
+
+def in_fork(respond: Callable[[], dict[str, Any]], answers: IO[str]) -> None:
     """Fork, run, and say how it ended if the child cannot; what operations return need not be learned again."""
     from zplan.simulate.learned import LEARNED
 
@@ -115,7 +171,7 @@ def _answer_in_child(line: str, answers: IO[str]) -> None:
         try:
             _refuse_network()
             LEARNED.start()
-            answers.write(json.dumps(answer(json.loads(line))) + "\n")
+            answers.write(json.dumps(respond()) + "\n")
             answers.flush()
             with open(write, "wb") as pipe:
                 pipe.write(LEARNED.news())
@@ -137,15 +193,28 @@ def _answer_in_child(line: str, answers: IO[str]) -> None:
 
 def answer(data: dict[str, Any]) -> dict[str, Any]:
     """One request -> `{"report": ...}` or `{"error": ...}`."""
-    from zplan import files
-    from zplan.errors import ZplanError
-    from zplan.simulate.report import SimulationError
-    from zplan.simulate.request import SimulationRequest
-    from zplan.simulate.run import simulate_run
+    from zplan.simulate.run import DryRun
 
+    def report() -> SimulationReport:
+        with DryRun(_request(data)) as run:
+            _UNTIL_THE_END.append(run)
+            run.load()
+            return run.finish(run.request)
+
+    return _responded(report)
+
+
+_UNTIL_THE_END: list[Any] = []
+"""A run that is not taken apart: the process ends, and that takes no time."""
+
+
+def _request(data: dict[str, Any]) -> SimulationRequest:
+    return files.from_data(SimulationRequest, data, name="request")
+
+
+def _responded(report: Callable[[], SimulationReport]) -> dict[str, Any]:
     try:
-        request = files.from_data(SimulationRequest, data, name="request")
-        return {"report": files.to_data(simulate_run(request))}
+        return {"report": files.to_data(report())}
     except SimulationError as error:
         traceback.print_exc()
         return {

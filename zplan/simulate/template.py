@@ -1,0 +1,92 @@
+"""Template: a process that holds a built model; each question about that model is answered in a fork of it.
+
+A tuner asks dozens of configurations of one model, and building it is a sixth of a run. It is the run's own first part
+(run.DryRun.load), so an answer is the same whether the model was built for it or for an earlier question.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import fields
+from typing import IO
+
+from zplan import files
+from zplan.simulate.request import SimulationRequest
+
+AFTER_LOADING = frozenset(
+    {
+        "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions", "allgather_bucket_size",
+        "overlap_comm", "round_robin_gradients", "offload_optimizer", "sub_group_size", "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance",
+    }
+)  # fmt: skip
+"""Of ZeroConfig: what zero.Init does not read; the engine does, later.
+
+Source: deepspeed 0.19.8, runtime/zero/partition_parameters.py (Init.__init__).
+"""
+
+
+def loading_key(request: SimulationRequest) -> str | None:
+    """Equal for two questions whose models are built alike; None where building takes what the question does not name.
+
+    Below stage 3 the model is built without a look at DeepSpeed's configuration. With NVMe offload, zero.Init opens
+    the run's own folder.
+    """
+    zero = request.choice.zero
+    if "nvme" in (zero.offload_optimizer.device, zero.offload_param.device):
+        return None
+    data = files.to_data(request)
+    early = {
+        **{item.name: data["choice"]["zero"][item.name] for item in fields(zero) if item.name not in AFTER_LOADING},
+        "world_size": request.choice.batch.world_size,
+    }
+    model = {name: data[name] for name in ("config", "recipe", "cluster", "initialise", "cuda_answers")}
+    return json.dumps([model, early if zero.stage == 3 else "one after the other"], sort_keys=True)
+
+
+class Template:
+    """The parent's end. `serve` runs in the process that is forked here, and never returns.
+
+    Args:
+        build: makes the model and returns what answers a question about it, line by line.
+    """
+
+    def __init__(self, build: Callable[[], Callable[[str], None]]) -> None:
+        ours, theirs = socket.socketpair()
+        self._child = os.fork()
+        if self._child == 0:
+            ours.close()
+            _serve(build, theirs.makefile("rw", encoding="utf-8"))
+        theirs.close()
+        self._socket = ours
+        self._lines = ours.makefile("rw", encoding="utf-8")
+
+    def answers(self, line: str) -> bool:
+        """Let it answer; False when it cannot, and is gone."""
+        with contextlib.suppress(OSError):
+            self._lines.write(line.strip() + "\n")
+            self._lines.flush()
+            return bool(self._lines.readline())
+        return False
+
+    def close(self) -> None:
+        """It ends when nobody can ask it any more."""
+        with contextlib.suppress(OSError):
+            self._lines.close()
+        self._socket.close()
+        os.waitpid(self._child, 0)
+
+
+def _serve(build: Callable[[], Callable[[str], None]], lines: IO[str]) -> None:
+    try:
+        answer = build()
+        for line in lines:
+            answer(line)
+            lines.write("answered\n")
+            lines.flush()
+    finally:
+        os._exit(0)
