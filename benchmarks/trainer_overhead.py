@@ -36,7 +36,7 @@ from zplan.plan import Plan
 
 REPORT = Path(__file__).parents[1] / "reports" / "trainer_overhead.md"
 SCRIPT = r"""
-import json, sys
+import json, os, sys
 import deepspeed, deepspeed.ops, torch
 from datasets import load_dataset
 from peft import LoraConfig
@@ -45,7 +45,7 @@ from trl import SFTConfig, SFTTrainer
 
 model_path, data, out, method, steps, config = sys.argv[1:7]
 deepspeed.ops.__dict__["__compatible_ops__"] = {}
-torch.set_num_threads(1)
+torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
 ds = json.load(open(config))
 args = SFTConfig(output_dir=out, use_cpu=True, bf16=False, deepspeed=ds, max_length=64, max_steps=int(steps),

@@ -32,6 +32,7 @@ from sft.disk import KEPT_CHECKPOINTS
 from sft.meter import Meter
 from sft.order import LongestFirst
 from sft.random_weights import cheap_random_weights
+from sft.ranks import Rank, num_threads
 from zplan.errors import ConfigError, MachineError
 from zplan.hardware import DeviceKind
 from zplan.recipe import Recipe
@@ -76,7 +77,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|transformers).*")
 
 
-def init_process_group(kind: DeviceKind, *, timeout_seconds: float) -> None:
+def init_process_group(kind: DeviceKind, place: Rank, *, timeout_seconds: float) -> None:
     """Join the other ranks, before SFTConfig and from_pretrained see DeepSpeed.
 
     With `use_cpu`, transformers never tells DeepSpeed about the world, and zero.Init would believe that it is alone;
@@ -87,7 +88,7 @@ def init_process_group(kind: DeviceKind, *, timeout_seconds: float) -> None:
     """
     if kind == "cpu":
         deepspeed.ops.__dict__["__compatible_ops__"] = {}
-        torch.set_num_threads(1)
+        torch.set_num_threads(num_threads(place))
     elif not torch.cuda.is_available():
         raise MachineError(
             "no CUDA device is visible to this process",

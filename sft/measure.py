@@ -110,7 +110,7 @@ def measure_trial(spec: TrialSpec, out_dir: Path, place: Rank, progress: Progres
     build.quiet_libraries()
     build.check_world(choice, place.world_size)
     check_software(recipe, choice, kind)
-    build.init_process_group(kind, timeout_seconds=_COLLECTIVE_SECONDS)
+    build.init_process_group(kind, place, timeout_seconds=_COLLECTIVE_SECONDS)
     if kind == "cuda":
         torch.cuda.set_device(place.local_rank)
     meter = make_meter(kind, place.local_rank)

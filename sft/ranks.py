@@ -21,7 +21,8 @@ CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
 }
-"""DeepSpeed's CPU accelerator; one thread per rank, because spinning threads of several ranks starve each other."""
+"""DeepSpeed's CPU accelerator; one thread until a rank knows how many share the cores (`num_threads`), since spinning
+threads of several ranks starve each other."""
 
 COMMON_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -121,6 +122,11 @@ def current_rank(variables: Mapping[str, str] = os.environ) -> Rank:
         world_size=world_size,
         local_world_size=int(variables.get("LOCAL_WORLD_SIZE", str(world_size))),
     )
+
+
+def num_threads(place: Rank) -> int:
+    """Threads that a CPU rank computes with: the cores of this node that this process may use, shared by its ranks."""
+    return max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
 
 
 def ensure_rank(target: MutableMapping[str, str] = os.environ) -> None:

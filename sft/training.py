@@ -88,7 +88,7 @@ def prepare(session: Session) -> Prepared:
     build.check_world(plan.choice, place.world_size)
     check_software(plan.recipe, plan.choice, kind)
     check_agreement(plan.recipe, plan.choice, plan.deepspeed)
-    build.init_process_group(kind, timeout_seconds=_COLLECTIVE_SECONDS)
+    build.init_process_group(kind, place, timeout_seconds=_COLLECTIVE_SECONDS)
     if kind == "cuda":
         torch.cuda.set_device(place.local_rank)
     session = _share(session)

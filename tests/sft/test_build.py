@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from sft import build
-from sft.ranks import free_port, rank_variables
+from sft.ranks import Rank, free_port, rank_variables
 from tests.sft.warm import make_plan, make_recipe
 from zplan.errors import ConfigError
 from zplan.plan import Plan
@@ -26,8 +27,10 @@ def world() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in rank_variables(rank=0, world_size=1, port=free_port()).items():
             patch.setenv(name, value)
-        build.init_process_group("cpu", timeout_seconds=60)
+        threads = torch.get_num_threads()
+        build.init_process_group("cpu", Rank(), timeout_seconds=60)
         yield
+        torch.set_num_threads(threads)
         torch.distributed.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -35,6 +38,10 @@ def world() -> Iterator[None]:
 def config(plan: Plan, out: Path, **run: Any) -> Any:
     given = {"output_dir": out, "max_steps": 1, "learning_rate": 1e-3, "seed": 1, **run}
     return build.sft_config(plan.recipe, plan.choice, plan.deepspeed, build.Run(**given), "cpu")
+
+
+def test_a_rank_that_is_alone_computes_with_all_cores() -> None:
+    assert torch.get_num_threads() == len(os.sched_getaffinity(0))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from sft.ranks import adopt_slurm, current_rank, environment, launched_by, rank_variables, set_environment
+from sft.ranks import (
+    Rank,
+    adopt_slurm,
+    current_rank,
+    environment,
+    launched_by,
+    num_threads,
+    rank_variables,
+    set_environment,
+)
 from zplan.errors import MachineError
 
 
@@ -51,6 +62,14 @@ def test_cpu_ranks_use_the_cpu_accelerator_and_one_thread() -> None:
     assert variables["DS_ACCELERATOR"] == "cpu"
     assert variables["OMP_NUM_THREADS"] == "1"
     assert "DS_ACCELERATOR" not in environment("cuda")
+
+
+def test_the_ranks_of_a_node_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
+    assert num_threads(Rank()) == 6
+    assert num_threads(Rank(local_world_size=4)) == 1
+    assert num_threads(Rank(local_world_size=8)) == 1
+    assert num_threads(Rank(world_size=8, local_world_size=2)) == 3
 
 
 def test_what_accelerate_launch_decided_does_not_reach_the_training() -> None:
