@@ -22,7 +22,7 @@ IGNORED = -100
 """torch.nn.CrossEntropyLoss.ignore_index."""
 _SHOWN = 10
 _SHORT_TOKENS = 8
-"""Of a step whose activations nobody measures or times; its matrices are read and written whatever it is fed."""
+"""Matrices are read and written whatever a step is fed."""
 _BATCH = 512
 
 BadRows = Literal["refuse", "skip"]
@@ -283,30 +283,22 @@ def worst_case(num_examples: int, *, max_length: int, vocab_size: int, seed: int
     return tuple(rows)
 
 
-def trial_examples(
-    examples: Sequence[Example],
-    *,
-    warmup: int,
-    timed: int,
-    max_length: int,
-    vocab_size: int,
-    seed: int,
-    packing: bool,
-    short: int = 0,
+def shortened(example: Example) -> Example:
+    """A few tokens of it, for a step whose activations nobody measures or times."""
+    return truncate(example, _SHORT_TOKENS)
+
+
+def draw_examples(
+    examples: Sequence[Example], count: int, *, max_length: int, seed: int, packing: bool
 ) -> tuple[Example, ...]:
-    """`warmup` worst-case examples, then `timed` ones drawn from the data (or worst-case ones without data).
+    """`count` of them in random order, again and again if they are fewer; none of none.
 
-    With packing, `timed` counts packed sequences: enough examples to fill so many.
-
-    Args:
-        short: of the worst-case examples, how many at the beginning are cut to a few tokens.
+    With packing, `count` counts packed sequences: enough examples to fill so many.
     """
-    longest = worst_case(warmup, max_length=max_length, vocab_size=vocab_size, seed=seed)
-    first = (*(truncate(item, _SHORT_TOKENS) for item in longest[:short]), *longest[short:])
     if not examples:
-        return first + worst_case(timed, max_length=max_length, vocab_size=vocab_size, seed=seed + 1)
+        return ()
     generator = random.Random(seed)
     order: list[Example] = []
-    while len(order) < timed or (packing and sum(len(item.input_ids) for item in order) < timed * max_length):
+    while len(order) < count or (packing and sum(len(item.input_ids) for item in order) < count * max_length):
         order += generator.sample(list(examples), len(examples))
-    return first + tuple(order if packing else order[:timed])
+    return tuple(order if packing else order[:count])

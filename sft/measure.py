@@ -17,6 +17,7 @@ from sft import build, data, prepared
 from sft.meter import CpuMeter, CudaMeter, make_meter, measure_pinned_bytes, measure_used_bytes, peak_resident_bytes
 from sft.ranks import Rank
 from sft.software import check_software
+from sft.steps import Steps, draw, plan_steps, rows
 from zplan.trial import Outcome, TrialResult, TrialSpec, clearly_slower
 from zplan.zero_config import deepspeed_config
 
@@ -43,15 +44,16 @@ class RankReport:
 
 
 class StepClock(TrainerCallback):  # type: ignore[misc]
-    """Switches the detailed measurement off after the warm-up and times the steps that follow."""
+    """Times the steps behind the warm-up, and ends the detailed measurement when the peak has been seen."""
 
-    def __init__(self, spec: TrialSpec, meter: CpuMeter | CudaMeter, progress: Progress) -> None:
+    def __init__(self, spec: TrialSpec, steps: Steps, meter: CpuMeter | CudaMeter, progress: Progress) -> None:
         self.spec = spec
+        self.steps = steps
         self.meter = meter
         self.progress = progress
         self.trainer: build.PlanTrainer | None = None
         self.step_seconds: list[float] = []
-        self.tokens_before: Any = 0
+        self.tokens_before = 0
         self._mark = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -71,19 +73,26 @@ class StepClock(TrainerCallback):  # type: ignore[misc]
         """Close the warm-up, or the timed step; end a trial that is clearly slower than the best."""
         assert self.trainer is not None
         self.progress.beat()
-        if state.global_step < self.spec.warmup_steps:
-            return control
-        if torch.cuda.is_available():
+        step = state.global_step
+        if step >= self.steps.untimed and torch.cuda.is_available():
             torch.cuda.synchronize()
-        if state.global_step == self.spec.warmup_steps:
-            self.finish_warmup()
+        if step > self.steps.untimed:
+            self.step_seconds.append(self._clock() - self._mark)
+        if step == self.steps.metered:
+            self.meter.finish_phases()
+            self.trainer.meter = None
+        if step > self.steps.untimed:
+            control.should_training_stop |= self.is_pruned(args.device)
+        if step == self.steps.untimed:
+            self.tokens_before = int(self.trainer.seen_tokens)
             if dist.is_initialized():
                 dist.barrier()
-        else:
-            self.step_seconds.append(time.perf_counter() - self._mark)
-            control.should_training_stop |= self.is_pruned(args.device)
-        self._mark = time.perf_counter()
+        self._mark = self._clock()
         return control
+
+    def _clock(self) -> float:
+        """Seconds since some moment, but for those that the meter took."""
+        return time.perf_counter() - self.meter.own_seconds
 
     def is_pruned(self, device: torch.device) -> bool:
         """Rank 0 decides for all: ranks that end in different steps would wait for each other for ever."""
@@ -93,13 +102,6 @@ class StepClock(TrainerCallback):  # type: ignore[misc]
         if dist.is_initialized():
             dist.broadcast(decision, src=0)
         return bool(decision.item())
-
-    def finish_warmup(self) -> None:
-        """From here on nothing but the clock runs beside the trainer."""
-        assert self.trainer is not None
-        self.meter.finish_phases()
-        self.trainer.meter = None
-        self.tokens_before = self.trainer.seen_tokens
 
 
 def measure_trial(spec: TrialSpec, out_dir: Path, place: Rank, progress: Progress) -> TrialResult | None:
@@ -115,59 +117,42 @@ def measure_trial(spec: TrialSpec, out_dir: Path, place: Rank, progress: Progres
         torch.cuda.set_device(place.local_rank)
     meter = make_meter(kind, place.local_rank)
     meter.enter("load")
-    args = build.sft_config(
-        recipe,
-        choice,
-        deepspeed_config(recipe, choice, cpu_adam=build.wants_cpu_adam(kind)),
-        build.Run(
-            output_dir=out_dir,
-            max_steps=spec.warmup_steps + spec.timed_steps,
-            learning_rate=recipe.learning_rate,
-            seed=recipe.seed,
-            keep_order=True,
-        ),
-        kind,
-    )
-    set_seed(recipe.seed)
     tokenizer = prepared.load_tokenizer(spec)
     progress.enter("load")
+    drawn = draw(spec, prepared.load_examples(spec, tokenizer))
+    steps = plan_steps(spec, drawn)
+    progress.enter("init")
+    args = _arguments(spec, out_dir, steps)
+    set_seed(recipe.seed)
+    progress.enter("load")
     model = build.load_model(spec.model_path, recipe, weights=spec.weights)
-    rows = _rows(spec, tokenizer, vocab_size=model.config.get_text_config().vocab_size)
+    examples = rows(spec, steps, drawn, vocab_size=model.config.get_text_config().vocab_size)
     meter.enter("init")
     progress.enter("init")
-    clock = StepClock(spec, meter, progress)
-    trainer = build.build_trainer(recipe, args, model, tokenizer, rows, callbacks=[clock], meter=meter)
+    clock = StepClock(spec, steps, meter, progress)
+    dataset = data.to_dataset(examples)
+    trainer = build.build_trainer(recipe, args, model, tokenizer, dataset, callbacks=[clock], meter=meter)
     clock.trainer = trainer
     del model
     trainer.train()
     return _gather(spec, trainer, clock, meter, place)
 
 
-def _rows(spec: TrialSpec, tokenizer: Any, *, vocab_size: int) -> Any:
-    recipe = spec.recipe
-    return data.to_dataset(
-        data.trial_examples(
-            prepared.load_examples(spec, tokenizer),
-            warmup=spec.warmup_steps * recipe.train_batch_size,
-            timed=spec.timed_steps * recipe.train_batch_size,
-            max_length=recipe.max_length,
-            vocab_size=vocab_size,
+def _arguments(spec: TrialSpec, out_dir: Path, steps: Steps) -> Any:
+    recipe, choice, kind = spec.recipe, spec.choice, spec.cluster.gpu.kind
+    return build.sft_config(
+        recipe,
+        choice,
+        deepspeed_config(recipe, choice, cpu_adam=build.wants_cpu_adam(kind)),
+        build.Run(
+            output_dir=out_dir,
+            max_steps=steps.total,
+            learning_rate=recipe.learning_rate,
             seed=recipe.seed,
-            packing=recipe.packing,
-            short=recipe.train_batch_size if may_begin_short(spec) else 0,
-        )
+            keep_order=True,
+        ),
+        kind,
     )
-
-
-def may_begin_short(spec: TrialSpec) -> bool:
-    """Whether the first step can be fed a few tokens without missing a peak.
-
-    Below stage 3 it differs from the second one only by what it does not have yet: the optimizer's states. ZeRO-3's
-    first step has no trace either, and its peak can be the highest. On CUDA a step is cheap, and what the allocator
-    reserves depends on the order of the sizes. Packing would put short rows together.
-    """
-    below_stage3 = spec.choice.zero.stage < 3
-    return spec.cluster.gpu.kind == "cpu" and below_stage3 and spec.warmup_steps > 1 and not spec.recipe.packing
 
 
 def _gather(
@@ -181,7 +166,7 @@ def _gather(
         resident_bytes=peak_resident_bytes(),
         pinned_bytes=measure_pinned_bytes(kind),
         phases=dict(meter.phases),
-        tokens=int(trainer.seen_tokens) - int(clock.tokens_before),
+        tokens=int(trainer.seen_tokens) - clock.tokens_before,
         local_world_size=place.local_world_size,
     )
     gathered: list[Any] = [None] * place.world_size

@@ -2,8 +2,8 @@
 
 A CPU rank has no caching allocator that could be asked. Resident memory is not the analogue of
 `max_memory_allocated`: a reduce bucket of `torch.empty` is allocated in full and never touched. So every storage that
-a torch operator makes is counted while it lives. That costs speed, so the count is taken during load, init and the
-warm-up steps, and switched off before the timed ones.
+a torch operator makes is counted while it lives. That costs speed, so the count ends when the trial's peak has been
+seen, and its own seconds are known.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ class Meter(Protocol):
 
 class CudaMeter:
     """Reads torch.cuda's peak statistics at each boundary between phases, and resets them."""
+
+    own_seconds = 0.0
+    """Two calls of the driver for each phase."""
 
     def __init__(self, device: int) -> None:
         self.device = device
@@ -103,15 +106,18 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.live_bytes = 0
         self.peak_bytes = 0
+        self.own_seconds = 0.0
         self._watched: dict[int, _Watched] = {}
         self._freed: deque[int] = deque()
         """Sizes that are yet to be taken off."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu":
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        started = time.perf_counter()
+        for leaf in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.is_cpu:
                 self._note(leaf.untyped_storage())
+        self.own_seconds += time.perf_counter() - started
         return result
 
     def settle(self) -> None:
@@ -146,15 +152,23 @@ class CpuMeter:
         self._live = LiveBytes()
         self._current: Phase | None = None
         self._peak = 0
+        self._waited_seconds = 0.0
         self._counting = True
         self._live.__enter__()  # type: ignore[no-untyped-call]
 
     def enter(self, phase: Phase) -> None:
         if not self._counting:
             return
+        started = time.perf_counter()
         time.sleep(_HANDOVER_SECONDS)
         self._close()
         self._current = phase
+        self._waited_seconds += time.perf_counter() - started
+
+    @property
+    def own_seconds(self) -> float:
+        """Seconds that this rank has spent on being measured, but for the way into the count: some 5 us an operator."""
+        return self._waited_seconds + self._live.own_seconds
 
     def finish_phases(self) -> None:
         if self._counting:

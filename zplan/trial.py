@@ -41,7 +41,7 @@ def log_file(rank: int) -> str:
 WARMUP_STEPS = 2
 """Only the second has the optimizer's states while it computes, and ZeRO-3's recorded order of parameters: the peak of
 a training is the peak of its second step, not of its first. The second is on the longest sequences, and so is the first
-unless its own peak cannot matter."""
+unless its own peak cannot matter; behind such a short one the second is timed where all timed ones are as long."""
 _STEP_SCATTER = 0.10
 """Standard deviation of the log of one step's seconds, at the least: two or three steps cannot show it themselves."""
 _BOUND_DEVIATIONS = 2.0
@@ -53,7 +53,7 @@ def clearly_slower(step_seconds: Sequence[float], best_step_seconds: Sequence[fl
 
         mean(log t) - 2 s / sqrt(k) > mean(log b) + 2 s / sqrt(k)
 
-    Step i of both trains on the same examples, so steps are compared with the best trial's first k; s is the larger of
+    Step i of both trains on as many tokens, so steps are compared with the best trial's first k; s is the larger of
     the sample's own deviation around the best's steps and 10 %. One step must take 1.5 times as long, two 1.33 times.
     """
     from statistics import fmean, stdev  # 10 ms, and only a trial needs it

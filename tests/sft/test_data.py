@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sft.data import IGNORED, DataOptions, Example, load_data, split, trial_examples
+from sft.data import IGNORED, DataOptions, Example, draw_examples, load_data, split
 from sft.preflight import check_data
 from sft.render import Renderer
 from sft.schema import Conversation, Message, PlainText, SchemaError, parse_row
@@ -231,18 +231,17 @@ def test_a_split_is_the_same_every_time_and_never_shares_a_question() -> None:
     assert len(train) + len(held_out) == 60
 
 
-def test_a_trial_begins_with_the_longest_sequences() -> None:
+def test_drawn_examples_begin_anew_when_all_are_used() -> None:
     data = [Example([1, 2], [1, 2], "a"), Example([3], [3], "b")]
-    rows = trial_examples(data, warmup=2, timed=5, max_length=9, vocab_size=10, seed=0, packing=False)
-    assert [len(row.input_ids) for row in rows[:2]] == [9, 9]
-    assert len(rows) == 2 + 5
-    assert {row.key for row in rows[2:]} == {"a", "b"}
+    drawn = draw_examples(data, 5, max_length=9, seed=0, packing=False)
+    assert len(drawn) == 5
+    assert {row.key for row in drawn[:2]} == {row.key for row in drawn[2:4]} == {"a", "b"}
+    assert draw_examples([], 5, max_length=9, seed=0, packing=False) == ()
 
 
-def test_a_trial_can_begin_with_short_sequences_before_the_longest() -> None:
-    rows = trial_examples([], warmup=4, timed=1, max_length=64, vocab_size=10, seed=0, packing=False, short=2)
-    assert [len(row.input_ids) for row in rows] == [8, 8, 64, 64, 64]
-    assert all(row.num_label_tokens == len(row.input_ids) for row in rows)
+def test_drawn_examples_fill_so_many_packed_sequences() -> None:
+    data = [Example([1, 2], [1, 2], "a"), Example([3], [3], "b")]
+    assert sum(len(row.input_ids) for row in draw_examples(data, 2, max_length=9, seed=0, packing=True)) >= 2 * 9
 
 
 def test_a_folder_is_read_to_its_depth_and_a_saved_dataset_by_its_train_split(tokenizer: Any, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sft import meter
-from sft.meter import LiveBytes
+from sft.meter import CpuMeter, LiveBytes
 
 
 def test_a_storage_counts_once_until_it_is_freed() -> None:
@@ -51,3 +51,21 @@ def test_what_another_thread_frees_loses_no_byte_of_what_is_counted_meanwhile() 
         live.settle()
     assert kept
     assert live.live_bytes == len(kept) * 25 * 4
+
+
+def test_a_meter_knows_the_seconds_that_it_takes() -> None:
+    counting = CpuMeter()
+    try:
+        before, started = counting.own_seconds, time.perf_counter()
+        for _ in range(10):
+            counting.enter("forward")
+        for _ in range(100):
+            torch.empty(1)
+        taken = counting.own_seconds - before
+        assert 10 * meter._HANDOVER_SECONDS <= taken <= time.perf_counter() - started
+    finally:
+        counting.finish_phases()
+    stopped = counting.own_seconds
+    counting.enter("forward")
+    torch.empty(1)
+    assert counting.own_seconds == stopped
