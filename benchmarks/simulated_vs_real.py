@@ -62,6 +62,7 @@ class Case:
     checkpointing: bool = True
     loss: str = "nll"
     optimizer: str = "adamw"
+    sequence_parallel_size: int = 1
 
 
 def cases() -> Iterator[Case]:
@@ -91,6 +92,7 @@ def cases() -> Iterator[Case]:
     yield Case(name="no reduce_scatter", zero=ZeroConfig(stage=2, reduce_scatter=False, **SMALL))
     yield Case(name="bucket 2000", zero=ZeroConfig(stage=2, reduce_bucket_size=2000))
     yield from stage3_cases()
+    yield from sequence_parallel_cases()
 
 
 def stage3_cases() -> Iterator[Case]:
@@ -112,11 +114,19 @@ def stage3_cases() -> Iterator[Case]:
     yield Case(name="all-reduce fetch", zero=ZeroConfig(**base, stage3_use_all_reduce_for_fetch_params=True))
 
 
+def sequence_parallel_cases() -> Iterator[Case]:
+    """Ulysses over both ranks."""
+    both: dict[str, Any] = {"name": "Ulysses", "sequence_parallel_size": 2}
+    for stage in (0, 1, 2, 3):
+        yield Case(zero=ZeroConfig(stage=stage, **SMALL), **both)
+
+
 def request_of(case: Case) -> SimulationRequest:
     batch = BatchSizes(
         train_micro_batch_size_per_gpu=case.micro_batch,
         gradient_accumulation_steps=case.accumulation,
         world_size=case.world_size,
+        sequence_parallel_size=case.sequence_parallel_size,
     )
     return SimulationRequest(
         config=FAMILIES[case.family],

@@ -113,20 +113,33 @@ _COUNTS = tuple(item.name for item in fields(ZeroConfig) if item.type == "int")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchSizes:
-    """train_batch_size = train_micro_batch_size_per_gpu * gradient_accumulation_steps * world_size."""
+    """train_batch_size = train_micro_batch_size_per_gpu * gradient_accumulation_steps * data_parallel_size."""
 
     train_micro_batch_size_per_gpu: int
     gradient_accumulation_steps: int
     world_size: int
+    sequence_parallel_size: int = 1
+    """Ulysses: ranks that share one micro-batch, each with its part of every sequence. ZeRO cuts over all ranks."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
             if getattr(self, item.name) < 1:
                 raise ConfigError(f"{item.name} is {getattr(self, item.name)}, below 1", fix="--micro-batch 1")
+        if self.world_size % self.sequence_parallel_size:
+            raise ConfigError(
+                f"sequence_parallel_size is {self.sequence_parallel_size}, which does not divide {self.world_size} ranks",
+                because="DeepSpeed makes groups of equal size (runtime/sequence_parallel/parallel_state_sp.py)",
+                fix="--set sequence_parallel_size=1",
+            )
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Micro-batches that are trained at the same time."""
+        return self.world_size // self.sequence_parallel_size
 
     @property
     def train_batch_size(self) -> int:
-        return self.train_micro_batch_size_per_gpu * self.gradient_accumulation_steps * self.world_size
+        return self.train_micro_batch_size_per_gpu * self.gradient_accumulation_steps * self.data_parallel_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,6 +243,8 @@ def deepspeed_config(recipe: Recipe, choice: Choice, *, cpu_adam: bool) -> dict[
         "zero_allow_untested_optimizer": True,
         "zero_optimization": zero,
     }
+    if choice.batch.sequence_parallel_size > 1:
+        config["sequence_parallel_size"] = choice.batch.sequence_parallel_size
     if recipe.optimizer == "muon":
         config["optimizer"] = {"type": "Muon", "params": {"lr": recipe.learning_rate}}
         if choice.zero.stage == 3:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 
-from zplan.simulate.collectives import COLLECTIVES, Agreement, CollectiveRecorder
+from zplan.simulate.collectives import COLLECTIVES, Agreement, CollectiveRecorder, on_copies
 from zplan.simulate.device import DEVICE
 from zplan.simulate.dispatch_cache import forget_layout, new_fake_tensor
 from zplan.simulate.ops import StandInBuilder, StandInOp
@@ -156,6 +156,9 @@ def install_deepspeed_patches(patches: Patches, recorder: CollectiveRecorder) ->
     patches.set(owner, name, params_to_release(vars(owner)[name], listed))
     # torch reads the signature of an autograd function anew at each of its calls
     patches.set(torch.autograd.function, "inspect", SimpleNamespace(signature=functools.cache(inspect.signature)))
+    # fake tensors run the exchange's rule of shapes, which communicates nothing
+    layer = importlib.import_module("deepspeed.sequence.layer")
+    patches.set(layer, "_dim_zero_all_to_all_op", counted_exchange(layer._dim_zero_all_to_all_op, recorder))
     zero_utils = importlib.import_module("deepspeed.runtime.zero.utils")
     # rank 0 would compare its own values with what it received from itself; the broadcasts are counted
     agreement = Agreement(recorder)
@@ -207,6 +210,16 @@ def params_to_release(original: Callable[..., set[int]], listed: Callable[..., A
     return params_to_release
 
 
+def counted_exchange(original: Callable[..., torch.Tensor], recorder: CollectiveRecorder) -> Callable[..., Any]:
+    """Ulysses' all-to-all (sequence/layer.py), an operation of torch with a derivative of its own."""
+
+    def exchange(input: torch.Tensor, group_name: str) -> torch.Tensor:
+        recorder.record("all_to_all_single", (input,), {})
+        return original(input, group_name)
+
+    return exchange
+
+
 def install_recorder(patches: Patches, recorder: CollectiveRecorder) -> None:
     """The real counterpart: collectives run, and are counted."""
     # the probe of every op starts compilers
@@ -215,6 +228,14 @@ def install_recorder(patches: Patches, recorder: CollectiveRecorder) -> None:
     for name in COLLECTIVES:
         if name in vars(backend):
             patches.set(backend, name, recorder.around(name, getattr(backend, name)))
+    # the loss of shared sequences is gathered past DeepSpeed (torch.distributed.nn.functional)
+    for name in ("all_gather", "scatter"):
+        patches.set(torch.distributed, name, finished(getattr(torch.distributed, name)))
+
+
+def finished(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """A collective of torch that has let go of its tensors when it returns."""
+    return lambda *args, **kwargs: on_copies(collective, args, kwargs)
 
 
 def _new_fake_tensor(

@@ -18,6 +18,7 @@ import torch
 import transformers
 import trl.trainer.utils as trl_utils
 from accelerate.utils.deepspeed import map_pytorch_optim_to_deepspeed
+from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 from transformers.initialization import no_init_weights
@@ -216,13 +217,31 @@ def build_engine(run: Run, model: Any, tracker: Tracker) -> Any:
         trainer_gives = {"model_parameters": [p for p in model.parameters() if p.requires_grad]}
     else:
         trainer_gives = {"optimizer": build_optimizer(run, model)}
-    engine, *_ = deepspeed.initialize(model=model, config_params=run.deepspeed_config, **trainer_gives)
+    engine, *_ = deepspeed.initialize(
+        model=model, config_params=run.deepspeed_config, mpu=share_sequences(run, model), **trainer_gives
+    )
     label_parameters(model, tracker)
     label_states(engine, tracker)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(partial(label_gradient, tracker=tracker))
     return engine
+
+
+def share_sequences(run: Run, model: Any) -> Any:
+    """Ulysses: its attention in place of the model's, and its groups of ranks (accelerator.py, _prepare_deepspeed).
+
+    Accelerate leaves it to every batch how long it is (DeepSpeedSequenceParallelConfig), and to the model what its
+    attention is.
+    """
+    return UlyssesSPAttentionHF.register_with_transformers(
+        model_name_or_path=model,
+        core_attn_implementation=run.recipe.attention,
+        sequence_parallel_size=run.choice.batch.sequence_parallel_size,
+        micro_batch_size=run.choice.batch.train_micro_batch_size_per_gpu,
+        seq_length_is_variable=True,
+        disable_in_eval=True,
+    )
 
 
 def build_optimizer(run: Run, model: Any) -> Any:
@@ -245,14 +264,16 @@ def build_optimizer(run: Run, model: Any) -> Any:
 
 
 def trainer_stand_in(run: Run, engine: Any) -> Any:
-    """What SFTTrainer.compute_loss reads from its trainer."""
-    world = run.choice.batch.world_size
+    """An SFTTrainer that knows only what its compute_loss reads."""
+    world, sp_size = run.choice.batch.world_size, run.choice.batch.sequence_parallel_size
+    parallelism = SimpleNamespace(sp_backend="deepspeed", sp_enabled=True, sp_size=sp_size, tp_size=1)
     accelerator = SimpleNamespace(
-        parallelism_config=None,
+        parallelism_config=parallelism if sp_size > 1 else None,
         num_processes=world,
         gather_for_metrics=lambda value: value.new_empty((world,)) if world > 1 else value,
     )
-    return SimpleNamespace(
+    trainer = SFTTrainer.__new__(SFTTrainer)
+    vars(trainer).update(
         model=engine.module,
         aux_loss_enabled=False,
         accelerator=accelerator,
@@ -264,12 +285,16 @@ def trainer_stand_in(run: Run, engine: Any) -> Any:
         _total_train_tokens=0,
         _tp_size=1,
     )
+    return trainer
 
 
 def batch(run: Run) -> dict[str, torch.Tensor]:
-    """One micro-batch of the longest sequences."""
-    shape = (run.choice.batch.train_micro_batch_size_per_gpu, run.recipe.max_length)
-    names = ("input_ids", "attention_mask", "labels")
+    """One micro-batch of the longest sequences, or the rank's part of it (UlyssesSPDataLoaderAdapter.refill)."""
+    sizes = run.choice.batch
+    shape = (sizes.train_micro_batch_size_per_gpu, run.recipe.max_length // sizes.sequence_parallel_size)
+    names = ["input_ids", "attention_mask", "labels"]
+    if sizes.sequence_parallel_size > 1:
+        names = ["input_ids", "attention_mask", "position_ids", "shift_labels"]
     return {name: torch.ones(shape, dtype=torch.int64, device=run.device) for name in names}
 
 
@@ -296,12 +321,14 @@ def optimizer_step(run: Run, engine: Any, trainer: Any, tracker: Tracker) -> Non
 
 def compute_loss(run: Run, engine: Any, trainer: Any, inputs: dict[str, Any], num_items: torch.Tensor) -> torch.Tensor:
     """TRL's own loss, or transformers' plain one over full logits."""
+    if run.recipe.loss == "full" and run.choice.batch.sequence_parallel_size > 1:
+        return Trainer.compute_loss(trainer, engine, {**inputs, "use_cache": False})  # type: ignore[no-any-return]
     if run.recipe.loss == "full":
         loss: torch.Tensor = engine(**inputs, use_cache=False).loss
         return loss
     if run.recipe.loss == "liger":
         raise SimulationError("liger's Triton kernels do not run on fake tensors", operation="liger_kernel")
-    return SFTTrainer.compute_loss(trainer, engine, inputs, num_items_in_batch=num_items)  # type: ignore[no-any-return]
+    return trainer.compute_loss(engine, inputs, num_items_in_batch=num_items)  # type: ignore[no-any-return]
 
 
 def label_parameters(model: Any, tracker: Tracker) -> None:
