@@ -13,6 +13,7 @@ from zplan.memory import scores
 from zplan.memory.layer_modules import LayerModules
 from zplan.memory.operations import Modules, Sizes
 from zplan.memory.tape import Tape, Value
+from zplan.memory.ulysses import shared_attention
 from zplan.model_shape import ModelShape
 
 Names = Mapping[str, str]
@@ -44,7 +45,8 @@ def attend(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: V
     else:
         q, k, v, *locals_ = _plain(tape, layer, sizes, modules, x)
     mixed = _mix(tape, shape, sizes, q, k, v, widths)
-    if shape.model_type in JOINED_ROTARY and sizes.attention != "eager" and not is_masked(shape, sizes):
+    alone = sizes.sequence_parallel_size == 1
+    if alone and shape.model_type in JOINED_ROTARY and sizes.attention != "eager" and not is_masked(shape, sizes):
         joined = tape.apply(sizes.bytes(widths[1]), [(mixed, sizes.bytes(widths[1]))])
         tape.drop(mixed)
         mixed = joined
@@ -67,6 +69,8 @@ def attention_widths(shape: ModelShape) -> tuple[int, int, int, int]:
 def _mix(
     tape: Tape, shape: ModelShape, sizes: Sizes, q: Value, k: Value, v: Value, widths: tuple[int, int, int, int]
 ) -> Value:
+    if sizes.sequence_parallel_size > 1:
+        return shared_attention(tape, sizes, q, k, v, *widths[:3])
     if sizes.attention != "eager":
         return scores.fused_attention(tape, sizes, q, k, v, *widths, masked=is_masked(shape, sizes))
     if shape.model_type == "falcon":

@@ -26,6 +26,7 @@ from zplan.memory.super_offload import contexts_on_first_gpu
 from zplan.memory.terms import PHASES, VERDICTS, ByteRange, GpuEstimate, MemoryEstimate, Phase, Term
 from zplan.memory.timeline import record
 from zplan.memory.trainable import Layout, layout
+from zplan.memory.ulysses import reduced_itemsize
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.values import dataclass
@@ -130,8 +131,11 @@ def _offloaded_to_itself(
 
 def course_of(shape: ModelShape, recipe: Recipe, laid: Layout, choice: Choice, *, on_cpu: bool) -> Course:
     """Activations and loss of one micro-step of the choice."""
-    partitioned, micro_batch = choice.zero.stage == 3, choice.batch.train_micro_batch_size_per_gpu
-    recording = record(shape, recipe, laid, micro_batch=micro_batch, on_cpu=on_cpu, partitioned=partitioned)
+    partitioned, batch = choice.zero.stage == 3, choice.batch
+    recording = record(
+        shape, recipe, laid, micro_batch=batch.train_micro_batch_size_per_gpu, on_cpu=on_cpu, partitioned=partitioned,
+        sequence_parallel_size=batch.sequence_parallel_size,
+    )  # fmt: skip
     return course(recording, checkpointing=choice.gradient_checkpointing, fetches=partitioned)
 
 
@@ -264,8 +268,9 @@ def largest_of_engine(laid: Layout, recipe: Recipe, choice: Choice) -> int:
     """The largest tensor of the engine that comes and goes: a reduce bucket, an fp32 gradient, a gathered weight."""
     zero, b = choice.zero, recipe.weight_bytes
     gathers_for_muon = laid.muon and zero.stage == 3
+    reduced = reduced_itemsize(choice.batch, b)
     return max(
-        b * zero.reduce_bucket_size if zero.stage and (zero.contiguous_gradients or gathers_for_muon) else 0,
+        reduced * zero.reduce_bucket_size if zero.stage and (zero.contiguous_gradients or gathers_for_muon) else 0,
         FP32 * laid.largest_trainable,
         b * laid.largest if zero.stage == 3 else 0,
     )
@@ -273,7 +278,8 @@ def largest_of_engine(laid: Layout, recipe: Recipe, choice: Choice) -> int:
 
 def largest_of_model(shape: ModelShape, recipe: Recipe, choice: Choice) -> int:
     """The largest tensors of forward and backward: logits or the middle of an MLP, and scores."""
-    tokens, b = choice.batch.train_micro_batch_size_per_gpu * recipe.max_length, recipe.weight_bytes
+    length, b = recipe.max_length // choice.batch.sequence_parallel_size, recipe.weight_bytes
+    tokens = choice.batch.train_micro_batch_size_per_gpu * length
     scores = FP32 * tokens * recipe.max_length * shape.num_attention_heads if recipe.attention == "eager" else 0
     return scores + max(
         FP32 * tokens * shape.vocab_size if recipe.loss == "full" else b * min(tokens, TOKEN_TILE) * VOCAB_TILE,

@@ -42,22 +42,27 @@ class LossCost:
 
 
 def loss_cost(
-    loss: Loss, shape: ModelShape, *, micro_batch: int, length: int, itemsize: int, head_trains: bool, on_cpu: bool
-) -> LossCost:
+    loss: Loss, shape: ModelShape, *, micro_batch: int, length: int, itemsize: int, head_trains: bool, on_cpu: bool,
+    shifted: bool = True,
+) -> LossCost:  # fmt: skip
     """The bytes of one micro-batch's loss, all tokens supervised.
 
     Args:
         head_trains: the output weight gets a gradient.
         on_cpu: tiles are folded by torch operations instead of the Triton kernel.
+        shifted: labels are shifted here, so that the last position is not scored; where ranks share a sequence they
+            come shifted.
     """
     if loss in ("nll", "chunked_nll"):
-        return _tiled(shape, micro_batch, length, itemsize, head_trains, on_cpu)
+        return _tiled(shape, micro_batch, length, itemsize, head_trains, on_cpu, shifted)
     if loss == "liger":
         return _liger(shape, micro_batch * length, itemsize, head_trains)
     return _full(shape, micro_batch * length, itemsize, head_trains)
 
 
-def _tiled(shape: ModelShape, micro_batch: int, length: int, b: int, head_trains: bool, on_cpu: bool) -> LossCost:
+def _tiled(
+    shape: ModelShape, micro_batch: int, length: int, b: int, head_trains: bool, on_cpu: bool, shifted: bool
+) -> LossCost:
     """TRL's tiles.
 
         tile = min(T, 4096) * 32768 * b;  backward adds 4 T h, and 4 V h (+ b V h) if the head trains
@@ -65,11 +70,11 @@ def _tiled(shape: ModelShape, micro_batch: int, length: int, b: int, head_trains
     On a GPU the supervised positions are copied out first and their gradient is scattered back; elsewhere every
     position is scored and torch operations fold a tile through fp32 copies (3 forward, 7.25 backward).
     """
-    tokens, width, vocab = micro_batch * max(length - 1, 1), shape.hidden_size, shape.vocab_size
+    tokens, width, vocab = micro_batch * max(length - shifted, 1), shape.hidden_size, shape.vocab_size
     rows, columns = min(tokens, TOKEN_TILE), min(vocab, VOCAB_TILE)
     tile = rows * VOCAB_TILE * b
     vectors = 7 * tokens * FP32
-    copies = on_cpu and micro_batch == 1
+    copies = on_cpu and (micro_batch == 1 or not shifted)
     scored = 0 if copies else tokens * width * b
     kept = scored + tokens * (INT64 + 2 * FP32)
     fold_forward = 3 * FP32 * rows * columns if on_cpu else 0

@@ -41,6 +41,8 @@ class Sizes:
     """On eager attention's weights; fused kernels draw theirs as they go."""
     adapter_dropout: float = 0.0
     """On the input of every lora_A."""
+    sequence_parallel_size: int = 1
+    """Ranks that share each sequence (Ulysses); `length` is one rank's part."""
 
     @property
     def tokens(self) -> int:

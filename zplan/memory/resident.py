@@ -16,6 +16,7 @@ from zplan.memory.states import FP32, optimizer_state_bytes, step_temporary_byte
 from zplan.memory.sub_groups import left_on_gpu, muon_bytes, sub_groups
 from zplan.memory.terms import Phase, Term
 from zplan.memory.trainable import Layout
+from zplan.memory.ulysses import reduced_itemsize
 from zplan.recipe import Recipe
 from zplan.values import dataclass
 from zplan.zero_config import Choice
@@ -63,15 +64,20 @@ def _norms(laid: Layout, choice: Choice) -> Term:
 
 def _batches(recipe: Recipe, choice: Choice) -> Term:
     """input_ids, labels and attention_mask (int64) of every micro-batch: fetched together, alive for the whole step.
+    Where ranks share sequences there are positions beside them.
 
-        3 * 8 * micro-batch * length * accumulation
+        3 * 8 * micro-batch * length * accumulation      (4 * 8, of a rank's part)
 
     Source: transformers 5.23.0, trainer.py (get_batch_samples).
     """
     batch = choice.batch
-    tokens = batch.train_micro_batch_size_per_gpu * batch.gradient_accumulation_steps * recipe.max_length
-    formula = f"3 x 8 x {tokens} tokens of all micro-batches"
-    return _term("batches", 24 * tokens, ("forward", "backward", "step"), formula, "transformers 5.23.0, trainer.py")
+    length = recipe.max_length // batch.sequence_parallel_size
+    tokens = batch.train_micro_batch_size_per_gpu * batch.gradient_accumulation_steps * length
+    count = 3 if batch.sequence_parallel_size == 1 else 4
+    formula = f"{count} x 8 x {tokens} tokens of all micro-batches"
+    return _term(
+        "batches", 8 * count * tokens, ("forward", "backward", "step"), formula, "transformers 5.23.0, trainer.py"
+    )
 
 
 def _term(name: str, num_bytes: int, phases: tuple[Phase, ...], formula: str, source: str) -> Term:
@@ -329,10 +335,11 @@ def _stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards) -> Res
             _term("gradient partitions", b * numel, STEPS, f"{b} x {numel}", source),
         ]
     terms += _scales(laid)
-    bucket = b * zero.reduce_bucket_size if zero.contiguous_gradients else 0
+    reduced = reduced_itemsize(choice.batch, b)
+    bucket = reduced * zero.reduce_bucket_size if zero.contiguous_gradients else 0
     terms += _initialising(laid, recipe, choice, shards, bucket, max(groups))
     if bucket:
-        terms.append(_term("reduce bucket", bucket, STEPS, f"{b} x {zero.reduce_bucket_size}", source))
+        terms.append(_term("reduce bucket", bucket, STEPS, f"{reduced} x {zero.reduce_bucket_size}", source))
     terms += _secondary(laid, choice)
     terms += _left_on_gpu(laid, choice)
     kept = "gathered for good, but for the update itself (Stage3Engine.end_step)"

@@ -19,13 +19,18 @@ ALLREDUCE_BUCKET_NUMEL = 500_000_000
 
 
 class Stage0Engine:
-    """Gradients of the training dtype until the step; the step holds fp32 copies of all of them below fp32."""
+    """Gradients of the training dtype until the step; the step holds fp32 copies of all of them below fp32.
+
+    Args:
+        reduced: bytes of an element while ranks add gradients.
+    """
 
     def __init__(
-        self, meter: Meter, items: Instances, *, itemsize: int, num_ranks: int, partial: bool, of_muon: Precision
-    ) -> None:
+        self, meter: Meter, items: Instances, *, itemsize: int, reduced: int, num_ranks: int, partial: bool,
+        of_muon: Precision,
+    ) -> None:  # fmt: skip
         self.of_muon = replace(of_muon, gradient=FP32, normalised=FP32)
-        self.meter, self.items, self.itemsize = meter, items, itemsize
+        self.meter, self.items, self.itemsize, self.reduced = meter, items, itemsize, reduced
         self.num_ranks, self.partial = num_ranks, partial
         self.own: set[int] = set()
 
@@ -45,7 +50,9 @@ class Stage0Engine:
         self.meter.add(Kind.GRADIENTS, num_bytes)
 
     def end_backward(self) -> None:
-        """All-reduce: gradients are flattened until the buffer holds at least 5e8 elements; by one rank as well."""
+        """All-reduce: gradients are flattened until the buffer holds at least 5e8 elements; by one rank as well. What
+        is reduced in another dtype is copied once more (engine.py, allreduce_bucket).
+        """
         filled = largest = 0
         for group in self.items.groups:
             for number in group:
@@ -53,7 +60,8 @@ class Stage0Engine:
                 largest = max(largest, filled)
                 if filled > ALLREDUCE_BUCKET_NUMEL:
                     filled = 0
-        self.meter.touch(Kind.TEMPORARIES, self.itemsize * largest)
+        cast = self.reduced if self.reduced != self.itemsize else 0
+        self.meter.touch(Kind.TEMPORARIES, (self.itemsize + cast) * largest)
 
     def step(self) -> None:
         """fp32 gradients of all trainable parameters next to the low-precision ones, and Muon's update on top."""

@@ -118,17 +118,19 @@ class Stage12Engine:
     """Replays hooks, bucket and reduction of one micro-step.
 
     Args:
+        reduced: bytes of an element while ranks add gradients.
         partial: gradients of earlier micro-steps are already there (gradient accumulation, last micro-step).
         synchronous: the accelerator is synchronous (CPU ranks): two buckets are kept under overlap_comm all the same.
     """
 
     def __init__(
-        self, meter: Meter, items: Instances, cut: Partitions, zero: ZeroConfig, *, itemsize: int, partial: bool,
-        num_ranks: int, of_muon: Precision,
+        self, meter: Meter, items: Instances, cut: Partitions, zero: ZeroConfig, *, itemsize: int, reduced: int,
+        partial: bool, num_ranks: int, of_muon: Precision,
     ) -> None:  # fmt: skip
         self.num_ranks, self.of_muon = num_ranks, of_muon
         self.meter, self.items, self.cut, self.zero = meter, items, cut, zero
         self.itemsize, self.partial = itemsize, partial
+        self.cast = reduced if reduced != itemsize else 0
         self.stage = zero.stage
         self.contiguous = zero.contiguous_gradients or zero.offloads_optimizer
         self.reduces_in_hooks = self.stage == 2 or zero.overlaps_comm
@@ -262,16 +264,22 @@ class Stage12Engine:
         self.bucket, self.bucket_numel = [], 0
 
     def _reduction_bytes(self) -> int:
-        """Temporaries of one bucket's reduction: slices of several owners are flattened once more.
+        """Temporaries of one bucket's reduction: slices of several owners are flattened once more, and what is reduced
+        in another dtype is copied.
 
-        Source: deepspeed 0.19.8, stage_1_and_2.py (average_tensor, allreduce_and_copy_with_multiple_ranks).
+        Source: deepspeed 0.19.8, stage_1_and_2.py (average_tensor, allreduce_and_copy_with_multiple_ranks,
+        allreduce_bucket, gradient_reduction_w_predivide).
         """
         if self.contiguous:
-            return self.itemsize * self._largest_flattened() if self.zero.reduce_scatter else 0
-        return self.itemsize * self.bucket_numel if len(self.bucket) > 1 else 0
+            return self._flattened_bytes() if self.zero.reduce_scatter else self.cast * self.bucket_numel
+        return self._copied_bytes(self.bucket_numel, len(self.bucket))
 
-    def _largest_flattened(self) -> int:
-        """Slices of the bucket by owner are flattened until they exceed the bucket size; a single one is a view.
+    def _copied_bytes(self, numel: int, count: int) -> int:
+        """`count` tensors made one, and cast; a single one is a view."""
+        return numel * (self.cast + (self.itemsize if count > 1 else 0))
+
+    def _flattened_bytes(self) -> int:
+        """Slices of the bucket by owner are flattened until they exceed the bucket size.
 
         Source: deepspeed 0.19.8, stage_1_and_2.py (average_tensor, allreduce_and_scatter); torch 2.13.0,
         torch/csrc/utils/tensor_flatten.h (flatten_dense_tensors).
@@ -280,8 +288,8 @@ class Stage12Engine:
         for _, size in self._slices():
             numel, count = numel + size, count + 1
             if numel > self.zero.reduce_bucket_size:
-                largest, numel, count = max(largest, numel if count > 1 else 0), 0, 0
-        return max(largest, numel if count > 1 else 0)
+                largest, numel, count = max(largest, self._copied_bytes(numel, count)), 0, 0
+        return max(largest, self._copied_bytes(numel, count))
 
     def _slices(self) -> list[tuple[int, int]]:
         """(owner, elements) in the order of the bucket, neighbours of one owner as one slice."""

@@ -107,12 +107,14 @@ class Stage3Engine:
         *,
         num_ranks: int,
         itemsize: int,
+        reduced: int | None = None,
         exchange: Exchange = PLAIN,
         of_muon: Precision = BF16,
     ) -> None:
         self.of_muon = of_muon
         self.meter, self.items, self.shards, self.zero = meter, items, shards, zero
         self.num_ranks, self.itemsize, self.exchange = num_ranks, itemsize, exchange
+        self.reduced = reduced or itemsize
         self.held = [0] * len(items.numel)
         self.kept = [0] * len(items.numel)
         self.bytes = [b * numel for b, numel in zip(items.itemsize, items.numel, strict=True)]
@@ -316,30 +318,42 @@ class Stage3Engine:
     def _reduce(self) -> None:
         if not self.bucket:
             return
-        self.meter.touch(Kind.TEMPORARIES, self._reduction_bytes() + self._offload_bytes())
+        reducing, reduced = self._reduction_bytes()
+        self.meter.touch(Kind.TEMPORARIES, max(reducing, reduced + self._offload_bytes()))
         self.meter.add(Kind.GRADIENTS, -sum(self.own.pop(number, 0) for number in self.bucket))
         self.bucket, self.bucket_numel = [], 0
 
-    def _reduction_bytes(self) -> int:
-        """The padded copy of the bucket that reduce_scatter_coalesced builds, or qgZ's buffers between nodes; without
+    def _reduction_bytes(self) -> tuple[int, int]:
+        """(while ranks add gradients, what is left of it until each has taken its part).
+
+        The padded copy of the bucket that reduce_scatter_coalesced builds, or qgZ's buffers between nodes; without
         reduce_scatter the reduced bucket times gradient_predivide_factor, a copy unless that is the number of ranks (it
-        is 1).
+        is 1). The parts are views of it, but where gradients are reduced in another dtype: those outside the bucket's
+        buffer are cast before, all after.
 
         Source: deepspeed 0.19.8, runtime/comm/coalesced_collectives.py (reduce_scatter_coalesced), stage3.py:1883
-        (__avg_scatter_contiguous_grads).
+        (__avg_scatter_contiguous_grads, __avg_scatter_grads).
         """
         scatters = (self.zero.reduce_scatter and not self.items.muon) or not self.zero.contiguous_gradients
+        casts = self.reduced != self.itemsize
         if not scatters and self.bucket_numel <= self.zero.reduce_bucket_size:
-            return self.itemsize * self.bucket_numel if self.num_ranks > 1 else 0
+            copy = self.reduced * self.bucket_numel if self.num_ranks > 1 else 0
+            kept = self.itemsize * self.bucket_numel if casts else copy
+            return copy + casts * kept, kept
         if self.zero.zero_quantized_gradients and self.num_nodes > 1:
             gradients = [(self.items.numel[p], self.items.longest[p]) for p in sorted(self.bucket)]
-            return scatter_bytes(
+            copy = scatter_bytes(
                 gradients, num_ranks=self.num_ranks, gpus_per_node=self.num_ranks // self.num_nodes,
                 itemsize=self.itemsize,
             )  # fmt: skip
-        if len(self.bucket) == 1 and self.items.numel[self.bucket[0]] % self.num_ranks == 0:
-            return 0
-        return sum(self.itemsize * self.shards.partition[p] * self.num_ranks for p in self.bucket)
+            return copy, copy
+        numel = sum(self.shards.partition[p] for p in self.bucket)
+        alone = len(self.bucket) == 1 and self.items.numel[self.bucket[0]] % self.num_ranks == 0
+        copy = 0 if alone else self.reduced * numel * self.num_ranks
+        if not casts:
+            return copy, copy
+        outside = sum(self.items.numel[p] for p in self.bucket if p in self.own)
+        return copy + self.reduced * outside + self.itemsize * numel, self.itemsize * numel
 
     @cached_property
     def num_nodes(self) -> int:

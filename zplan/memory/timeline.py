@@ -87,8 +87,9 @@ _RECORDINGS: dict[tuple[Any, ...], Recording] = {}
 
 
 def record(
-    shape: ModelShape, recipe: Recipe, layout: Layout, *, micro_batch: int, on_cpu: bool, partitioned: bool = False
-) -> Recording:
+    shape: ModelShape, recipe: Recipe, layout: Layout, *, micro_batch: int, on_cpu: bool, partitioned: bool = False,
+    sequence_parallel_size: int = 1,
+) -> Recording:  # fmt: skip
     """Tapes of all blocks for one micro-batch; kept per (layout, recipe, micro-batch).
 
     Args:
@@ -96,14 +97,14 @@ def record(
     """
     key = (
         id(layout), recipe.attention, recipe.loss, recipe.max_length, recipe.dtype, recipe.lora_dropout, micro_batch,
-        on_cpu, partitioned,
+        on_cpu, partitioned, sequence_parallel_size,
     )  # fmt: skip
     known = _RECORDINGS.get(key)
     if known is not None and known.layout is layout:
         return known
     sizes = Sizes(
         micro_batch=micro_batch,
-        length=recipe.max_length,
+        length=recipe.max_length // sequence_parallel_size,
         itemsize=recipe.weight_bytes,
         attention=recipe.attention,
         on_cpu=on_cpu,
@@ -113,6 +114,7 @@ def record(
         residual_dropout=dropout_rate(shape, "resid_pdrop", "dropout", "hidden_dropout", "residual_dropout"),
         attention_dropout=dropout_rate(shape, "attn_pdrop", "attention_dropout"),
         adapter_dropout=recipe.lora_dropout,
+        sequence_parallel_size=sequence_parallel_size,
     )
     made = _record(shape, recipe, layout, sizes)
     if len(_RECORDINGS) > 4096:
@@ -146,6 +148,7 @@ def _record(shape: ModelShape, recipe: Recipe, layout: Layout, sizes: Sizes) -> 
             itemsize=sizes.itemsize,
             head_trains=head_trains,
             on_cpu=sizes.on_cpu,
+            shifted=sizes.sequence_parallel_size == 1,
         ),
         hidden_bytes=hidden,
         adds_to_embedding=shape.model_type.startswith(("gpt2", "opt", "granite")),
