@@ -60,6 +60,7 @@ class Case:
     checkpointing: bool
     loss: str
     attention: str
+    sequence_parallel_size: int = 1
     adapter: Mapping[str, Any] = field(default_factory=dict)
     """Fields of Recipe that describe it, where they are not the default ones."""
 
@@ -167,6 +168,15 @@ def added_cases() -> list[Case]:
         _added("llama-3.2-1b", "full", 0, world_size=2, adapter={**MUON, "dtype": "fp16"}),
         _added("qwen2.5-0.5b", "full", 3, world_size=2, adapter={**MUON, "dtype": "fp16"}),
         _added("qwen2.5-0.5b", "full", 0, world_size=2, adapter={**MUON, "dtype": "fp32"}),
+        _added("llama-3.2-1b", "full", 0, world_size=4, sequence_parallel_size=2, max_length=2048),
+        _added("llama-3.2-1b", "full", 1, world_size=16, sequence_parallel_size=16, max_length=4096),
+        _added("qwen2.5-7b", "full", 2, world_size=4, sequence_parallel_size=4, checkpointing=False, max_length=2048),
+        _added("phi-3-mini", "full", 2, sequence_parallel_size=4, micro_batch=2, loss="full",
+               reduce_bucket_size=50_000_000, contiguous_gradients=False),
+        _added("qwen2.5-7b", "lora", 3, sequence_parallel_size=2, checkpointing=False, max_length=4096),
+        _added("mistral-7b", "full", 3, sequence_parallel_size=8, accumulation=2, max_length=8192,
+               reduce_bucket_size=5_000_000, offload_optimizer=cpu),
+        _added("gemma-3-1b", "full", 3, sequence_parallel_size=4, reduce_scatter=False, max_length=2048),
         _added("qwen2.5-0.5b", "full", 3, world_size=2, accumulation=2, sub_group_size=20_000_000,
                reduce_bucket_size=20_000_000, offload_optimizer=OffloadOptimizer(device="cpu", super_offload=True)),
         _added("llama-3.2-1b", "full", 3, world_size=2, adapter={"max_grad_norm": 0.0},
@@ -181,7 +191,7 @@ def _added(model: str, method: str, stage: int, **other: Any) -> Case:
     """A case of two layers; what Case has no field for is one of ZeroConfig."""
     of_case = {
         "world_size": 8, "micro_batch": 1, "accumulation": 1, "max_length": 1024, "checkpointing": True, "loss": "nll",
-        "attention": "sdpa", "adapter": {},
+        "attention": "sdpa", "adapter": {}, "sequence_parallel_size": 1,
     }  # fmt: skip
     of_case = {name: other.pop(name, value) for name, value in of_case.items()}
     zero = ZeroConfig(stage=stage, **other)  # type: ignore[arg-type]
@@ -283,7 +293,7 @@ def request_of(case: Case) -> SimulationRequest:
     shape = cut_layers(find_model(case.model), case.layers)  # type: ignore[arg-type]
     batch = BatchSizes(
         train_micro_batch_size_per_gpu=case.micro_batch, gradient_accumulation_steps=case.accumulation,
-        world_size=case.world_size,
+        world_size=case.world_size, sequence_parallel_size=case.sequence_parallel_size,
     )  # fmt: skip
     return SimulationRequest(
         config=shape.config,
@@ -410,7 +420,8 @@ def knobs(zero: ZeroConfig) -> str:
 
 def table_line(row: Row) -> str:
     case = row.case
-    extra = "".join(f" {name}={value}" for name, value in case.adapter.items())
+    extra = f" sequence_parallel_size={case.sequence_parallel_size}" if case.sequence_parallel_size > 1 else ""
+    extra += "".join(f" {name}={value}" for name, value in case.adapter.items())
     head = (
         f"| {case.zero.stage} | {case.method} | {case.model} | {case.layers} | {case.world_size} |"
         f" {case.micro_batch} x {case.accumulation} | {case.max_length} | {'yes' if case.checkpointing else 'no'} |"

@@ -28,6 +28,12 @@ def check_agreement(recipe: Recipe, choice: Choice, deepspeed: Mapping[str, Any]
     Raises:
         ConfigError: naming every such key.
     """
+    if choice.batch.sequence_parallel_size > 1:
+        raise ConfigError(
+            f"the plan shares sequences over {choice.batch.sequence_parallel_size} ranks (sequence_parallel_size)",
+            because="sft.train trains data-parallel; TRL shares them with accelerate's ParallelismConfig(sp_size)",
+            fix="a plan of zplan tune",
+        )
     expected = dict(_flat(deepspeed_config(recipe, choice, cpu_adam=False)))
     given = dict(_flat(deepspeed))
     problems = [

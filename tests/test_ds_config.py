@@ -282,3 +282,21 @@ def test_junk_is_read_or_refused_and_never_crashes(top: dict[str, Any], section:
     else:
         refused = ("nothing",)
     assert refused
+
+
+def test_ranks_that_share_sequences_divide_the_batch() -> None:
+    data = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3, "sequence_parallel_size": 4}
+    reading = read({**data, "train_batch_size": 2 * 3 * 8 // 4})
+    assert reading.choice.batch.sequence_parallel_size == 4
+    assert reading.choice.batch.data_parallel_size == 2
+    assert any("ParallelismConfig" in line for line in reading.warnings)
+    assert "world_size 8 / sequence_parallel_size 4 = 12; write 12" in problems({**data, "train_batch_size": 48})
+
+
+def test_sequences_that_deepspeed_does_not_share_are_refused() -> None:
+    assert "does not divide world_size 8" in problems({"sequence_parallel_size": 3})
+    assert "attention heads" in problems({"sequence_parallel_size": 8})  # the shape has four
+    eager = Recipe(model="m", train_batch_size=16, attention="eager", max_length=1022)
+    said = problems({"sequence_parallel_size": 4}, recipe=eager)
+    assert "eager attention" in said
+    assert "max_length 1022 is not divisible by 4; --max-length 1020" in said

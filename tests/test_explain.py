@@ -19,7 +19,8 @@ PROMISED = (
     "offload_param", "pin_memory", "stage3_max_live_parameters", "stage3_max_reuse_distance",
     "stage3_gather_16bit_weights_on_model_save", "sub_group_size", "stage3_prefetch_bucket_size",
     "stage3_param_persistence_threshold", "contiguous_gradients", "gradient_checkpointing", "sliding_window",
-    "tensor_parallel", "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients",
+    "tensor_parallel", "sequence_parallel_size", "zero_hpz_partition_size", "zero_quantized_weights",
+    "zero_quantized_gradients",
 )  # fmt: skip
 
 
@@ -66,7 +67,8 @@ def test_an_unprefixed_or_hyphenated_name_is_understood() -> None:
 @pytest.mark.parametrize(
     ("typed", "key"),
     [
-        ("sparse attention", "sliding_window"), ("tensor-parallelism", "tensor_parallel"),
+        ("sparse attention", "sliding_window"), ("ulysses", "sequence_parallel_size"),
+        ("tensor-parallelism", "tensor_parallel"),
         ("activation_checkpointing", "gradient_checkpointing"), ("offload_param.device", "offload_param"),
     ],
 )  # fmt: skip

@@ -34,6 +34,21 @@ def test_every_stage_is_a_candidate_and_the_fastest_comes_first() -> None:
     assert {candidate.choice.batch.world_size for candidate in candidates} == {4, 2, 1}
 
 
+def test_ranks_that_share_sequences_train_the_same_batch_in_more_steps() -> None:
+    fixed = Fixed(settings=("sequence_parallel_size=2",))
+    choices = [candidate.choice for candidate in rank_candidates(SHAPE, RECIPE, ROOMY, fixed=fixed)]
+    assert {choice.batch.train_batch_size for choice in choices} == {16}
+    assert {choice.batch.sequence_parallel_size for choice in choices} == {2}
+    assert {choice.batch.world_size for choice in choices} == {4, 2}
+    one = make_choice(SHAPE, RECIPE, ROOMY, fixed=replace(fixed, stage=2, micro_batch=4))
+    assert one.batch.gradient_accumulation_steps == 16 // (4 * (4 // 2))
+
+
+def test_sequences_cannot_be_shared_by_ranks_that_do_not_divide() -> None:
+    with pytest.raises(ConfigError, match="does not divide 4 ranks"):
+        make_choice(SHAPE, RECIPE, ROOMY, fixed=Fixed(stage=2, sequence_parallel_size=3))
+
+
 def test_every_candidate_trains_the_global_batch_of_the_recipe() -> None:
     assert {c.choice.batch.train_batch_size for c in rank_candidates(SHAPE, RECIPE, ROOMY)} == {16}
 

@@ -21,7 +21,9 @@ from zplan.zero_config import Choice, OffloadDevice, OffloadOptimizer, OffloadPa
 
 Stage = Literal[0, 1, 2, 3]
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
-_CHOICE_SETTINGS = ("world_size", "train_micro_batch_size_per_gpu", "gradient_checkpointing")
+_CHOICE_SETTINGS = (
+    "world_size", "train_micro_batch_size_per_gpu", "gradient_checkpointing", "sequence_parallel_size",
+)  # fmt: skip
 """Settings that belong to the choice, not to the zero_optimization section."""
 
 
@@ -37,6 +39,8 @@ class Fixed:
     settings: tuple[str, ...] = ()
     """`KEY=VALUE` of --set."""
     world_size: int | None = None
+    sequence_parallel_size: int = 1
+    """Not tuned: 1 unless it is given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +87,8 @@ def strategy_label(choice: Choice, cluster: Cluster) -> str:
     label = " + ".join(parts)
     if choice.gradient_checkpointing:
         label += ", checkpointing"
+    if choice.batch.sequence_parallel_size > 1:
+        label += f", sequences over {choice.batch.sequence_parallel_size}"
     if choice.batch.world_size < cluster.world_size:
         label += f", {choice.batch.world_size} of {cluster.world_size} GPUs"
     return label
@@ -102,6 +108,8 @@ def lift_settings(fixed: Fixed) -> Fixed:
             fixed = replace(fixed, stage=zero.stage)
         elif key == "world_size":
             fixed = replace(fixed, world_size=parse_size(value, name=key))
+        elif key == "sequence_parallel_size":
+            fixed = replace(fixed, sequence_parallel_size=parse_size(value, name=key))
         elif key == "train_micro_batch_size_per_gpu":
             fixed = replace(fixed, micro_batch=parse_size(value, name=key))
         elif key == "gradient_checkpointing":
@@ -113,6 +121,12 @@ def lift_settings(fixed: Fixed) -> Fixed:
         else:
             rest.append(text)
     return replace(fixed, settings=tuple(rest))
+
+
+def asked_sharing(fixed: Fixed) -> int:
+    """sequence_parallel_size of the user's decisions, whatever else they leave open."""
+    asked = [value for key, value in map(split_setting, fixed.settings) if key == "sequence_parallel_size"]
+    return parse_size(asked[-1], name="sequence_parallel_size") if asked else fixed.sequence_parallel_size
 
 
 def is_choice_setting(text: str) -> bool:
@@ -180,7 +194,8 @@ def world_sizes(cluster: Cluster, fixed: Fixed) -> tuple[int, ...]:
         return (fixed.world_size,)
     part = {n for n in range(1, cluster.gpus_per_node + 1) if cluster.gpus_per_node % n == 0}
     whole = {cluster.gpus_per_node * n for n in range(1, cluster.nodes + 1) if cluster.nodes % n == 0}
-    return tuple(sorted(part | whole, reverse=True))
+    shared = fixed.sequence_parallel_size
+    return tuple(sorted((n for n in part | whole if n % shared == 0), reverse=True)) or (cluster.world_size,)
 
 
 def micro_batches(recipe: Recipe, world_size: int, fixed: Fixed) -> tuple[int, ...]:
@@ -189,10 +204,11 @@ def micro_batches(recipe: Recipe, world_size: int, fixed: Fixed) -> tuple[int, .
     Raises:
         ConfigError: the given micro-batch or the number of ranks does not divide the global batch.
     """
-    batch_sizes(recipe, micro_batch=fixed.micro_batch or 1, world_size=world_size)
+    shared = fixed.sequence_parallel_size
+    batch_sizes(recipe, micro_batch=fixed.micro_batch or 1, world_size=world_size, sequence_parallel_size=shared)
     if fixed.micro_batch is not None:
         return (fixed.micro_batch,)
-    share = recipe.train_batch_size // world_size
+    share = recipe.train_batch_size * shared // world_size
     small = [n for n in range(1, int(share**0.5) + 1) if share % n == 0]
     return tuple(sorted({*small, *(share // n for n in small)}))
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from zplan.ds_batch import read_batch, read_sharing
 from zplan.ds_keys import HALF_MASTERS, REMOVED_KEYS, TOP_KEYS, ZERO_KEYS, Accepts, read_value
 from zplan.ds_sections import CLOSE, check_sections
 from zplan.ds_zero import Findings, read_zero_section, refused_combinations
@@ -17,17 +18,14 @@ from zplan.model_shape import ModelShape
 from zplan.recipe import DType, Recipe
 from zplan.settings import apply_settings, hf_auto_zero, nearest
 from zplan.values import dataclass
-from zplan.zero_config import BatchSizes, Choice, Origin, ZeroConfig
+from zplan.zero_config import Choice, Origin, ZeroConfig
 
 __all__ = [
     "DsConfigReading", "apply_settings", "hf_auto_zero", "load_ds_config", "read_ds_config", "refused_combinations",
 ]  # fmt: skip
 
-_POSITIVE = Accepts("int", low=1)
 _OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "lion": "lion", "muon": "muon"}
 """DeepSpeed's optimizer types that a Recipe knows. DeepSpeed's Adam is AdamW (adam_w_mode is on by default)."""
-_LARGEST_BATCH = 1 << 30
-_BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +73,8 @@ def read_ds_config(
     found = Findings()
     _check_top_keys(data, found)
     recipe = _read_recipe(data, recipe, found)
-    batch = _read_batch(data, recipe, cluster.world_size, micro_batch, found)
+    shared = read_sharing(data, shape, recipe, cluster.world_size, found)
+    batch = read_batch(data, recipe, cluster.world_size, shared, micro_batch, found)
     zero = read_zero_section(
         data.get("zero_optimization", {}), hidden_size=shape.hidden_size, device_kind=cluster.gpu.kind, found=found
     )
@@ -126,10 +125,6 @@ def _check_unplanned(data: Mapping[str, Any], found: Findings) -> None:
         enabled = isinstance(section, Mapping) and section.get("enabled") is True
         if enabled or (isinstance(size, int) and size > 1):
             found.problems.append(f"{key}: {name} is not modelled: plans are data-parallel; delete the section")
-    if data.get("sequence_parallel_size", 1) not in (1, "auto"):
-        found.problems.append(
-            "sequence_parallel_size: Ulysses sequence parallelism is not modelled: plans are data-parallel; delete it"
-        )
     types = data.get("data_types")
     if isinstance(types, Mapping) and types.get("grad_accum_dtype") is not None:
         found.warnings.append(
@@ -139,8 +134,10 @@ def _check_unplanned(data: Mapping[str, Any], found: Findings) -> None:
         value = data.get(key)
         if value is not None and str(value).lower() not in ("fp32", "fp16", "bf16"):
             found.problems.append(f'{key} is {value!r}, not fp32, fp16 or bf16; write "bf16"')
-        elif value is not None:
+        elif key == "communication_data_type" and value is not None:
             found.warnings.append(f"{key} is not modelled: buckets are counted in the training dtype")
+        elif value is not None and str(value).lower() != "fp32":
+            found.warnings.append(f"{key} is not modelled: gradients of shared sequences are counted in fp32")
 
 
 def _read_recipe(data: Mapping[str, Any], recipe: Recipe, found: Findings) -> Recipe:
@@ -219,50 +216,6 @@ def _read_optimizer(section: Any, recipe: Recipe, found: Findings) -> Recipe:
         else:
             recipe = replace(recipe, learning_rate=value)
     return recipe
-
-
-def _read_batch(
-    data: Mapping[str, Any], recipe: Recipe, world_size: int, micro_batch: int | None, found: Findings
-) -> BatchSizes | None:
-    """The batch triangle: what the file gives, the rest from the recipe.
-
-    Source: deepspeed 0.19.8, runtime/config.py (_set_batch_related_parameters, _batch_assertion).
-    """
-    given: dict[str, int] = {}
-    before = len(found.problems)
-    for key in _BATCH_KEYS:
-        value = data.get(key)
-        if value == "auto" or value is None:
-            found.origins[key] = "auto"
-            continue
-        read, complaint = read_value(_POSITIVE, value)
-        if isinstance(value, str) and not complaint:
-            complaint = f"is {value!r}, not a whole number; write {read} without quotes"
-        if complaint:
-            found.problems.append(f"{key} {complaint}")
-        else:
-            given[key] = read
-            found.origins[key] = "user"
-    if len(found.problems) > before:
-        return None
-    total, micro, steps = (given.get(key) for key in _BATCH_KEYS)
-    if micro is None and total is not None and steps is not None:
-        micro = max(total // (steps * world_size), 1)
-    micro = micro or micro_batch or 1
-    if steps is None:
-        steps = max((total or recipe.train_batch_size) // (micro * world_size), 1)
-        total = total or (recipe.train_batch_size if "train_micro_batch_size_per_gpu" not in given else None)
-    product = micro * steps * world_size
-    if product > _LARGEST_BATCH:
-        found.problems.append(f"{product} sequences a step are no batch that fits anywhere; write a smaller one")
-        return None
-    if total is not None and total != product:
-        found.problems.append(
-            f"train_batch_size is {total}, but train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps"
-            f' {steps} x world_size {world_size} = {product}; write {product}, or "auto" for one of them'
-        )
-        return None
-    return BatchSizes(train_micro_batch_size_per_gpu=micro, gradient_accumulation_steps=steps, world_size=world_size)
 
 
 def _check_together(data: Mapping[str, Any], zero: ZeroConfig, recipe: Recipe, found: Findings) -> None:

@@ -8,72 +8,16 @@ from dataclasses import replace
 from zplan.autotp import cut_shape
 from zplan.candidates import Candidate, Stage, evaluate
 from zplan.errors import ConfigError
+from zplan.explanation import Effect, Explanation
 from zplan.hardware import Cluster
 from zplan.memory.documented import documented_bucket_bytes
 from zplan.memory.terms import Phase
 from zplan.model_shape import ModelShape
 from zplan.recipe import Attention, Recipe
+from zplan.sequence import refusals
 from zplan.settings import STAGE3_KEYS, apply_settings, hf_auto_bucket_sizes, nearest
-from zplan.units import format_bytes
 from zplan.values import dataclass
-from zplan.zero_config import Choice, OffloadOptimizer, OffloadParam, ZeroConfig
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Effect:
-    """One value of the option against another, everything else equal. Negative bytes are saved."""
-
-    change: str
-    gpu_bytes: int
-    """Of a rank's peak, allocated."""
-    phase: Phase
-    """The phase of the GPU that changes most; an option can matter in one that is not the peak."""
-    phase_bytes: int
-    host_bytes: int | None
-    """Of a node, resident; None where it is not estimated."""
-    host_phase: Phase
-    host_phase_bytes: int
-    """The phase of the host that changes most."""
-    tokens_per_second: float | None
-    """Ratio; None where the speed is not known."""
-
-    def __str__(self) -> str:
-        parts = [f"GPU peak {_signed(self.gpu_bytes)}"]
-        if self.phase_bytes != self.gpu_bytes:
-            parts.append(f"{self.phase} {_signed(self.phase_bytes)}")
-        if self.host_bytes is not None:
-            parts.append(f"host {_signed(self.host_bytes)}")
-            if self.host_phase_bytes != self.host_bytes:
-                parts.append(f"host {self.host_phase} {_signed(self.host_phase_bytes)}")
-        if self.tokens_per_second is not None:
-            change = self.tokens_per_second - 1
-            parts.append(f"tokens/s {change:+.0%}" if abs(change) >= 0.005 else "tokens/s unchanged")
-        return f"{self.change}: {', '.join(parts)}"
-
-
-def _signed(num_bytes: int) -> str:
-    return ("+" if num_bytes > 0 else "") + format_bytes(num_bytes) if num_bytes else "unchanged"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Explanation:
-    """An option in words and in bytes."""
-
-    key: str
-    text: str
-    rows: tuple[Effect, ...]
-    """Empty where the option changes nothing that zplan counts; the text says why."""
-    documented_bound_bytes: int | None = None
-    """The 4.5x rule, for the options that the documentation states it for."""
-
-    @property
-    def effects(self) -> tuple[str, ...]:
-        """The rows as lines of text."""
-        lines = [str(row) for row in self.rows]
-        if self.documented_bound_bytes is not None:
-            lines.append(f"documented 4.5x bound of both buckets: {format_bytes(self.documented_bound_bytes)}")
-        return tuple(lines)
-
+from zplan.zero_config import BatchSizes, Choice, OffloadOptimizer, OffloadParam, ZeroConfig
 
 Change = tuple[str, "Question", "Question"]
 """(what changes, before, after)."""
@@ -127,6 +71,8 @@ def explain(key: str, shape: ModelShape, recipe: Recipe, choice: Choice, cluster
 _ALIASES = {
     "sparse_attention": "sliding_window", "sliding_window_attention": "sliding_window",
     "tensor_parallelism": "tensor_parallel", "autotp": "tensor_parallel", "autotp_size": "tensor_parallel",
+    "ulysses": "sequence_parallel_size", "sequence_parallel": "sequence_parallel_size",
+    "sp_size": "sequence_parallel_size",
     "activation_checkpointing": "gradient_checkpointing", "checkpointing": "gradient_checkpointing",
 }  # fmt: skip
 """Other words for a topic."""
@@ -265,6 +211,25 @@ def _attention(question: Question) -> Iterator[Change]:
     yield "attention=eager -> sdpa", eager, sdpa
 
 
+def _sequence_parallel(question: Question) -> Iterator[Change]:
+    """The same batch over half as many micro-batches at a time; then over as few as the model and the ranks allow."""
+    alone = replace(question, choice=replace(question.choice, batch=_shared(question.choice.batch, 1)))
+    batch = alone.choice.batch
+    sizes = [
+        n for n in range(2, batch.world_size + 1)
+        if batch.world_size % n == 0 and not any(refusals(question.shape, question.recipe, n))
+    ]  # fmt: skip
+    for ranks in sorted({*sizes[:1], *sizes[-1:]}):
+        shared = replace(alone, choice=replace(alone.choice, batch=_shared(batch, ranks)))
+        yield f"sequence_parallel_size=1 -> {ranks}", alone, shared
+
+
+def _shared(batch: BatchSizes, ranks: int) -> BatchSizes:
+    """The same global batch, as near as whole accumulation steps get, with `ranks` ranks to a sequence."""
+    steps = batch.gradient_accumulation_steps * ranks // batch.sequence_parallel_size
+    return replace(batch, sequence_parallel_size=ranks, gradient_accumulation_steps=max(steps, 1))
+
+
 def _tensor_parallel(question: Question) -> Iterator[Change]:
     """Half of each matrix on a GPU, and half as many data-parallel ranks, which share states among fewer."""
     where, at = _at(question, (2, 1, 0))
@@ -380,6 +345,13 @@ TOPICS: Mapping[str, Topic] = {
         "With sdpa or flash attention no score matrix is stored, so a window saves arithmetic rather than training "
         "memory; DeepSpeed's own sparse_attention section has been removed.",
         changes=_attention,
+    ),
+    "sequence_parallel_size": Topic(
+        text="Ulysses: ranks share each sequence and trade positions for heads around the attention; accelerate's "
+        "ParallelismConfig(sp_size, sp_backend) switches it on, and the tuner does not search it. Activations and loss "
+        "shrink by that factor, ZeRO still cuts over all ranks, and fewer micro-batches run at a time. Gradients are "
+        "then reduced in fp32, which doubles stage 3's bucket in 16 bits and copies what other stages reduce.",
+        changes=_sequence_parallel,
     ),
     "tensor_parallel": Topic(
         text="DeepSpeed's AutoTP (tensor_parallel.autotp_size) splits each weight matrix over GPUs, with an all-reduce "

@@ -15,7 +15,7 @@ from zplan.recipe import Recipe
 from zplan.settings import hf_auto_bucket_sizes
 from zplan.units import GIB, TIB
 from zplan.values import dataclass
-from zplan.zero_config import Choice, OffloadOptimizer, OffloadParam, ZeroConfig, batch_sizes
+from zplan.zero_config import Choice, OffloadOptimizer, OffloadParam, ZeroConfig
 
 MOST_GPUS = 1024
 """The search for "more GPUs" ends here."""
@@ -76,10 +76,10 @@ def _changes(shape: ModelShape, recipe: Recipe, choice: Choice, cluster: Cluster
 
 def _batch_changes(recipe: Recipe, choice: Choice) -> Iterator[tuple[str, Choice]]:
     batch = choice.batch
-    share = recipe.train_batch_size // batch.world_size
+    share = recipe.train_batch_size // batch.data_parallel_size
     for size in (batch.train_micro_batch_size_per_gpu // 2, batch.train_micro_batch_size_per_gpu * 2):
         if size >= 1 and share % size == 0:
-            cut = batch_sizes(recipe, micro_batch=size, world_size=batch.world_size)
+            cut = replace(batch, train_micro_batch_size_per_gpu=size, gradient_accumulation_steps=share // size)
             yield f"--micro-batch {size}", replace(choice, batch=cut)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from zplan import recipe as recipe_module
-from zplan.candidates import is_choice_setting, lift_settings
+from zplan.candidates import asked_sharing, is_choice_setting, lift_settings
 from zplan.catalog import find_model, load_gpu
 from zplan.catalog.config_file import SIZES
 from zplan.errors import ConfigError
@@ -28,6 +28,7 @@ from zplan.sanity import (
     refuse_offload,
     refuse_oversized_buckets,
 )
+from zplan.sequence import lost_masks, refuse_unshareable
 from zplan.settings import gives_one_value, split_setting
 from zplan.units import GIB, parse_size
 from zplan.values import dataclass
@@ -112,7 +113,10 @@ def _checked(job: Job) -> Job:
     """The job with warnings about what is probably a mistake. Raises ConfigError for what cannot be meant."""
     refuse_nvme_without_drive(job.cluster, job.fixed, job.choice)
     refuse_offload(job.cluster, job.recipe, job.choice)
-    return replace(job, warnings=(*job.warnings, *odd_sizes(job.shape, job.recipe, job.choice)))
+    shared = job.choice.batch.sequence_parallel_size if job.choice else asked_sharing(job.fixed)
+    refuse_unshareable(job.shape, job.recipe, shared)
+    odd = (*odd_sizes(job.shape, job.recipe, job.choice), *lost_masks(job.shape, job.recipe, shared))
+    return replace(job, warnings=(*job.warnings, *odd))
 
 
 def _planned_job(

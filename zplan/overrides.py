@@ -33,6 +33,7 @@ def over_file(data: Any, fixed: Fixed, recipe: Mapping[str, Any]) -> Any:
     if given and isinstance(data.setdefault("zero_optimization", {}), Mapping):
         _write(data["zero_optimization"], given)
     for key, value in (
+        ("sequence_parallel_size", fixed.sequence_parallel_size if fixed.sequence_parallel_size > 1 else None),
         ("train_micro_batch_size_per_gpu", fixed.micro_batch),
         ("train_batch_size", recipe.get("train_batch_size")),
     ):
@@ -74,7 +75,8 @@ def fixed_by_file(choice: Choice, origins: Mapping[str, str], fixed: Fixed) -> F
     )
     batch = "train_micro_batch_size_per_gpu"
     micro = choice.batch.train_micro_batch_size_per_gpu if origins.get(batch) == "user" else fixed.micro_batch
-    return replace(fixed, **given, settings=settings, micro_batch=micro)
+    shared = choice.batch.sequence_parallel_size
+    return replace(fixed, **given, settings=settings, micro_batch=micro, sequence_parallel_size=shared)
 
 
 def _write(section: dict[str, Any], given: Mapping[str, Any]) -> None:
@@ -101,9 +103,10 @@ def over_plan(choice: Choice, fixed: Fixed, recipe: Recipe) -> Choice:
             zero = apply_settings(zero, [f"{name}.device={device}"])
     micro_batch = fixed.micro_batch or choice.batch.train_micro_batch_size_per_gpu
     world_size = fixed.world_size or choice.batch.world_size
+    shared = fixed.sequence_parallel_size if fixed.sequence_parallel_size > 1 else choice.batch.sequence_parallel_size
     checkpointing = fixed.gradient_checkpointing
     return Choice(
         zero=apply_settings(zero, fixed.settings),
-        batch=batch_sizes(recipe, micro_batch=micro_batch, world_size=world_size),
+        batch=batch_sizes(recipe, micro_batch=micro_batch, world_size=world_size, sequence_parallel_size=shared),
         gradient_checkpointing=choice.gradient_checkpointing if checkpointing is None else checkpointing,
     )

@@ -125,12 +125,7 @@ class BatchSizes:
         for item in fields(self):
             if getattr(self, item.name) < 1:
                 raise ConfigError(f"{item.name} is {getattr(self, item.name)}, below 1", fix="--micro-batch 1")
-        if self.world_size % self.sequence_parallel_size:
-            raise ConfigError(
-                f"sequence_parallel_size is {self.sequence_parallel_size}, which does not divide {self.world_size} ranks",
-                because="DeepSpeed makes groups of equal size (runtime/sequence_parallel/parallel_state_sp.py)",
-                fix="--set sequence_parallel_size=1",
-            )
+        _refuse_unequal_groups(self.world_size, self.sequence_parallel_size)
 
     @property
     def data_parallel_size(self) -> int:
@@ -140,6 +135,21 @@ class BatchSizes:
     @property
     def train_batch_size(self) -> int:
         return self.train_micro_batch_size_per_gpu * self.gradient_accumulation_steps * self.data_parallel_size
+
+
+def _refuse_unequal_groups(world_size: int, sequence_parallel_size: int) -> None:
+    if sequence_parallel_size < 1 or world_size % sequence_parallel_size:
+        raise ConfigError(
+            f"sequence_parallel_size {sequence_parallel_size} does not divide {world_size} ranks",
+            because="DeepSpeed makes groups of equal size (runtime/sequence_parallel/parallel_state_sp.py)",
+            fix="--set sequence_parallel_size=1",
+        )
+
+
+def ranks_in_words(world_size: int, sequence_parallel_size: int) -> str:
+    """What a micro-batch is multiplied by, for messages."""
+    shared = f" / sequence_parallel_size {sequence_parallel_size}" if sequence_parallel_size > 1 else ""
+    return f"world_size {world_size}{shared}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,24 +184,26 @@ def offload_refused(zero: ZeroConfig, optimizer: Optimizer, *, on_cpu: bool) -> 
     return None
 
 
-def batch_sizes(recipe: Recipe, *, micro_batch: int, world_size: int) -> BatchSizes:
+def batch_sizes(recipe: Recipe, *, micro_batch: int, world_size: int, sequence_parallel_size: int = 1) -> BatchSizes:
     """Cut the global batch into micro-batches.
 
     Raises:
-        ConfigError: micro_batch * world_size does not divide train_batch_size.
+        ConfigError: micro_batch * data_parallel_size does not divide train_batch_size.
     """
-    sequences = micro_batch * world_size
+    _refuse_unequal_groups(world_size, sequence_parallel_size)
+    sequences = micro_batch * world_size // sequence_parallel_size
     accumulation, rest = divmod(recipe.train_batch_size, max(sequences, 1))
     if rest or accumulation < 1:
         raise ConfigError(
-            f"train_batch_size is {recipe.train_batch_size}, but micro-batch {micro_batch} x world_size {world_size}"
-            f" = {sequences} does not divide it",
+            f"train_batch_size is {recipe.train_batch_size}, but micro-batch {micro_batch} x"
+            f" {ranks_in_words(world_size, sequence_parallel_size)} = {sequences} does not divide it",
             because="DeepSpeed asserts train_batch_size = micro-batch x accumulation x world_size (runtime/config.py)",
             fix=f"--train-batch-size {max(accumulation, 1) * sequences}",
         )
     return BatchSizes(
-        train_micro_batch_size_per_gpu=micro_batch, gradient_accumulation_steps=accumulation, world_size=world_size
-    )
+        train_micro_batch_size_per_gpu=micro_batch, gradient_accumulation_steps=accumulation, world_size=world_size,
+        sequence_parallel_size=sequence_parallel_size,
+    )  # fmt: skip
 
 
 def _section(value: OffloadParam | OffloadOptimizer) -> dict[str, Any]:

@@ -49,8 +49,12 @@ def zero_configs() -> st.SearchStrategy[ZeroConfig]:
 
 def choices() -> st.SearchStrategy[Choice]:
     """Every way to fill in the choice, sizes that do not divide included."""
-    batches = st.builds(
-        BatchSizes, train_micro_batch_size_per_gpu=st.integers(1, 5), gradient_accumulation_steps=st.integers(1, 3),
-        world_size=st.integers(1, 9),
-    )  # fmt: skip
+
+    def batch(micro_batch: int, accumulation: int, groups: int, shared: int) -> BatchSizes:
+        return BatchSizes(
+            train_micro_batch_size_per_gpu=micro_batch, gradient_accumulation_steps=accumulation,
+            world_size=groups * shared, sequence_parallel_size=shared,
+        )  # fmt: skip
+
+    batches = st.builds(batch, st.integers(1, 5), st.integers(1, 3), st.integers(1, 9), st.sampled_from((1, 1, 3)))
     return st.builds(Choice, zero=zero_configs(), batch=batches, gradient_checkpointing=st.booleans())

@@ -131,11 +131,8 @@ def test_what_no_simulation_confirmed_is_a_note_and_may_fit() -> None:
     assert found.gpu.verdict == "fits"
 
 
-@pytest.mark.parametrize(
-    "section", [{"tensor_parallel": {"autotp_size": 2}}, {"sequence_parallel_size": 2}], ids=["AutoTP", "Ulysses"]
-)
-def test_a_file_that_splits_the_model_is_refused(section: dict[str, Any]) -> None:
-    data = {"train_micro_batch_size_per_gpu": 1, **section}
+def test_a_file_that_splits_the_model_is_refused() -> None:
+    data: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "tensor_parallel": {"autotp_size": 2}}
     with pytest.raises(ConfigError, match="not modelled"):
         read_ds_config(data, recipe=Recipe(model="any", train_batch_size=8), shape=SHAPE, cluster=cluster(8))
 

@@ -88,7 +88,7 @@ def test_what_cannot_fit_by_its_states_alone_is_never_said_to_fit(
 @given(first=choices(), then=choices(), rank=st.integers(0, 3))
 def test_an_estimator_that_was_asked_before_answers_as_a_new_one(first: Choice, then: Choice, rank: int) -> None:
     """What it remembers of one choice never leaks into another."""
-    first, then = (replace(item, batch=replace(item.batch, world_size=4)) for item in (first, then))
+    first, then = (replace(item, batch=replace(item.batch, world_size=6)) for item in (first, then))
     used = Estimator(SMOLLM, FULL_ON_SMOLLM, ON_GPUS, rank=rank)
     used.estimate([first])
     estimate = estimate_memory(SMOLLM, FULL_ON_SMOLLM, then, ON_GPUS, rank=rank)

@@ -21,6 +21,7 @@ from zplan.memory.script import STEP_PHASES, Course, Op
 from zplan.memory.stage3 import Stage3Engine, shard
 from zplan.memory.timeline import record
 from zplan.memory.trainable import layout
+from zplan.memory.ulysses import reduced_itemsize
 from zplan.recipe import Recipe
 from zplan.zero_config import Choice, ZeroConfig
 
@@ -40,7 +41,10 @@ def whole_engine_peaks(walked: Course, recipe: Recipe, choice: Choice) -> dict[s
         Op.RECOMPUTED_MODULE: coordinator.recomputed_module,
         Op.END_RECOMPUTED: lambda _: coordinator.end_recomputed(),
     }
-    engine = Stage3Engine(meter, items, shards, choice.zero, num_ranks=ranks, itemsize=recipe.weight_bytes)
+    engine = Stage3Engine(
+        meter, items, shards, choice.zero, num_ranks=ranks, itemsize=recipe.weight_bytes,
+        reduced=reduced_itemsize(choice.batch, recipe.weight_bytes),
+    )  # fmt: skip
     act = {
         Op.NOTHING: lambda _: None,
         Op.BEGIN: lambda _: engine.begin_micro_step(),
@@ -77,8 +81,9 @@ def whole_engine_peaks(walked: Course, recipe: Recipe, choice: Choice) -> dict[s
 def test_gathered_parameters_and_gradients_followed_apart_add_up_to_one_engine(recipe: Recipe, choice: Choice) -> None:
     choice = replace(choice, zero=replace(choice.zero, stage=3))
     recording = record(
-        SMOLLM, recipe, layout(SMOLLM, recipe), micro_batch=choice.batch.train_micro_batch_size_per_gpu, on_cpu=False
-    )
+        SMOLLM, recipe, layout(SMOLLM, recipe), micro_batch=choice.batch.train_micro_batch_size_per_gpu, on_cpu=False,
+        sequence_parallel_size=choice.batch.sequence_parallel_size,
+    )  # fmt: skip
     walked = course(recording, checkpointing=choice.gradient_checkpointing, fetches=True)
     replay = Replay(walked.script, recording.items, recipe.weight_bytes, None)
     gathering = Gathering(walked.script, recording.items, recipe.weight_bytes)

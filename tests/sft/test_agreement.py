@@ -39,6 +39,13 @@ def test_what_contradicts_or_is_read_by_nobody_is_named(zero: dict[str, Any], to
     assert any(said in problem for problem in caught.value.problems)
 
 
+def test_a_plan_that_shares_sequences_is_refused() -> None:
+    plan = make_plan(make_recipe(Path("model"), None))
+    batch = replace(plan.choice.batch, world_size=2, sequence_parallel_size=2)
+    with pytest.raises(ConfigError, match="shares sequences over 2 ranks"):
+        check_agreement(plan.recipe, replace(plan.choice, batch=batch), plan.deepspeed)
+
+
 def test_what_zplan_writes_agrees_on_both_kinds_of_machines_and_further_keys_of_deepspeed_pass() -> None:
     check()
     check({"ignore_unused_parameters": False}, wall_clock_breakdown=True)

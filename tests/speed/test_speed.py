@@ -15,6 +15,7 @@ from zplan.recipe import Recipe
 from zplan.speed.communication import COLLECTIVE_SECONDS, link_bytes_per_second, traffic
 from zplan.speed.compute import ACHIEVABLE_SHARE, backward_flops, flops_per_token, forward_flops
 from zplan.speed.estimate import estimate_speed
+from zplan.speed.exchange import exchange_seconds
 from zplan.speed.offload import (
     CPU_ADAM_ELEMENTS_PER_SECOND,
     PAGEABLE_SHARE,
@@ -220,3 +221,16 @@ def test_overlap_never_slows_a_step(chosen: Choice) -> None:
     assert fast is not None
     assert slow is not None
     assert fast <= slow * (1 + 1e-9)
+
+
+def test_shared_sequences_are_exchanged_around_every_attention() -> None:
+    batch = BatchSizes(
+        train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=3, world_size=4, sequence_parallel_size=2
+    )
+    cluster = described_cluster(gpus_per_node=4)
+    shared = Choice(zero=ZeroConfig(stage=1), batch=batch)
+    sent = 2 * 2048 // 2 * 4 * H * 2 / 2  # tokens of a rank, q, k, v and the result, bf16, half of it leaves
+    each = sent / (cluster.intra_node_bytes_per_second or 0) + 4 * COLLECTIVE_SECONDS
+    assert exchange_seconds(SHAPE, RECIPE, shared, cluster) == pytest.approx(L * 3 * 3 * each)
+    alone = replace(shared, batch=replace(batch, sequence_parallel_size=1))
+    assert exchange_seconds(SHAPE, RECIPE, alone, cluster) == 0

@@ -35,6 +35,14 @@ def test_a_setting_narrows_or_bounds() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "fixed", [Fixed(sequence_parallel_size=2), Fixed(settings=("sequence_parallel_size=2",))], ids=["file", "--set"]
+)
+def test_shared_sequences_are_not_searched(fixed: Fixed) -> None:
+    with pytest.raises(ConfigError, match="sequence_parallel_size"):
+        narrow(fixed)
+
+
 def test_a_switch_that_is_typed_as_a_number_is_a_switch() -> None:
     ranges = narrow(Fixed(settings=("overlap_comm=0", "gradient_checkpointing=1"))).ranges
     assert [type(value) for knob in ranges.values() if isinstance(knob, Options) for value in knob.values] == [bool] * 2

@@ -130,6 +130,8 @@ def _flags(candidate: Candidate, cluster: Cluster) -> str:
     if choice.zero.offloads_param:
         flags.append(f"--offload-param {choice.zero.offload_param.device}")
     flags.append("--gradient-checkpointing" if choice.gradient_checkpointing else "--no-gradient-checkpointing")
+    if choice.batch.sequence_parallel_size > 1:
+        flags.append(f"--set sequence_parallel_size={choice.batch.sequence_parallel_size}")
     if choice.batch.world_size != cluster.world_size:
         flags.append(f"--set world_size={choice.batch.world_size}")
     return " ".join(flags)

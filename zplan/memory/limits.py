@@ -52,10 +52,12 @@ def _of_recipe(recipe: Recipe, on_cpu: bool) -> list[str]:
 
 
 def _of_muon(choice: Choice) -> list[str]:
-    zero = choice.zero
+    zero, lines = choice.zero, []
     if zero.stage == 3 and zero.offload_optimizer.device == "nvme":
-        return ["Muon with NVMe: how its update swaps momentum and gradients (stage3.py, _writeback_swap_state)"]
-    return []
+        lines.append("Muon with NVMe: how its update swaps momentum and gradients (stage3.py, _writeback_swap_state)")
+    if zero.stage == 3 and choice.batch.sequence_parallel_size > 1:
+        lines.append("Muon at stage 3 with shared sequences: momentum and gathers in fp32 (_create_momentum_buffer)")
+    return lines
 
 
 def _of_zero(choice: Choice) -> list[str]:
@@ -70,6 +72,8 @@ def _of_zero(choice: Choice) -> list[str]:
         )
     if zero.zero_hpz_partition_size > 1 and zero.offloads_param:
         lines.append("hpZ's second copy in host memory (offload_param)")
+    if zero.zero_quantized_gradients and choice.batch.sequence_parallel_size > 1:
+        lines.append("zero_quantized_gradients of shared sequences, which are cast to fp32 before (stage3.py:1920)")
     return lines
 
 

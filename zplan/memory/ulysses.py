@@ -8,11 +8,12 @@ Source: deepspeed 0.19.8, runtime/sequence_parallel/ulysses_sp.py (UlyssesSPAtte
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from zplan.memory.operations import FP32, Sizes
 from zplan.memory.scores import fused_attention
 from zplan.memory.tape import Tape, Value
+from zplan.values import dataclass
 from zplan.zero_config import BatchSizes
 
 INT64 = 8
@@ -76,29 +77,30 @@ class _Exchange:
         cut = self.tape.apply(num_bytes, [(x if repeated is None else repeated, None)])
         if repeated is not None:
             self.tape.drop(repeated)
-        return self._send(cut, num_bytes)
+        arrived = self._send(cut, num_bytes)
+        self.tape.drop(cut)
+        return arrived
 
     def _send(self, x: Value, num_bytes: int) -> Value:
         """The exchange keeps nothing; its backward lays the gradient out and sends it back."""
-        arrived = self.tape.apply(num_bytes, [(x, num_bytes)], temporary=num_bytes)
-        self.tape.drop(x)
-        return arrived
+        return self.tape.apply(num_bytes, [(x, num_bytes)], temporary=num_bytes)
 
     def heads_first(self, x: Value, width: int, *, num_heads: int) -> Value:
-        """(S, B, H / P, n) as the attention takes it, (B, H / P, S, n): a view of a single head of a single sequence."""
+        """(S, B, H / P, n) to (B, H / P, S, n), as attention takes it: a view of a single head of a single sequence."""
         is_view = self.sizes.micro_batch == 1 and num_heads == 1
         out = self.tape.apply(None if is_view else self.sizes.bytes(width), [(x, None)])
         self.tape.drop(x)
         return out
 
     def to_positions(self, out: Value, width: int, *, num_heads: int) -> Value:
-        """The attention's result back to (B, S / P, H n): sdpa's has heads first, several sequences are laid out anew."""
+        """The result back to (B, S / P, H n): sdpa's has heads first, several sequences are laid out anew."""
         tape, num_bytes, several = self.tape, self.sizes.bytes(width), self.sizes.micro_batch > 1
         context = tape.apply(num_bytes if num_heads > 1 and self.sizes.attention == "sdpa" else None, [(out, None)])
         tape.drop(out)
-        arrived = self._send(tape.apply(num_bytes if several else None, [(context, None)]), num_bytes)
+        laid_out = tape.apply(num_bytes if several else None, [(context, None)])
+        arrived = self._send(laid_out, num_bytes)
         joined = tape.apply(num_bytes, [(arrived, None)])
-        tape.drop(arrived, context)
+        tape.drop(arrived, laid_out, context)
         if not several:
             return joined
         mixed = tape.apply(num_bytes, [(joined, None)])

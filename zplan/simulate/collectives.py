@@ -126,6 +126,21 @@ def on_copies(collective: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     return work
 
 
+def finished(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """A collective of torch that has let go of its tensors when it returns."""
+    return lambda *args, **kwargs: on_copies(collective, args, kwargs)
+
+
+def counted_exchange(original: Callable[..., torch.Tensor], recorder: CollectiveRecorder) -> Callable[..., Any]:
+    """Ulysses' all-to-all (sequence/layer.py), an operation of torch with a derivative of its own."""
+
+    def exchange(input: torch.Tensor, group_name: str) -> torch.Tensor:
+        recorder.record("all_to_all_single", (input,), {})
+        return original(input, group_name)
+
+    return exchange
+
+
 def join_fake_group(*, world_size: int, local_size: int) -> None:
     """Become rank 0 of a group of `world_size`, without a socket."""
     os.environ.update(

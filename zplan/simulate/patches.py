@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 
-from zplan.simulate.collectives import COLLECTIVES, Agreement, CollectiveRecorder, on_copies
+from zplan.simulate.collectives import COLLECTIVES, Agreement, CollectiveRecorder, counted_exchange, finished
 from zplan.simulate.device import DEVICE
 from zplan.simulate.dispatch_cache import forget_layout, new_fake_tensor
 from zplan.simulate.ops import StandInBuilder, StandInOp
@@ -210,16 +210,6 @@ def params_to_release(original: Callable[..., set[int]], listed: Callable[..., A
     return params_to_release
 
 
-def counted_exchange(original: Callable[..., torch.Tensor], recorder: CollectiveRecorder) -> Callable[..., Any]:
-    """Ulysses' all-to-all (sequence/layer.py), an operation of torch with a derivative of its own."""
-
-    def exchange(input: torch.Tensor, group_name: str) -> torch.Tensor:
-        recorder.record("all_to_all_single", (input,), {})
-        return original(input, group_name)
-
-    return exchange
-
-
 def install_recorder(patches: Patches, recorder: CollectiveRecorder) -> None:
     """The real counterpart: collectives run, and are counted."""
     # the probe of every op starts compilers
@@ -231,11 +221,6 @@ def install_recorder(patches: Patches, recorder: CollectiveRecorder) -> None:
     # the loss of shared sequences is gathered past DeepSpeed (torch.distributed.nn.functional)
     for name in ("all_gather", "scatter"):
         patches.set(torch.distributed, name, finished(getattr(torch.distributed, name)))
-
-
-def finished(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """A collective of torch that has let go of its tensors when it returns."""
-    return lambda *args, **kwargs: on_copies(collective, args, kwargs)
 
 
 def _new_fake_tensor(

@@ -69,6 +69,7 @@ SEAMS = (
         ("self", "cpuadam_cores_perc"),
     ),
     Seam("deepspeed.runtime.superoffload.superoffload_stage3", "_validate_superoffload_accelerator", ()),
+    Seam("deepspeed.sequence.layer", "_dim_zero_all_to_all_op"),
     Seam("deepspeed.runtime.zero.utils", "get_lst_from_rank0", ("lst",)),
     Seam("deepspeed.runtime.zero.utils", "assert_ints_same_as_other_ranks"),
     Seam("deepspeed.runtime.zero.utils", "assert_lst_len_same_as_other_ranks"),

@@ -13,6 +13,7 @@ from zplan.speed.compute import (
     gpu_step_seconds,
     weight_traffic_seconds,
 )
+from zplan.speed.exchange import exchange_seconds
 from zplan.speed.offload import (
     cpu_adam_seconds,
     nvme_seconds,
@@ -30,6 +31,7 @@ def estimate_speed(shape: ModelShape, recipe: Recipe, choice: Choice, cluster: C
     work = work_of(shape, recipe)
     arithmetic = _arithmetic(work, recipe, choice, cluster)
     moved = traffic(work, recipe, choice, cluster)
+    exchanged = exchange_seconds(shape, recipe, choice, cluster) if moved else 0.0
     states = optimizer_link_seconds(work, recipe, choice, cluster)
     weights = parameter_link_seconds(work, recipe, choice, cluster)
     disk = nvme_seconds(work, recipe, choice, cluster)
@@ -38,7 +40,7 @@ def estimate_speed(shape: ModelShape, recipe: Recipe, choice: Choice, cluster: C
     parts: dict[BoundBy, float | None] = {
         "compute": arithmetic,
         "memory_bandwidth": gpu_step,
-        "communication": moved.total if moved else None,
+        "communication": moved.total + exchanged if moved else None,
         "host_link": None if states is None or weights is None else states + weights,
         "cpu_adam": host_step,
         "nvme": disk,
@@ -51,7 +53,7 @@ def estimate_speed(shape: ModelShape, recipe: Recipe, choice: Choice, cluster: C
         )
     passes = _passes_seconds(work, recipe, choice, arithmetic, moved, states, weights)
     update = gpu_step + _host_update(choice, host_step, disk) + moved.step
-    seconds = passes + update
+    seconds = passes + exchanged + update
     tokens_per_second = choice.batch.train_batch_size * recipe.max_length / seconds
     return SpeedEstimate(
         step_seconds=seconds,
@@ -68,7 +70,7 @@ def _arithmetic(work: Work, recipe: Recipe, choice: Choice, cluster: Cluster) ->
     if speed is None:
         return None
     batch, recompute = choice.batch, choice.gradient_checkpointing
-    tokens = batch.train_micro_batch_size_per_gpu * recipe.max_length
+    tokens = batch.train_micro_batch_size_per_gpu * recipe.max_length / batch.sequence_parallel_size
     seconds = tokens * flops_per_token(work, recipe, gradient_checkpointing=recompute) / speed
     floor = weight_traffic_seconds(work, recipe, cluster.gpu, passes=4 if recompute else 3)
     return batch.gradient_accumulation_steps * max(seconds, floor)

@@ -24,6 +24,7 @@ _FLAGS = {
     "world_size": "world_size",
 }
 """Field of Fixed -> knob."""
+_SHARING = "sequence_parallel_size"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +45,12 @@ def narrow(fixed: Fixed) -> Narrowed:
     Raises:
         ConfigError: a setting that is not KEY=VALUE, an unknown key, a value that cannot be read.
     """
+    if fixed.sequence_parallel_size > 1 or any(split_setting(text)[0] == _SHARING for text in fixed.settings):
+        raise ConfigError(
+            f"{_SHARING} is given, and the tuner searches data-parallel configurations",
+            because="a trial trains as sft.train does, which does not share sequences",
+            fix="zplan estimate or zplan simulate with the same flags",
+        )
     ranges: dict[str, Range] = {
         knob: Options((getattr(fixed, name),)) for name, knob in _FLAGS.items() if getattr(fixed, name) is not None
     }
