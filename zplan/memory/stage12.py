@@ -171,9 +171,8 @@ class Stage12Engine:
             self.meter.add(Kind.BUCKETS, self.bucket_bytes)
 
     def _keep_all_gradients(self) -> None:
-        for group in self.items.groups:
-            for number in group:
-                self._own(number)
+        self.own = {p: self.itemsize * self.items.numel[p] for group in self.items.groups for p in group}
+        self.meter.add(Kind.GRADIENTS, sum(self.own.values()))
 
     def _own(self, number: int) -> None:
         self.own[number] = self.itemsize * self.items.numel[number]
@@ -187,6 +186,10 @@ class Stage12Engine:
         """AccumulateGrad ran: keep the gradient, or add it to the one of earlier micro-steps, then maybe reduce."""
         if number in self.own:
             self.meter.touch(Kind.GRADIENTS, self.itemsize * self.items.numel[number])
+        elif self.has_buckets and self.reduces_in_hooks and self._fits(number):
+            self.meter.touch(Kind.GRADIENTS, self.itemsize * self.items.numel[number])  # copied into the bucket at once
+            self._append(number)
+            return
         else:
             self._own(number)
         if not self.has_buckets:
@@ -194,17 +197,23 @@ class Stage12Engine:
         if self.reduces_in_hooks:
             self._enqueue(number)
 
+    def _fits(self, number: int) -> bool:
+        return self.bucket_numel + self.items.numel[number] <= self.zero.reduce_bucket_size
+
+    def _append(self, number: int) -> None:
+        self.bucket.append(number)
+        self.bucket_numel += self.items.numel[number]
+
     def _enqueue(self, number: int) -> None:
         numel = self.items.numel[number]
-        if self.bucket_numel + numel > self.zero.reduce_bucket_size:
+        if not self._fits(number):
             self._reduce()
         if self.contiguous and numel <= self.zero.reduce_bucket_size:
             self._free(number)
         elif self.zero.offloads_optimizer:
             # a clone takes the place of an oversized gradient (_offload_gradient_safety_enabled)
             self.meter.touch(Kind.GRADIENTS, self.itemsize * numel)
-        self.bucket.append(number)
-        self.bucket_numel += numel
+        self._append(number)
 
     def end_backward(self) -> None:
         """The epilogue: what is left is reduced, buckets go, the partition's gradients stay for the step.
@@ -284,6 +293,8 @@ class Stage12Engine:
         Source: deepspeed 0.19.8, stage_1_and_2.py (average_tensor, allreduce_and_scatter); torch 2.13.0,
         torch/csrc/utils/tensor_flatten.h (flatten_dense_tensors).
         """
+        if len(self.bucket) == 1 and len(self.cut.pieces[self.bucket[0]]) == 1 and not self.cast:
+            return 0
         largest = numel = count = 0
         for _, size in self._slices():
             numel, count = numel + size, count + 1

@@ -75,6 +75,18 @@ def _shard(items: Instances, small: int, sum_of_small: int, num_ranks: int, gath
     )
 
 
+@lru_cache(1024)
+def whole_bytes(items: Instances) -> tuple[int, ...]:
+    """Of every parameter."""
+    return tuple(b * numel for b, numel in zip(items.itemsize, items.numel, strict=True))
+
+
+@lru_cache(1024)
+def padded_bytes(items: Instances, num_ranks: int) -> tuple[int, ...]:
+    """Of every parameter as all ranks hold it."""
+    return tuple(b * -(-numel // num_ranks) * num_ranks for b, numel in zip(items.itemsize, items.numel, strict=True))
+
+
 def secondary_group(zero: ZeroConfig, num_ranks: int) -> int:
     """Ranks that share hpZ's second copy; 1 without it."""
     return max(1, min(zero.zero_hpz_partition_size, num_ranks))
@@ -117,16 +129,16 @@ class Stage3Engine:
         self.reduced = reduced or itemsize
         self.held = [0] * len(items.numel)
         self.kept = [0] * len(items.numel)
-        self.bytes = [b * numel for b, numel in zip(items.itemsize, items.numel, strict=True)]
+        self.bytes, self.padded_bytes = whole_bytes(items), padded_bytes(items, num_ranks)
         self.secondary = [0] * len(items.numel)
-        self.padded_bytes = [b * part * num_ranks for b, part in zip(items.itemsize, shards.partition, strict=True)]
         self.act: tuple[Callable[[tuple[int, ...]], None], ...] = (
             self._gather, self._arrive, self._settle, self._release, self._keep, self._forget, self._give_back,
             self.end_step, self._drop, self._fetch,
         )  # fmt: skip
         self.bucket: list[int] = []
         self.bucket_numel = 0
-        self.own: dict[int, int] = {}
+        self.outside: list[int] = []
+        """Gradients of the bucket that are not in its buffer."""
 
     # -- parameters ----------------------------------------------------------------------------------------------
     def follow(self, actions: Sequence[Action]) -> None:
@@ -301,13 +313,14 @@ class Stage3Engine:
 
     def gradient(self, number: int) -> None:
         """AccumulateGrad ran: into the bucket, or alone if the parameter is larger than the bucket."""
-        numel, num_bytes = self.items.numel[number], self.bytes[number]
-        self.own[number] = num_bytes
-        self.meter.add(Kind.GRADIENTS, num_bytes)
-        if self.bucket and self.bucket_numel + numel > self.zero.reduce_bucket_size:
+        numel, size = self.items.numel[number], self.zero.reduce_bucket_size
+        self.meter.add(Kind.GRADIENTS, self.bytes[number])
+        if self.bucket and self.bucket_numel + numel > size:
             self._reduce()
-        if self.zero.contiguous_gradients and self.bucket_numel + numel <= self.zero.reduce_bucket_size:
-            self.meter.add(Kind.GRADIENTS, -self.own.pop(number))
+        if self.zero.contiguous_gradients and self.bucket_numel + numel <= size:
+            self.meter.add(Kind.GRADIENTS, -self.bytes[number])
+        else:
+            self.outside.append(number)
         self.bucket.append(number)
         self.bucket_numel += numel
 
@@ -320,8 +333,8 @@ class Stage3Engine:
             return
         reducing, reduced = self._reduction_bytes()
         self.meter.touch(Kind.TEMPORARIES, max(reducing, reduced + self._offload_bytes()))
-        self.meter.add(Kind.GRADIENTS, -sum(self.own.pop(number, 0) for number in self.bucket))
-        self.bucket, self.bucket_numel = [], 0
+        self.meter.add(Kind.GRADIENTS, -sum(self.bytes[number] for number in self.outside))
+        self.bucket, self.bucket_numel, self.outside = [], 0, []
 
     def _reduction_bytes(self) -> tuple[int, int]:
         """(while ranks add gradients, what is left of it until each has taken its part).
@@ -352,7 +365,7 @@ class Stage3Engine:
         copy = 0 if alone else self.reduced * numel * self.num_ranks
         if not casts:
             return copy, copy
-        outside = sum(self.items.numel[p] for p in self.bucket if p in self.own)
+        outside = sum(self.items.numel[p] for p in self.outside)
         return copy + self.reduced * outside + self.itemsize * numel, self.itemsize * numel
 
     @cached_property
