@@ -11,8 +11,8 @@ import sys
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import field
-from enum import IntEnum
 from itertools import accumulate
+from typing import Final
 
 from zplan.memory.fetch_limits import Bounds, Limits
 from zplan.values import dataclass
@@ -22,28 +22,28 @@ RECOMPUTED = -1
 """Stands for the recomputed layer among a parameter's users."""
 
 
-class Act(IntEnum):
-    """What happens to parameters at a module."""
+class Act:
+    """What happens to parameters at a module; plain numbers, read too often for an IntEnum."""
 
-    GATHER = 0
+    GATHER: Final = 0
     """One collective for all of them is launched."""
-    ARRIVE = 1
+    ARRIVE: Final = 1
     """The collective is waited for the first time: every parameter becomes a tensor of its own."""
-    SETTLE = 2
+    SETTLE: Final = 2
     """The last of its parameters is waited for: a coalesced buffer goes away."""
-    RELEASE = 3
+    RELEASE: Final = 3
     """Back to the partition."""
-    KEEP = 4
+    KEEP: Final = 4
     """Released, but the recomputed graph still holds the gathered tensor."""
-    FORGET = 5
+    FORGET: Final = 5
     """The graph has used it."""
-    GIVE_BACK = 6
+    GIVE_BACK: Final = 6
     """Backward is over: whatever is still gathered goes."""
-    UPDATE = 7
+    UPDATE: Final = 7
     """The update is done."""
-    DROP = 8
+    DROP: Final = 8
     """The node that makes a weight's gradient has run, and with it goes what the graph has kept of the weight."""
-    FETCH = 9
+    FETCH: Final = 9
     """A parameter that the module does not own is read for the first time and gathered alone."""
 
 
@@ -213,9 +213,9 @@ class Coordinator:
         stays = tuple(number for number in released if number in self.staying) if self.staying else ()
         freed = tuple(number for number in released if number not in self.staying) if stays else tuple(released)
         return (
-            *(((int(Act.KEEP), stays),) if stays else ()),
-            *(((int(Act.RELEASE), freed),) if freed else ()),
-            *(((int(Act.FORGET), forgotten),) if forgotten else ()),
+            *(((Act.KEEP, stays),) if stays else ()),
+            *(((Act.RELEASE, freed),) if freed else ()),
+            *(((Act.FORGET, forgotten),) if forgotten else ()),
         )
 
     def kept_module(self, module: int) -> tuple[Action, ...]:
@@ -228,7 +228,7 @@ class Coordinator:
         kept = tuple(number for _, numbers in done for number in numbers)
         if kept:
             self.kept[module] = kept
-        return tuple((int(Act.KEEP), numbers) for _, numbers in done)
+        return tuple((Act.KEEP, numbers) for _, numbers in done)
 
     def viewed_module(self, module: int) -> tuple[Action, ...]:
         """As `kept_module`, but only for the weights that the graph of any forward keeps a view of."""
@@ -239,7 +239,7 @@ class Coordinator:
             return done
         self.kept[module] = kept
         rest = tuple(number for number in released if number not in self.viewed)
-        return ((int(Act.KEEP), kept), *(((int(Act.RELEASE), rest),) if rest else ()))
+        return ((Act.KEEP, kept), *(((Act.RELEASE, rest),) if rest else ()))
 
     def recomputed_module(self, module: int) -> tuple[Action, ...]:
         """A frozen parameter that a recomputation fetches belongs to the recomputed layer until its backward is done.
@@ -261,7 +261,7 @@ class Coordinator:
             if number not in self.external and self._release(number):
                 released.append(number)
         self.recomputed = []
-        return ((int(Act.RELEASE), tuple(released)),) if released else ()
+        return ((Act.RELEASE, tuple(released)),) if released else ()
 
     def _leave(self, number: int, module: int) -> None:
         users = self.users.get(number)
@@ -350,14 +350,14 @@ class Coordinator:
             status[number] = INFLIGHT
             self.available_numel += numel[number]
             self.inflight[number] = gather
-        self.actions.append((int(Act.GATHER), wanted))
+        self.actions.append((Act.GATHER, wanted))
 
     def _fetch(self, wanted: tuple[int, ...]) -> None:
         """One after the other, waited for at once (ZeROOrderedDict.__getitem__)."""
         for number in wanted:
             self.status[number] = AVAILABLE
             self.available_numel += self.fetches.numel[number]
-        self.actions.append((int(Act.FETCH), wanted))
+        self.actions.append((Act.FETCH, wanted))
 
     def read_head(self, numbers: tuple[int, ...]) -> tuple[Action, ...]:
         """The loss reads the head's weight outside of any module, or is done with it. The first time it is gathered
@@ -369,7 +369,7 @@ class Coordinator:
             self._fetch(numbers)
             return tuple(self.actions)
         released = tuple(number for number in numbers if self._release(number))
-        return ((int(Act.RELEASE), released),) if released else ()
+        return ((Act.RELEASE, released),) if released else ()
 
     def _wait(self, number: int) -> None:
         gather = self.inflight.pop(number)
@@ -378,6 +378,6 @@ class Coordinator:
             gather.has_arrived = True
             for other in gather.numbers:
                 self.status[other] = AVAILABLE
-            self.actions.append((int(Act.ARRIVE), gather.numbers))
+            self.actions.append((Act.ARRIVE, gather.numbers))
         if gather.waiting == 0:
-            self.actions.append((int(Act.SETTLE), gather.numbers))
+            self.actions.append((Act.SETTLE, gather.numbers))

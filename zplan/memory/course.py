@@ -96,7 +96,7 @@ class _Walk:
     def call(self, op: int, number: int = 0) -> None:
         """Note the bytes up to here; the engine acts here."""
         meter = self.meter
-        self.calls.append((int(op), number))
+        self.calls.append((op, number))
         self._note(meter.peak_bytes, meter.peak_by_kind)
         meter.mark()
         self._note(meter.total_bytes, meter.peak_by_kind)
@@ -300,7 +300,7 @@ class _Walk:
         reentrant, block = self.recording.reentrant, self.recording.blocks[index]
         first = self.module_base[index] + layer * max(len(block.modules.numbers), 1)
 
-        def operation(event: int, number: int) -> Op | None:
+        def operation(event: int, number: int) -> int | None:
             if event == Event.GRADIENT:
                 return Op.GRADIENT
             if not self.fetches:

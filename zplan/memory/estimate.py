@@ -163,11 +163,11 @@ def _terms(still: tuple[Term, ...], peaks: dict[StepPhase, Kinds]) -> tuple[Term
             if num_bytes:
                 terms.append(
                     Term(
-                        name=KIND_NAMES[Kind(kind)],
+                        name=KIND_NAMES[kind],
                         bytes=num_bytes,
                         phases=(phase,),
                         formula=f"live at the peak of {phase}, from the replay of the step",
-                        source=_KIND_SOURCES[Kind(kind)],
+                        source=_KIND_SOURCES[kind],
                     )
                 )
     return tuple(term for term in terms if term.bytes)

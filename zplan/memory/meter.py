@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from enum import IntEnum
+from typing import Final
 
 
-class Kind(IntEnum):
-    """What a byte that comes and goes within a step is used for."""
+class Kind:
+    """What a byte that comes and goes within a step is used for: an index, read too often for an IntEnum."""
 
-    ACTIVATIONS = 0
-    LOSS = 1
-    GRADIENTS = 2
-    BUCKETS = 3
-    GATHERED_PARAMETERS = 4
-    TEMPORARIES = 5
+    ACTIVATIONS: Final = 0
+    LOSS: Final = 1
+    GRADIENTS: Final = 2
+    BUCKETS: Final = 3
+    GATHERED_PARAMETERS: Final = 4
+    TEMPORARIES: Final = 5
 
 
 KIND_NAMES = {
@@ -32,7 +32,7 @@ class Meter:
     __slots__ = ("by_kind", "peak_by_kind", "peak_bytes", "total_bytes")
 
     def __init__(self) -> None:
-        self.by_kind = [0] * len(Kind)
+        self.by_kind = [0] * len(KIND_NAMES)
         self.total_bytes = 0
         self.peak_bytes = 0
         self.peak_by_kind = tuple(self.by_kind)

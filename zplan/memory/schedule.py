@@ -164,7 +164,7 @@ class Scheduler:
             Op.RECOMPUTED_MODULE: coordinator.recomputed_module,
             Op.END_RECOMPUTED: lambda _: coordinator.end_recomputed(),
             Op.READ_HEAD: lambda _: coordinator.read_head(self.script.head),
-            Op.GRADIENT: lambda number: ((int(Act.DROP), (number,)),),
+            Op.GRADIENT: lambda number: ((Act.DROP, (number,)),),
         }
         happenings: list[Happening] = []
         modules, queued = self.script.fetches.modules, len(self.script.fetches.queue)
@@ -173,7 +173,7 @@ class Scheduler:
                 coordinator.step += 1  # it needs nothing, and nothing comes after it
             elif call != without:
                 does = _ACTS.get(op)
-                actions = ((int(does), self.script.head),) if does is not None else act[op](module)
+                actions = ((does, self.script.head),) if does is not None else act[op](module)
                 if actions:
                     happenings.append((call, actions))
         return tuple(happenings)
@@ -275,7 +275,7 @@ class Scheduler:
         now.available_numel += skipped * grown
 
 
-_ACTS: dict[int, Act] = {Op.END_BACKWARD: Act.GIVE_BACK, Op.END_STEP: Act.UPDATE}
+_ACTS: dict[int, int] = {Op.END_BACKWARD: Act.GIVE_BACK, Op.END_STEP: Act.UPDATE}
 
 
 def _stands_alike(now: Coordinator, before: _Before, laps: Laps, lap: int) -> bool:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from enum import IntEnum
-from typing import Literal
+from typing import Final, Literal
 
 from zplan.memory.coordinator import Fetches
 from zplan.memory.laps import Laps
@@ -16,28 +15,28 @@ Kinds = tuple[int, ...]
 """Bytes by Kind."""
 
 
-class Op(IntEnum):
-    """What the engine is asked to do."""
+class Op:
+    """What the engine is asked to do; plain numbers, read too often for an IntEnum."""
 
-    NOTHING = 0
+    NOTHING: Final = 0
     """End of a phase: closes the last stretch of bytes."""
-    BEGIN = 1
-    PRE_MODULE = 2
-    POST_MODULE = 3
-    GRADIENT = 4
-    END_BACKWARD = 5
-    STEP = 6
-    RECOMPUTED_MODULE = 7
+    BEGIN: Final = 1
+    PRE_MODULE: Final = 2
+    POST_MODULE: Final = 3
+    GRADIENT: Final = 4
+    END_BACKWARD: Final = 5
+    STEP: Final = 6
+    RECOMPUTED_MODULE: Final = 7
     """PRE_MODULE within a reentrant recomputation."""
-    END_RECOMPUTED = 8
+    END_RECOMPUTED: Final = 8
     """The layer that was recomputed has had its backward."""
-    READ_HEAD = 9
+    READ_HEAD: Final = 9
     """The loss reads the head's weight, or is done with it."""
-    KEPT_MODULE = 10
+    KEPT_MODULE: Final = 10
     """POST_MODULE within a non-reentrant recomputation."""
-    VIEWED_MODULE = 12
+    VIEWED_MODULE: Final = 12
     """POST_MODULE of a module whose weights the graph keeps a view of."""
-    END_STEP = 11
+    END_STEP: Final = 11
     """The update is done."""
 
 

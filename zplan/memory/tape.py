@@ -11,20 +11,20 @@ after the node ran), input_buffer.cpp (can_accumulate_inplace: nobody else holds
 from __future__ import annotations
 
 from dataclasses import field
-from enum import IntEnum
+from typing import Final
 
 from zplan.values import dataclass
 
 
-class Event(IntEnum):
+class Event:
     """What the replay of a step must do next."""
 
-    BYTES = 0
-    GRADIENT = 1
-    PRE_FORWARD = 2
-    POST_FORWARD = 3
-    PRE_BACKWARD = 4
-    POST_BACKWARD = 5
+    BYTES: Final = 0
+    GRADIENT: Final = 1
+    PRE_FORWARD: Final = 2
+    POST_FORWARD: Final = 3
+    PRE_BACKWARD: Final = 4
+    POST_BACKWARD: Final = 5
 
 
 Step = tuple[int, int, int]
@@ -137,7 +137,7 @@ class Tape:
             self.steps.append((Event.BYTES, self._net, self._peak))
             self._net = self._peak = 0
 
-    def _emit(self, event: Event, index: int) -> None:
+    def _emit(self, event: int, index: int) -> None:
         if self._stopped:
             return
         self.flush()
