@@ -122,6 +122,16 @@ def test_partial_offload_below_stage_3_is_refused() -> None:
     )
 
 
+def test_dtypes_of_gradients_are_read_and_stage_0_takes_one() -> None:
+    types = {"data_types": {"grad_accum_dtype": "torch.float32"}, "communication_data_type": "FP16"}
+    found = read({**zero(stage=3), **types}).recipe
+    assert (found.grad_accum_dtype, found.communication_data_type) == ("fp32", "fp16")
+    with pytest.raises(ConfigError, match=r"grad_accum_dtype is .* at stage 0"):
+        read({**zero(stage=0), **types})
+    with pytest.raises(ConfigError, match="communication_data_type is 'float16', not fp32, fp16 or bf16"):
+        read({**zero(stage=3), "communication_data_type": "float16"})
+
+
 def test_quantized_gradients_without_reduce_scatter_are_refused() -> None:
     with pytest.raises(ConfigError, match="zero_quantized_gradients needs reduce_scatter"):
         read(zero(stage=3, zero_quantized_gradients=True, reduce_scatter=False))

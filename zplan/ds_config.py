@@ -15,7 +15,7 @@ from zplan.errors import ConfigError
 from zplan.files import load_json
 from zplan.hardware import Cluster
 from zplan.model_shape import ModelShape
-from zplan.recipe import DType, Recipe
+from zplan.recipe import DTYPE_BYTES, DType, Recipe
 from zplan.settings import apply_settings, hf_auto_zero, nearest
 from zplan.values import dataclass
 from zplan.zero_config import Choice, Origin, ZeroConfig
@@ -125,23 +125,55 @@ def _check_unplanned(data: Mapping[str, Any], found: Findings) -> None:
         enabled = isinstance(section, Mapping) and section.get("enabled") is True
         if enabled or (isinstance(size, int) and size > 1):
             found.problems.append(f"{key}: {name} is not modelled: plans are data-parallel; delete the section")
-    types = data.get("data_types")
-    if isinstance(types, Mapping) and types.get("grad_accum_dtype") is not None:
+    value = data.get("seq_parallel_communication_data_type")
+    if value is not None and _read_type("seq_parallel_communication_data_type", value, found) not in (None, "fp32"):
         found.warnings.append(
-            "data_types.grad_accum_dtype is not modelled: gradients are counted in the training dtype"
+            "seq_parallel_communication_data_type is not modelled: gradients of shared sequences are counted in fp32"
         )
-    for key in ("communication_data_type", "seq_parallel_communication_data_type"):
-        value = data.get(key)
-        if value is not None and str(value).lower() not in ("fp32", "fp16", "bf16"):
-            found.problems.append(f'{key} is {value!r}, not fp32, fp16 or bf16; write "bf16"')
-        elif key == "communication_data_type" and value is not None:
-            found.warnings.append(f"{key} is not modelled: buckets are counted in the training dtype")
-        elif value is not None and str(value).lower() != "fp32":
-            found.warnings.append(f"{key} is not modelled: gradients of shared sequences are counted in fp32")
+
+
+_TYPES: Mapping[str, DType] = {
+    "fp32": "fp32", "float32": "fp32", "float": "fp32", "torch.float32": "fp32", "fp16": "fp16", "float16": "fp16",
+    "half": "fp16", "torch.float16": "fp16", "bf16": "bf16", "bfloat16": "bf16", "torch.bfloat16": "bf16",
+}  # fmt: skip
+"""DeepSpeed's names (runtime/config.py, DtypeEnum)."""
+
+
+def _read_type(key: str, value: Any, found: Findings, *, all_names: bool = False) -> DType | None:
+    """A dtype of gradients; communication takes the three short names only (get_communication_data_type)."""
+    name = str(value) if all_names else str(value).lower()
+    if name in _TYPES and (all_names or name in DTYPE_BYTES):
+        found.origins[key] = "user"
+        return _TYPES[name]
+    found.problems.append(f'{key} is {value!r}, not fp32, fp16 or bf16; write "bf16"')
+    return None
+
+
+def _read_gradient_types(data: Mapping[str, Any], recipe: Recipe, found: Findings) -> Recipe:
+    """Dtypes in which gradients are added: over micro-steps, and over ranks.
+
+    Source: deepspeed 0.19.8, runtime/engine.py:1719, :1799, :2323 (stage 0 knows one dtype).
+    """
+    types, zero = data.get("data_types"), data.get("zero_optimization")
+    accumulated = types.get("grad_accum_dtype") if isinstance(types, Mapping) else None
+    if accumulated is not None:
+        dtype = _read_type("data_types.grad_accum_dtype", accumulated, found, all_names=True)
+        stage = zero.get("stage", 0) if isinstance(zero, Mapping) else 0
+        if dtype not in (None, recipe.dtype) and stage in (0, "0"):
+            found.problems.append(
+                f"data_types.grad_accum_dtype is {accumulated!r} at stage 0, and training is in {recipe.dtype};"
+                " DeepSpeed refuses two dtypes there; delete it"
+            )
+        recipe = replace(recipe, grad_accum_dtype=dtype)
+    value = data.get("communication_data_type")
+    if value is not None:
+        recipe = replace(recipe, communication_data_type=_read_type("communication_data_type", value, found))
+    return recipe
 
 
 def _read_recipe(data: Mapping[str, Any], recipe: Recipe, found: Findings) -> Recipe:
     recipe = replace(recipe, dtype=_read_dtype(data, recipe, found))
+    recipe = _read_gradient_types(data, recipe, found)
     clipping = data.get("gradient_clipping", 1.0)
     if clipping != "auto":
         value, complaint = _number(clipping)

@@ -44,6 +44,10 @@ class Recipe:
     """Global: sequences per optimizer step over all ranks."""
     optimizer: Optimizer = "adamw"
     dtype: DType = "bf16"
+    grad_accum_dtype: DType | None = None
+    """DeepSpeed's data_types.grad_accum_dtype; None: as `dtype`."""
+    communication_data_type: DType | None = None
+    """In which gradients are reduced; None: as `dtype`."""
     attention: Attention = "sdpa"
     loss: Loss = "nll"
     packing: bool = False

@@ -257,6 +257,10 @@ def deepspeed_config(recipe: Recipe, choice: Choice, *, cpu_adam: bool) -> dict[
     }
     if choice.batch.sequence_parallel_size > 1:
         config["sequence_parallel_size"] = choice.batch.sequence_parallel_size
+    if recipe.grad_accum_dtype is not None:
+        config["data_types"] = {"grad_accum_dtype": recipe.grad_accum_dtype}
+    if recipe.communication_data_type is not None:
+        config["communication_data_type"] = recipe.communication_data_type
     if recipe.optimizer == "muon":
         config["optimizer"] = {"type": "Muon", "params": {"lr": recipe.learning_rate}}
         if choice.zero.stage == 3:

@@ -95,6 +95,17 @@ def test_dora_costs_more_than_lora_and_rslora_as_much() -> None:
     assert estimate(ZeroConfig(stage=2), method="lora", use_rslora=True) == lora
 
 
+def test_gradients_of_their_own_dtypes_at_stage_3() -> None:
+    """fp32 for half: two more bytes an element of the partitions, and of the bucket."""
+    plain, accumulated = estimate(ZeroConfig(stage=3)), estimate(ZeroConfig(stage=3), grad_accum_dtype="fp32")
+    reduced = estimate(ZeroConfig(stage=3), communication_data_type="fp32")
+    terms = [{term.name: term.bytes for term in found.gpu.terms} for found in (plain, accumulated, reduced)]
+    assert terms[1]["gradient partitions"] == 2 * terms[0]["gradient partitions"]
+    assert terms[2]["reduce bucket"] == 2 * terms[0]["reduce bucket"]
+    assert [found.gpu.verdict for found in (plain, accumulated, reduced)] == ["fits"] * 3
+    assert estimate(ZeroConfig(stage=3), grad_accum_dtype="bf16", communication_data_type="bf16").gpu == plain.gpu
+
+
 def test_qlora_is_modelled_at_every_stage_of_gpus_and_its_scales_are_whole_at_stage_3() -> None:
     for stage in (0, 1, 2, 3):
         found = estimate(ZeroConfig(stage=stage), method="qlora")  # type: ignore[arg-type]

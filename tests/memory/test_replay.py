@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.memory.choices import BATCH, FULL_ON_SMOLLM, LORA_ON_SMOLLM, SMOLLM, choices
 from zplan.memory.coordinator import Act, Coordinator
 from zplan.memory.course import course
+from zplan.memory.exchange import Exchange
 from zplan.memory.fetch_limits import Limits
 from zplan.memory.gather import Gathering
 from zplan.memory.instances import instances
@@ -21,7 +22,6 @@ from zplan.memory.script import STEP_PHASES, Course, Op
 from zplan.memory.stage3 import Stage3Engine, shard
 from zplan.memory.timeline import record
 from zplan.memory.trainable import layout
-from zplan.memory.ulysses import reduced_itemsize
 from zplan.recipe import Recipe
 from zplan.zero_config import Choice, ZeroConfig
 
@@ -41,9 +41,9 @@ def whole_engine_peaks(walked: Course, recipe: Recipe, choice: Choice) -> dict[s
         Op.RECOMPUTED_MODULE: coordinator.recomputed_module,
         Op.END_RECOMPUTED: lambda _: coordinator.end_recomputed(),
     }
+    exchange = Exchange.of(recipe).for_batch(choice.batch, recipe.weight_bytes)
     engine = Stage3Engine(
-        meter, items, shards, choice.zero, num_ranks=ranks, itemsize=recipe.weight_bytes,
-        reduced=reduced_itemsize(choice.batch, recipe.weight_bytes),
+        meter, items, shards, choice.zero, num_ranks=ranks, itemsize=recipe.weight_bytes, exchange=exchange,
     )  # fmt: skip
     act = {
         Op.NOTHING: lambda _: None,

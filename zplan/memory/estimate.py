@@ -26,7 +26,6 @@ from zplan.memory.super_offload import contexts_on_first_gpu
 from zplan.memory.terms import PHASES, VERDICTS, ByteRange, GpuEstimate, MemoryEstimate, Phase, Term
 from zplan.memory.timeline import record
 from zplan.memory.trainable import Layout, layout
-from zplan.memory.ulysses import reduced_itemsize
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.values import dataclass
@@ -268,7 +267,7 @@ def largest_of_engine(laid: Layout, recipe: Recipe, choice: Choice) -> int:
     """The largest tensor of the engine that comes and goes: a reduce bucket, an fp32 gradient, a gathered weight."""
     zero, b = choice.zero, recipe.weight_bytes
     gathers_for_muon = laid.muon and zero.stage == 3
-    reduced = reduced_itemsize(choice.batch, b)
+    reduced = Exchange.of(recipe).for_batch(choice.batch, b).communicated_bytes(b) if zero.stage == 3 else b
     return max(
         reduced * zero.reduce_bucket_size if zero.stage and (zero.contiguous_gradients or gathers_for_muon) else 0,
         FP32 * laid.largest_trainable,
@@ -316,6 +315,7 @@ def _quantizer_notes(recipe: Recipe, zero: ZeroConfig, cluster: Cluster) -> Iter
     Source: deepspeed 0.19.8, runtime/zero/partition_parameters.py (_partition_param), stage3.py:1928
     (__avg_scatter_grads), ops/csrc/quantization/pt_binding.cpp (ds_swizzle_quant: (__half*)input_vals.data_ptr()).
     """
+    reduced = recipe.communication_data_type or recipe.dtype
     if zero.zero_quantized_nontrainable_weights:
         yield (
             "zero_quantized_nontrainable_weights has no effect here: weights are cut while the model is built, before"
@@ -323,5 +323,8 @@ def _quantizer_notes(recipe: Recipe, zero: ZeroConfig, cluster: Cluster) -> Iter
         )
     if zero.zero_quantized_gradients and cluster.nodes == 1:
         yield "zero_quantized_gradients has no effect within one node: DeepSpeed quantises between nodes only"
-    elif zero.zero_quantized_gradients and recipe.dtype == "bf16":
-        yield "zero_quantized_gradients reads the bits of bf16 gradients as fp16, and the sums are wrong: use fp16"
+    elif zero.zero_quantized_gradients and reduced != "fp16":
+        yield (
+            f"zero_quantized_gradients reads the bits of {reduced} gradients as fp16, and the sums are wrong: set"
+            " communication_data_type to fp16"
+        )

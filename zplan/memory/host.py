@@ -9,6 +9,7 @@ from __future__ import annotations
 from math import ceil
 
 from zplan.hardware import Cluster
+from zplan.memory.exchange import Exchange
 from zplan.memory.host_limits import host_limits, verdict_of
 from zplan.memory.instances import instances
 from zplan.memory.muon import ADAM_STATES
@@ -168,14 +169,15 @@ def _optimizer(
 
         stages 1, 2:  ranks * (4 S + 4 S + b S + b largest), and 8 S from the first step
         stage 3:      ranks * (4 S + 4 S + b S), and 8 S from the first step; less 16 for every element that a ratio
-                      leaves on the GPU
+                      leaves on the GPU; the last term in the accumulation dtype
 
     Source: deepspeed 0.19.8, stage_1_and_2.py:463 (cpu_offload buffers), stage3.py (_create_fp32_partitions).
     """
     zero, b = choice.zero, recipe.weight_bytes
     there = offloaded_numel(layout, choice, numel)
     states = _muon_states(layout, choice, there, b) if layout.muon else optimizer_state_bytes(recipe.optimizer, there)
-    master, gradients, low = FP32 * there, FP32 * there, b * numel
+    low = (Exchange.of(recipe).accumulated_bytes(b) if zero.stage == 3 else b) * numel
+    master, gradients = FP32 * there, FP32 * there
     extra = b * layout.largest_trainable if zero.stage < 3 else 0
     source = "deepspeed 0.19.8, stage_1_and_2.py, stage3.py"
     if zero.offload_optimizer.device == "nvme" and zero.stage == 3:

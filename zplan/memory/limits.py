@@ -21,7 +21,12 @@ CHECKED_OPTIMIZERS = frozenset({"adamw", "sgd", "muon"})
 
 def not_modelled(shape: ModelShape, recipe: Recipe, choice: Choice, *, on_cpu: bool) -> tuple[str, ...]:
     """Options whose bytes are missing or known to be wrong; each one line, `not modelled: ...`."""
-    found = [*_of_model(shape, recipe), *_of_recipe(recipe, on_cpu), *_of_zero(choice)]
+    found = [
+        *_of_model(shape, recipe),
+        *_of_recipe(recipe, on_cpu),
+        *_of_gradient_types(recipe, choice),
+        *_of_zero(choice),
+    ]
     found += _of_quantizer(shape, recipe, choice)
     refused = offload_refused(choice.zero, recipe.optimizer, on_cpu=on_cpu)
     found += [refused] if refused else []
@@ -48,6 +53,20 @@ def _of_recipe(recipe: Recipe, on_cpu: bool) -> list[str]:
         lines.append("8-bit copies of the inputs that LLM.int8() keeps for backward, and its outlier columns")
     elif recipe.method == "qlora" and on_cpu:
         lines.append("4-bit weights on CPU ranks: bitsandbytes multiplies there in other ways than on GPUs")
+    return lines
+
+
+def _of_gradient_types(recipe: Recipe, choice: Choice) -> list[str]:
+    accumulated, stage = recipe.grad_accum_dtype or recipe.dtype, choice.zero.stage
+    communicated = recipe.communication_data_type or recipe.dtype
+    lines = []
+    if accumulated != recipe.dtype and stage in (0, 1, 2):
+        lines.append(
+            f"gradients accumulated in {accumulated} at stage {stage}, in buffers of their own (stage_1_and_2.py,"
+            " fill_grad_accum_attribute; bf16_optimizer.py)"
+        )
+    if recipe.optimizer == "muon" and (accumulated, communicated) != (recipe.dtype, recipe.dtype):
+        lines.append("Muon's gathers of gradients that are accumulated or reduced in another dtype")
     return lines
 
 

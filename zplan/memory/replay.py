@@ -27,7 +27,6 @@ from zplan.memory.script import STEP_PHASES, Course, Kinds, Op, Reduction, Scrip
 from zplan.memory.stage0 import Stage0Engine
 from zplan.memory.stage3 import Stage3Engine, shard
 from zplan.memory.stage12 import Stage12Engine, partition
-from zplan.memory.ulysses import reduced_itemsize
 from zplan.values import dataclass
 from zplan.zero_config import Choice, ZeroConfig
 
@@ -198,7 +197,8 @@ def _engine(
     """The engine of the configured stage; its gradients have the dtype of Muon's."""
     itemsize = of_muon.gradient
     zero, ranks = choice.zero, choice.batch.world_size
-    partial, reduced = choice.batch.gradient_accumulation_steps > 1, reduced_itemsize(choice.batch, itemsize)
+    exchange = exchange.for_batch(choice.batch, itemsize)
+    partial, reduced = choice.batch.gradient_accumulation_steps > 1, exchange.communicated_bytes(itemsize)
     if zero.stage == 3:
         # gradients are cut alike whether their parameter persists or not
         shards = shard(items, ZeroConfig(), ranks)
@@ -210,8 +210,9 @@ def _engine(
         cut = partition(items, ranks, rank)
         return Stage12Engine(
             meter, items, cut, zero, itemsize=itemsize, reduced=reduced, partial=partial, num_ranks=ranks,
-            of_muon=of_muon,
+            of_muon=of_muon, exchange=exchange,
         )  # fmt: skip
     return Stage0Engine(
-        meter, items, itemsize=itemsize, reduced=reduced, num_ranks=ranks, partial=partial, of_muon=of_muon
-    )
+        meter, items, itemsize=itemsize, reduced=reduced, num_ranks=ranks, partial=partial, of_muon=of_muon,
+        exchange=exchange,
+    )  # fmt: skip

@@ -7,6 +7,7 @@ from itertools import accumulate
 from math import prod
 from operator import mul
 
+from zplan.memory.exchange import Exchange
 from zplan.memory.instances import Instances, instances
 from zplan.memory.muon import ADAM_STATES, first_updates_bytes, precision
 from zplan.memory.runtime import ALLOCATOR_ROUNDING
@@ -16,7 +17,6 @@ from zplan.memory.states import FP32, optimizer_state_bytes, step_temporary_byte
 from zplan.memory.sub_groups import left_on_gpu, muon_bytes, sub_groups
 from zplan.memory.terms import Phase, Term
 from zplan.memory.trainable import Layout
-from zplan.memory.ulysses import reduced_itemsize
 from zplan.recipe import Recipe
 from zplan.values import dataclass
 from zplan.zero_config import Choice
@@ -193,10 +193,11 @@ def _initialising(
     quantised model is whole on every GPU until then.
     """
     b, zero, numel = recipe.weight_bytes, choice.zero, shards.trainable_numel
+    accumulated = Exchange.of(recipe).accumulated_bytes(b)
     staged = -(-laid.largest_trainable // choice.batch.world_size) if zero.offloads_param else 0
     buffers = bucket + b * (laid.largest_trainable + staged)
     if not zero.offloads_optimizer:
-        buffers = max(FP32 * largest_group, b * numel + buffers)
+        buffers = max(FP32 * largest_group, accumulated * numel + buffers)
     uncut = b * laid.trainable_numel - (0 if zero.offloads_param else b * numel) if recipe.method != "full" else 0
     whole, most = 0, 0
     if recipe.method == "qlora":
@@ -319,6 +320,8 @@ def _stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards) -> Res
     setup_ipg), parameter_offload.py (mark_persistent_parameters).
     """
     b, numel, zero = recipe.weight_bytes, shards.trainable_numel, choice.zero
+    exchange = Exchange.of(recipe).for_batch(choice.batch, b)
+    accumulated = exchange.accumulated_bytes(b)
     groups = sub_groups(instances(laid), choice.batch.world_size, zero.sub_group_size).numel
     source = "deepspeed 0.19.8, runtime/zero/stage3.py"
     terms = []
@@ -332,10 +335,10 @@ def _stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards) -> Res
         terms += _states_of_stage3(laid, recipe, choice, shards, len(groups))
         terms += [
             _term("master weights", FP32 * numel, AFTER_LOAD, f"4 x {numel}", source),
-            _term("gradient partitions", b * numel, STEPS, f"{b} x {numel}", source),
+            _term("gradient partitions", accumulated * numel, STEPS, f"{accumulated} x {numel}", source),
         ]
     terms += _scales(laid)
-    reduced = reduced_itemsize(choice.batch, b)
+    reduced = exchange.communicated_bytes(b)
     bucket = reduced * zero.reduce_bucket_size if zero.contiguous_gradients else 0
     terms += _initialising(laid, recipe, choice, shards, bucket, max(groups))
     if bucket:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from zplan.memory.exchange import PLAIN, Exchange
 from zplan.memory.instances import Instances
 from zplan.memory.meter import Kind, Meter
 from zplan.memory.muon import Precision, chained_updates_bytes
@@ -27,10 +28,11 @@ class Stage0Engine:
 
     def __init__(
         self, meter: Meter, items: Instances, *, itemsize: int, reduced: int, num_ranks: int, partial: bool,
-        of_muon: Precision,
+        of_muon: Precision, exchange: Exchange = PLAIN,
     ) -> None:  # fmt: skip
         self.of_muon = replace(of_muon, gradient=FP32, normalised=FP32)
-        self.meter, self.items, self.itemsize, self.reduced = meter, items, itemsize, reduced
+        self.meter, self.items, self.itemsize = meter, items, itemsize
+        self.cast = reduced if reduced != itemsize or exchange.communicated else 0
         self.num_ranks, self.partial = num_ranks, partial
         self.own: set[int] = set()
 
@@ -60,8 +62,7 @@ class Stage0Engine:
                 largest = max(largest, filled)
                 if filled > ALLREDUCE_BUCKET_NUMEL:
                     filled = 0
-        cast = self.reduced if self.reduced != self.itemsize else 0
-        self.meter.touch(Kind.TEMPORARIES, (self.itemsize + cast) * largest)
+        self.meter.touch(Kind.TEMPORARIES, (self.itemsize + self.cast) * largest)
 
     def step(self) -> None:
         """fp32 gradients of all trainable parameters next to the low-precision ones, and Muon's update on top."""

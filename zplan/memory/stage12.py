@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from math import ceil
 
+from zplan.memory.exchange import PLAIN, Exchange
 from zplan.memory.instances import Instances
 from zplan.memory.meter import Kind, Meter
 from zplan.memory.muon import Precision, precision, updates_bytes
@@ -125,12 +126,12 @@ class Stage12Engine:
 
     def __init__(
         self, meter: Meter, items: Instances, cut: Partitions, zero: ZeroConfig, *, itemsize: int, reduced: int,
-        partial: bool, num_ranks: int, of_muon: Precision,
+        partial: bool, num_ranks: int, of_muon: Precision, exchange: Exchange = PLAIN,
     ) -> None:  # fmt: skip
         self.num_ranks, self.of_muon = num_ranks, of_muon
         self.meter, self.items, self.cut, self.zero = meter, items, cut, zero
         self.itemsize, self.partial = itemsize, partial
-        self.cast = reduced if reduced != itemsize else 0
+        self.cast = reduced if reduced != itemsize or exchange.communicated else 0
         self.stage = zero.stage
         self.contiguous = zero.contiguous_gradients or zero.offloads_optimizer
         self.reduces_in_hooks = self.stage == 2 or zero.overlaps_comm

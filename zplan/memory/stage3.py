@@ -14,7 +14,7 @@ from zplan.memory.exchange import PLAIN, Exchange
 from zplan.memory.instances import Instances
 from zplan.memory.meter import Kind, Meter
 from zplan.memory.muon import BF16, Precision
-from zplan.memory.quantized import Given, QuantizedGather, gather_alone, gather_together, scatter_bytes
+from zplan.memory.quantized import FP16, Given, QuantizedGather, gather_alone, gather_together, scatter_bytes
 from zplan.memory.runtime import ALLOCATOR_ROUNDING
 from zplan.memory.sub_groups import muon_bytes, sub_groups
 from zplan.values import dataclass
@@ -126,7 +126,10 @@ class Stage3Engine:
         self.of_muon = of_muon
         self.meter, self.items, self.shards, self.zero = meter, items, shards, zero
         self.num_ranks, self.itemsize, self.exchange = num_ranks, itemsize, exchange
-        self.reduced = reduced or itemsize
+        self.reduced = reduced or exchange.communicated_bytes(itemsize)
+        self.accumulated = exchange.accumulated_bytes(itemsize)
+        self.casts = exchange.communicated is not None or self.reduced != itemsize
+        self.converts_back = exchange.converts_back or self.reduced != exchange.communicated_bytes(itemsize)
         self.held = [0] * len(items.numel)
         self.kept = [0] * len(items.numel)
         self.bytes, self.padded_bytes = whole_bytes(items), padded_bytes(items, num_ranks)
@@ -341,32 +344,39 @@ class Stage3Engine:
 
         The padded copy of the bucket that reduce_scatter_coalesced builds, or qgZ's buffers between nodes; without
         reduce_scatter the reduced bucket times gradient_predivide_factor, a copy unless that is the number of ranks (it
-        is 1). The parts are views of it, but where gradients are reduced in another dtype: those outside the bucket's
-        buffer are cast before, all after.
+        is 1). A communication dtype of its own takes a copy of what is not in the bucket's buffer, which has that
+        dtype; another one for accumulation a copy of the partitions.
 
         Source: deepspeed 0.19.8, runtime/comm/coalesced_collectives.py (reduce_scatter_coalesced), stage3.py:1883
-        (__avg_scatter_contiguous_grads, __avg_scatter_grads).
+        (__avg_scatter_contiguous_grads), :1912 (__avg_scatter_grads).
         """
+        back = self.accumulated if self.converts_back else 0
         scatters = (self.zero.reduce_scatter and not self.items.muon) or not self.zero.contiguous_gradients
-        casts = self.reduced != self.itemsize
         if not scatters and self.bucket_numel <= self.zero.reduce_bucket_size:
             copy = self.reduced * self.bucket_numel if self.num_ranks > 1 else 0
-            kept = self.itemsize * self.bucket_numel if casts else copy
-            return copy + casts * kept, kept
-        if self.zero.zero_quantized_gradients and self.num_nodes > 1:
-            gradients = [(self.items.numel[p], self.items.longest[p]) for p in sorted(self.bucket)]
-            copy = scatter_bytes(
-                gradients, num_ranks=self.num_ranks, gpus_per_node=self.num_ranks // self.num_nodes,
-                itemsize=self.itemsize,
-            )  # fmt: skip
-            return copy, copy
-        numel = sum(self.shards.partition[p] for p in self.bucket)
-        alone = len(self.bucket) == 1 and self.items.numel[self.bucket[0]] % self.num_ranks == 0
-        copy = 0 if alone else self.reduced * numel * self.num_ranks
-        if not casts:
-            return copy, copy
+            kept = back * self.bucket_numel or copy
+            return copy + back * self.bucket_numel, kept
         outside = sum(self.items.numel[p] for p in self.outside)
-        return copy + self.reduced * outside + self.itemsize * numel, self.itemsize * numel
+        converted = self.reduced * outside if self.casts else 0
+        parts = sum(self.shards.partition[p] for p in self.bucket)
+        if self.zero.zero_quantized_gradients and self.num_nodes > 1:
+            left = (FP16 + back) * parts
+            return converted + max(self._quantized_bytes(), left), back * parts or left
+        padded = self._padded_bytes()
+        return converted + padded + back * parts, back * parts or padded or converted
+
+    def _quantized_bytes(self) -> int:
+        """Of all_to_all_quant_reduce."""
+        gradients = [(self.items.numel[p], self.items.longest[p]) for p in sorted(self.bucket)]
+        return scatter_bytes(
+            gradients, num_ranks=self.num_ranks, gpus_per_node=self.num_ranks // self.num_nodes, itemsize=self.reduced
+        )  # fmt: skip
+
+    def _padded_bytes(self) -> int:
+        """Of reduce_scatter_coalesced, whose results are parts of it."""
+        if len(self.bucket) == 1 and self.items.numel[self.bucket[0]] % self.num_ranks == 0:
+            return 0
+        return sum(self.reduced * self.shards.partition[p] * self.num_ranks for p in self.bucket)
 
     @cached_property
     def num_nodes(self) -> int:
@@ -377,7 +387,7 @@ class Stage3Engine:
             return 0
         largest = max(self.shards.partition[p] for p in self.bucket)
         norm = 2 * FP32 * min(largest, COPY_CHUNK_NUMEL)  # in fp64
-        return self.itemsize * largest + max(FP32 * largest, norm)
+        return self.accumulated * largest + max(FP32 * largest, norm)
 
     def step(self) -> None:
         """Per sub-group: fp32 gradients of its partitions (and a flat copy first if it has several parameters).
@@ -392,6 +402,6 @@ class Stage3Engine:
         self.meter.touch(Kind.TEMPORARIES, 2 * FP32 * self.shards.largest_partition)
         groups = sub_groups(self.items, self.num_ranks, self.zero.sub_group_size)
         for numel, count in zip(groups.numel, groups.counts, strict=True):
-            flat = self.itemsize * numel if count > 1 else 0
-            cast = FP32 * numel if self.itemsize != FP32 else 0
+            flat = self.accumulated * numel if count > 1 else 0
+            cast = FP32 * numel if self.accumulated != FP32 else 0
             self.meter.touch(Kind.TEMPORARIES, max(flat + cast, FP32 * numel))

@@ -10,22 +10,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from zplan.memory.operations import FP32, Sizes
+from zplan.memory.operations import Sizes
 from zplan.memory.scores import fused_attention
 from zplan.memory.tape import Tape, Value
 from zplan.values import dataclass
-from zplan.zero_config import BatchSizes
 
 INT64 = 8
-
-
-def reduced_itemsize(batch: BatchSizes, itemsize: int) -> int:
-    """Bytes of an element of the gradients while ranks add them: fp32 where ranks share sequences.
-
-    Source: deepspeed 0.19.8, runtime/engine.py:2182 (seq_parallel_communication_data_type, "fp32"), stage_1_and_2.py
-    (allreduce_bucket: sequence_parallel_size > 1).
-    """
-    return FP32 if batch.sequence_parallel_size > 1 else itemsize
 
 
 def shared_attention(
