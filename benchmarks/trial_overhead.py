@@ -7,9 +7,9 @@ with `--methods full lora` another one of its adapters. After every fifth trial 
 `torchrun -m sft.trial`, so that both sides see the same machine. Overhead is wall time minus the timed steps. Of a
 study it is everything: the search, the start of the warm server, the model, the warm-up steps, the end of the
 processes; of a cold trial it is the wall time of its torchrun. The warm-up steps are the same on both sides; of full
-fine-tuning they are most of a warm trial's overhead: one short step below ZeRO-3, which makes gradients and optimizer
-states, and two at ZeRO-3, the second of which works out what to release when. The step with the peak is a timed one
-below ZeRO-3, because all rows are 64 tokens long; what the meter takes in it (0.1 to 0.2 s) counts as overhead.
+fine-tuning they are most of a warm trial's overhead: one step, which makes gradients and optimizer states, a short one
+below ZeRO-3. The second step, the one with the peak, is a timed one, because all rows are 64 tokens long; what the
+meter takes in it (0.1 to 0.3 s) counts as overhead.
 Killed and started again, it goes on; a finished run starts anew.
 """
 

@@ -33,6 +33,7 @@ from sft.meter import Meter
 from sft.order import LongestFirst
 from sft.random_weights import cheap_random_weights
 from sft.ranks import Rank, num_threads
+from sft.release import quicken_release
 from zplan.errors import ConfigError, MachineError
 from zplan.hardware import DeviceKind
 from zplan.recipe import Recipe
@@ -95,6 +96,7 @@ def init_process_group(kind: DeviceKind, place: Rank, *, timeout_seconds: float)
             because="the plan was made for NVIDIA GPUs",
             fix="nvidia-smi; zplan inspect",
         )
+    quicken_release()
     deepspeed.init_distributed(
         dist_backend="gloo" if kind == "cpu" else "nccl",
         auto_mpi_discovery=False,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sft import data
+from sft.release import is_quick
 from zplan.trial import TrialSpec
 
 
@@ -32,8 +33,8 @@ class Steps:
 
 
 def plan_steps(spec: TrialSpec, drawn: Sequence[data.Example]) -> Steps:
-    """The spec's steps. The step on the longest sequences warms nothing up behind a short one: where those drawn from
-    the data are as long, it is one of the timed steps, less the seconds that the meter takes in it.
+    """The spec's steps. The one with the peak warms nothing up behind the first: where the sequences drawn from the
+    data are as long as its own, it is one of the timed steps, less the seconds that the meter takes in it.
 
     Args:
         drawn: the examples of the timed steps; none where they are worst-case sequences themselves.
@@ -41,7 +42,7 @@ def plan_steps(spec: TrialSpec, drawn: Sequence[data.Example]) -> Steps:
     short = 1 if may_begin_short(spec) else 0
     alike = all(len(item.input_ids) == spec.recipe.max_length for item in drawn)
     return Steps(
-        untimed=spec.warmup_steps - (1 if short and alike else 0),
+        untimed=spec.warmup_steps - (1 if alike and may_time_the_peak(spec) else 0),
         metered=spec.warmup_steps,
         timed=spec.timed_steps,
         short=short,
@@ -52,14 +53,21 @@ def may_begin_short(spec: TrialSpec) -> bool:
     """Whether the first step can be fed a few tokens without missing a peak.
 
     Below stage 3 it differs from the second one only by what it does not have yet: the optimizer's states. ZeRO-3's
-    first step has no trace either, and its peak can be the highest; its second one works out what every later one
-    releases (2 s of Python for 30 layers), so it is not one to be timed. On CUDA a step is cheap, and what the
-    allocator reserves depends on the order of the sizes. Packing would put short rows together.
-
-    Source: deepspeed 0.19.8, runtime/zero/partitioned_param_coordinator.py (trace modes, __params_to_release).
+    first step has no trace either, and its peak can be the highest. On CUDA a step is cheap, and what the allocator
+    reserves depends on the order of the sizes. Packing would put short rows together.
     """
-    below_stage3 = spec.choice.zero.stage < 3
-    return spec.cluster.gpu.kind == "cpu" and below_stage3 and spec.warmup_steps > 1 and not spec.recipe.packing
+    return _is_costly(spec) and spec.choice.zero.stage < 3
+
+
+def may_time_the_peak(spec: TrialSpec) -> bool:
+    """Whether the last warm-up step does what every later one does. ZeRO-3's second step, the first with a trace, must
+    not search through all of it for every module."""
+    return _is_costly(spec) and (spec.choice.zero.stage < 3 or is_quick())
+
+
+def _is_costly(spec: TrialSpec) -> bool:
+    """CPU ranks, whose warm-up steps take most of a trial, on rows that are what they are."""
+    return spec.cluster.gpu.kind == "cpu" and spec.warmup_steps > 1 and not spec.recipe.packing
 
 
 def draw(spec: TrialSpec, examples: Sequence[data.Example]) -> tuple[data.Example, ...]:

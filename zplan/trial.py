@@ -41,7 +41,7 @@ def log_file(rank: int) -> str:
 WARMUP_STEPS = 2
 """Only the second has the optimizer's states while it computes, and ZeRO-3's recorded order of parameters: the peak of
 a training is the peak of its second step, not of its first. The second is on the longest sequences, and so is the first
-unless its own peak cannot matter; behind such a short one the second is timed where all timed ones are as long."""
+unless its own peak cannot matter; on CPU ranks the second is a timed one, too, where all are as long."""
 _STEP_SCATTER = 0.10
 """Standard deviation of the log of one step's seconds, at the least: two or three steps cannot show it themselves."""
 _BOUND_DEVIATIONS = 2.0
