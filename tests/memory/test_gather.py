@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.memory.choices import BATCH, FULL_ON_SMOLLM, LORA_ON_SMOLLM, SMOLLM, shape_of
 from zplan.memory.coordinator import Act, Action, Coordinator, Fetches
@@ -198,6 +200,38 @@ def test_laps_that_are_skipped_bring_what_following_them_brings(
     skipping = Gathering(script, recording.items, 2)
     following = Gathering(replace(script, laps=()), recording.items, 2)
     assert most_of(skipping.steps_of(choice)) == most_of(following.steps_of(choice))
+
+
+ELEMENTS = st.integers(0, 9).map(lambda digits: 10**digits) | st.integers(0, 200_000_000)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("recipe", [FULL_ON_SMOLLM, LORA_ON_SMOLLM], ids=["full", "lora"])
+@settings(max_examples=25, deadline=None)
+@given(prefetch=ELEMENTS, live=ELEMENTS, reuse=ELEMENTS, small=st.integers(0, 9), steps=st.integers(1, 2))
+def test_whatever_the_limits_are_skipped_laps_bring_what_following_them_brings(
+    recipe: Recipe, checkpointing: bool, prefetch: int, live: int, reuse: int, small: int, steps: int
+) -> None:
+    recording = record(SMOLLM, recipe, layout(SMOLLM, recipe), micro_batch=1, on_cpu=False, partitioned=True)
+    script = course(recording, checkpointing=checkpointing, fetches=True).script
+    zero = ZeroConfig(
+        stage=3, stage3_prefetch_bucket_size=prefetch, stage3_max_live_parameters=live, stage3_max_reuse_distance=reuse,
+        stage3_param_persistence_threshold=10**small,
+    )  # fmt: skip
+    choice = Choice(zero=zero, batch=replace(BATCH, gradient_accumulation_steps=steps))
+    skipping = Gathering(script, recording.items, 2)
+    following = Gathering(replace(script, laps=()), recording.items, 2)
+    assert most_of(skipping.steps_of(choice)) == most_of(following.steps_of(choice))
+
+
+@pytest.mark.parametrize("recipe", [FULL_ON_SMOLLM, LORA_ON_SMOLLM], ids=["full", "lora"])
+def test_where_every_parameter_persists_one_layer_is_followed_each_way(recipe: Recipe) -> None:
+    recording = record(SMOLLM, recipe, layout(SMOLLM, recipe), micro_batch=1, on_cpu=False, partitioned=True)
+    script = course(recording, checkpointing=True, fetches=True).script
+    limits = Limits(prefetch=1_000_000, live=1_000_000_000, reuse=0)
+    runs = Gathering(script, recording.items, 2).schedule(limits, frozenset(range(len(recording.items.numel))))
+    assert sum(run.times for run in runs if run.laps) == 2 * 30
+    assert sum(run.laps is not None for run in runs) <= 2 * 2
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])

@@ -191,6 +191,8 @@ class Scheduler:
             _prefetched_alike(now, now.available_numel - before.available_numel),
             _forgotten_alike(now, before, laps),
         )
+        if _is_used_later(now, before, laps, lap):
+            return most
         return self._released_alike(now, before, stretch, most)
 
     def _fetched_alike(self, now: Coordinator, before: _Before, laps: Laps) -> int:
@@ -248,9 +250,10 @@ class Scheduler:
             skipped * laps.parameters,
         )
         laps.move(now.status, lap, skipped)
-        laps.move(now.last_use, lap, skipped)
-        ahead = laps.from_lap_on(lap + skipped)
-        now.last_use[ahead] = [step + skipped * steps for step in now.last_use[ahead]]
+        if not _is_used_later(now, before, laps, lap):
+            laps.move(now.last_use, lap, skipped)
+            ahead = laps.from_lap_on(lap + skipped)
+            now.last_use[ahead] = [step + skipped * steps for step in now.last_use[ahead]]
         moved: dict[int, Flight] = {}
         flights: dict[int, Flight] = {}
         for number, flight in now.inflight.items():
@@ -280,7 +283,6 @@ _ACTS: dict[int, int] = {Op.END_BACKWARD: Act.GIVE_BACK, Op.END_STEP: Act.UPDATE
 
 def _stands_alike(now: Coordinator, before: _Before, laps: Laps, lap: int) -> bool:
     """Whether the coordinator stands before a lap as it stood before the one ahead of it."""
-    left = now.last_use[laps.of(lap - 1)]
     return (
         not now.recomputed
         and now.users == before.users
@@ -288,9 +290,15 @@ def _stands_alike(now: Coordinator, before: _Before, laps: Laps, lap: int) -> bo
         and len(now.inflight) == len(before.flights)
         and laps.stands_alike(before.status, now.status, lap)
         and _flights_alike(now, before, laps, lap)
-        and max(left) < now.step
-        and _uses_alike(now, before, laps, lap)
+        and (_is_used_later(now, before, laps, lap) or _uses_alike(now, before, laps, lap))
     )
+
+
+def _is_used_later(now: Coordinator, before: _Before, laps: Laps, lap: int) -> bool:
+    """The queue stands still, and every use that was taken from it for this lap or one ahead comes after all of them:
+    that alone keeps their parameters, however far it is."""
+    end = now.step + (laps.count - lap) * (now.step - before.step)
+    return now.head == before.head and min(now.last_use[laps.from_lap_on(lap - 1)]) > end
 
 
 def _flights_alike(now: Coordinator, before: _Before, laps: Laps, lap: int) -> bool:
@@ -309,6 +317,8 @@ def _flights_alike(now: Coordinator, before: _Before, laps: Laps, lap: int) -> b
 
 def _uses_alike(now: Coordinator, before: _Before, laps: Laps, lap: int) -> bool:
     """Uses ahead that were taken from the queue; how long ago an earlier one was does not matter."""
+    if max(now.last_use[laps.of(lap - 1)]) >= now.step:
+        return False
     ahead, steps, past = laps.from_lap_on(lap), now.step - before.step, now.step - 1
     earlier = before.last_use[ahead.start - laps.parameters : ahead.stop - laps.parameters]
     return all(
