@@ -68,7 +68,7 @@ class Case:
 def cases() -> list[Case]:
     """Models x stages x draws of every other knob, then what was added; the same list every time."""
     drawn = [
-        _draw(random.Random(f"{SEED} {model} {stage} {number}"), model, stage)
+        draw(random.Random(f"{SEED} {model} {stage} {number}"), model, stage)
         for number in range(DRAWS)
         for model in MODELS
         for stage in (0, 1, 2, 3)
@@ -213,7 +213,8 @@ def _added(model: str, method: str, stage: int, **other: Any) -> Case:
     return Case(model=model, method=method, layers=2, zero=zero, **of_case)  # type: ignore[arg-type]
 
 
-def _draw(chance: random.Random, model: str, stage: int) -> Case:
+def draw(chance: random.Random, model: str, stage: int) -> Case:
+    """One configuration of the model at the stage."""
     pick = chance.choice
     long = pick((512, 1024, 1024, 2048, 4096))
     return Case(
@@ -368,8 +369,9 @@ def out_of_memory_where_it_fits(
 
 
 def host_tensors(found: MemoryEstimate) -> int:
-    """A node's offloaded tensors in the step: its host memory without processes and loading."""
-    return sum(term.bytes for term in found.host.terms if "step" in term.phases and term.name.startswith("offloaded"))
+    """A node's offloaded tensors and swap buffers in the step: its host memory without processes and loading."""
+    of_step = (term for term in found.host.terms if "step" in term.phases)
+    return sum(term.bytes for term in of_step if "processes" not in term.name and term.name != "tensors of all ranks")
 
 
 def render(rows: list[Row]) -> str:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tests.memory.test_estimate import SHAPE, estimate
+from zplan.memory.instances import instances
+from zplan.memory.sub_groups import swapped_parameters, unswapped_bytes
 from zplan.memory.terms import MemoryEstimate
+from zplan.memory.trainable import layout
+from zplan.recipe import Recipe
 from zplan.zero_config import OffloadOptimizer, ZeroConfig
+
+MATRICES = sum(parameter.numel for _, parameter in SHAPE.parameters() if parameter.kind != "norm")
+"""The group with weight decay: one sub-group unless it is cut."""
 
 
 def host_term(found: MemoryEstimate, name: str) -> int:
@@ -19,13 +28,25 @@ def offloaded(device: str, sub_group_size: int = 1_000_000_000, stage: int = 3) 
 
 def test_nvme_buffers_hold_the_largest_sub_group_four_times() -> None:
     whole, cut = offloaded("nvme"), offloaded("nvme", sub_group_size=100_000)
-    assert host_term(whole, "NVMe swap buffers") == 4 * 4 * SHAPE.num_parameters
-    assert host_term(cut, "NVMe swap buffers") == 4 * 4 * 100_000
+    assert host_term(whole, "NVMe swap buffers") == 4 * 4 * MATRICES
+    layer = [parameter.numel for block, parameter in SHAPE.parameters() if parameter.kind != "norm"]
+    assert max(layer) > 100_000  # a sub-group ends with the parameter that reaches its size
+    assert host_term(cut, "NVMe swap buffers") >= 4 * 4 * max(layer)
 
 
-def test_small_fp32_gradients_stay_in_host_memory() -> None:
-    """All of this model's gradients are below 1 MiB on the rank, so b S + 4 S stay."""
-    assert host_term(offloaded("nvme"), "offloaded gradients") == (2 + 4) * SHAPE.num_parameters
+def test_small_sub_groups_stay_in_host_memory_and_small_gradients_of_the_others_on_the_gpu() -> None:
+    """Each parameter is less than 1 MiB in fp32; the norms are so together, the matrices' sub-group is not."""
+    found, norms = offloaded("nvme"), SHAPE.num_parameters - MATRICES
+    assert 4 * norms < 1 << 20
+    assert host_term(found, "offloaded gradients") == 2 * SHAPE.num_parameters
+    assert host_term(found, "small sub-groups") == (4 + 4) * norms
+    assert host_term(found, "states of small sub-groups") == 8 * norms + 4
+    items = instances(layout(SHAPE, Recipe(model="m", train_batch_size=1, max_length=128)))
+    zero = ZeroConfig(stage=3, offload_optimizer=OffloadOptimizer(device="nvme", nvme_path="/nvme"))
+    swapped = swapped_parameters(items, zero, 1)
+    assert sum(items.numel[number] for number in swapped) == MATRICES
+    assert unswapped_bytes(items, swapped, 1) == 4 * MATRICES
+    assert not swapped_parameters(items, replace(zero, offload_optimizer=OffloadOptimizer(device="cpu")), 1)
 
 
 def test_nvme_below_stage_3_is_the_cpu() -> None:
@@ -38,7 +59,7 @@ def saved(stage: int, world_size: int = 2, **recipe: object) -> int:
 
 def test_saving_copies_one_flat_state_of_every_rank_or_the_weights_on_rank_0() -> None:
     assert saved(2) == 2 * 4 * SHAPE.num_parameters // 2  # two ranks, fp32, half of the elements each
-    assert saved(3) == 2 * 4 * SHAPE.num_parameters // 2
+    assert saved(3) == 2 * 4 * MATRICES // 2  # the larger of its two groups
     offloading = ZeroConfig(stage=2, offload_optimizer=OffloadOptimizer(device="cpu"))
     assert host_term(estimate(offloading, world_size=2), "copies while saving") == 2 * SHAPE.num_parameters
 

@@ -15,7 +15,7 @@ from zplan.memory.instances import instances
 from zplan.memory.muon import ADAM_STATES
 from zplan.memory.stage12 import partition
 from zplan.memory.states import optimizer_state_bytes
-from zplan.memory.sub_groups import left_on_gpu, sub_groups
+from zplan.memory.sub_groups import is_swapped, left_on_gpu, sub_groups
 from zplan.memory.super_offload import shared_memory_bytes, super_offload_terms
 from zplan.memory.terms import PHASES, HostEstimate, NvmeEstimate, Phase, Term
 from zplan.memory.trainable import Layout
@@ -243,47 +243,36 @@ def _accumulation(b: int, touched_numel: int) -> Term:
     return _term("offloaded gradient accumulation", b * touched_numel, STEPS, formula, source)
 
 
-MIN_SWAPPED_BYTES = 1 << 20
-"""deepspeed 0.19.8, runtime/swap_tensor/utils.py (MIN_AIO_BYTES): smaller tensors stay in host memory."""
-
-
 def _optimizer_on_nvme(
     layout: Layout, recipe: Recipe, choice: Choice, ranks: int, numel: int, low: int, disk: int
 ) -> tuple[list[Term], int, int]:
     """What stays in host memory when master weights, states and fp32 gradients are on the NVMe.
 
-        buffers:    ranks * buffer_count * 4 * min(S, sub_group_size)
-        gradients:  ranks * (b S + 4 n for every parameter with less than 1 MiB of fp32 gradient on the rank)
-        first step: ranks * states of min(S, sub_group_size), made by the optimizer before they are swapped out
+        buffers:    ranks * buffer_count * 4 * largest sub-group
+        gradients:  ranks * b S
+        small sub-groups, below 1 MiB: masters and gradients, and their states from the first step
+        first step: ranks * states of the largest sub-group, made by the optimizer before they are swapped out
 
-    The buffers hold a whole sub-group: with a sub_group_size above S they are larger than the states they replace.
+    The buffers hold a whole sub-group, of one parameter at least: they can be larger than the states they replace.
 
-    Source: deepspeed 0.19.8, stage3.py:791 (grad_partitions_flat_buffer), :847 (largest_numel), :1449
-    (offload_fp32_gradients); swap_tensor/optimizer_utils.py (SwapBufferManager, is_swappable_tensor).
+    Source: deepspeed 0.19.8, stage3.py:791 (grad_partitions_flat_buffer), :847 (largest_numel), :1118
+    (_swappable_optimizer_subgroup); swap_tensor/optimizer_utils.py (SwapBufferManager, is_swappable_tensor).
     """
     config, world = choice.zero.offload_optimizer, choice.batch.world_size
-    largest = min(numel, choice.zero.sub_group_size)
+    groups = sub_groups(instances(layout), world, choice.zero.sub_group_size).numel
+    largest, small = max(groups), sum(size for size in groups if not is_swapped(size))
     swap = ranks * config.buffer_count * FP32 * largest
-    parts = (
-        laid.repeat * FP32 * ceil(weight.numel / world)
-        for laid in layout.blocks
-        for weight in laid.weights
-        if weight.trainable and FP32 * ceil(weight.numel / world) < MIN_SWAPPED_BYTES
-    )
-    kept = ranks * (low + sum(parts))
     source = "deepspeed 0.19.8, runtime/zero/stage3.py, swap_tensor/optimizer_utils.py"
     formula = f"{ranks} ranks x {config.buffer_count} buffers x 4 x {largest} (the largest sub-group)"
+    states, firsts = (ranks * optimizer_state_bytes(recipe.optimizer, size) for size in (small, largest))
+    on_largest = f"{recipe.optimizer} on {largest} elements a rank, first step"
     terms = [
         _term("NVMe swap buffers", swap, STEADY, formula, source),
-        _term("offloaded gradients", kept, STEADY, f"{ranks} ranks x (b S + small fp32 gradients)", source),
+        _term("offloaded gradients", ranks * low, STEADY, f"{ranks} ranks x b S", source),
+        _term("small sub-groups", ranks * 2 * FP32 * small, STEADY, f"{ranks} ranks x (4 + 4) x {small}", source),
+        _term("states of small sub-groups", states, STEPS, f"{recipe.optimizer} on {small} elements a rank", source),
         _term("master weights before they are swapped out", ranks * FP32 * largest, ("init",), "4 bytes each", source),
-        _term(
-            "states before they are swapped out",
-            ranks * optimizer_state_bytes(recipe.optimizer, largest),
-            ("step",),
-            f"{recipe.optimizer} on {largest} elements a rank, first step",
-            source,
-        ),
+        _term("states before they are swapped out", firsts, ("step",), on_largest, source),
     ]
     return terms, swap + (ranks * low if config.pin_memory else 0), ranks * disk
 
@@ -322,8 +311,8 @@ def _saving(layout: Layout, recipe: Recipe, choice: Choice, ranks: int, numel: i
         max(weights, states)
         weights   trained elements * b on rank 0: gathered at stage 3 if stage3_gather_16bit_weights_on_model_save,
                   copied off the GPU below it
-        states    ranks * 4 min(S, sub_group_size at stage 3): torch.save copies one flat state at a time; at stage 0
-                  rank 0 writes alone
+        states    ranks * 4 S, of the largest sub-group at stage 3: torch.save copies one flat state at a time; at
+                  stage 0 rank 0 writes alone
 
     What is in host memory already (offloaded states, CPU ranks below stage 3) is written from where it is.
 
@@ -333,7 +322,9 @@ def _saving(layout: Layout, recipe: Recipe, choice: Choice, ranks: int, numel: i
     zero = choice.zero
     gathers = zero.stage3_gather_16bit_weights_on_model_save if zero.stage == 3 else not on_cpu
     weights = recipe.weight_bytes * layout.trainable_numel if gathers else 0
-    flat = min(numel, zero.sub_group_size) if zero.stage == 3 else numel
+    flat = numel
+    if zero.stage == 3:
+        flat = max(sub_groups(instances(layout), choice.batch.world_size, zero.sub_group_size).numel)
     writers = ranks if zero.stage else 1
     states = 0 if on_cpu or zero.offloads_optimizer else writers * FP32 * flat
     formula = f"max(weights of rank 0 {weights}, {writers} ranks x 4 x {flat} = {states})"

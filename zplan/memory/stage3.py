@@ -16,13 +16,11 @@ from zplan.memory.meter import Kind, Meter
 from zplan.memory.muon import BF16, Precision
 from zplan.memory.quantized import FP16, Given, QuantizedGather, gather_alone, gather_together, scatter_bytes
 from zplan.memory.runtime import ALLOCATOR_ROUNDING
-from zplan.memory.sub_groups import muon_bytes, sub_groups
+from zplan.memory.sub_groups import muon_bytes, staging_bytes, sub_groups, swapped_parameters, unswapped_bytes
 from zplan.values import dataclass
 from zplan.zero_config import ZeroConfig
 
 FP32 = 4
-COPY_CHUNK_NUMEL = 250_000_000
-"""Elements of one offloaded gradient copied at a time (stage3.py, partition_grads)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +92,8 @@ def secondary_group(zero: ZeroConfig, num_ranks: int) -> int:
 
 def update_bytes(items: Instances, shards: Shards, zero: ZeroConfig, *, num_ranks: int) -> int:
     """Persistent parameters, partitioned before the update, are gathered again after it, out of copies on the GPU if
-    they are offloaded and cut; the norms of offloaded gradients (resident.py) are gone by then.
+    they are offloaded and cut; the norms of offloaded gradients (resident.py) are gone by then. Before it they lie
+    beside the gradients that are not swapped.
 
     Source: deepspeed 0.19.8, stage3.py (step: _partition_all_parameters, _post_step; step: norm_for_param_grads),
     partition_parameters.py (_allgather_params_coalesced: _no_gather_coalesced).
@@ -104,7 +103,8 @@ def update_bytes(items: Instances, shards: Shards, zero: ZeroConfig, *, num_rank
         staged = sum(items.itemsize[p] * shards.partition[p] for p in shards.persistent)
     if zero.offloads_optimizer:
         norms = ALLOCATOR_ROUNDING * sum(items.trainable)
-    return max(0, shards.persistent_bytes + staged - norms)
+    before = unswapped_bytes(items, swapped_parameters(items, zero, num_ranks), num_ranks)
+    return max(0, shards.persistent_bytes + max(staged - norms, before))
 
 
 class Stage3Engine:
@@ -334,9 +334,12 @@ class Stage3Engine:
     def _reduce(self) -> None:
         if not self.bucket:
             return
-        reducing, reduced = self._reduction_bytes()
-        self.meter.touch(Kind.TEMPORARIES, max(reducing, reduced + self._offload_bytes()))
-        self.meter.add(Kind.GRADIENTS, -sum(self.bytes[number] for number in self.outside))
+        reducing, staged = self._reduction_bytes()
+        if self.zero.offloads_optimizer:
+            staged += staging_bytes(self.bucket, self.shards.partition, self.swapped, itemsize=self.accumulated)
+        self.meter.touch(Kind.TEMPORARIES, max(reducing, staged))
+        stays = unswapped_bytes(self.items, self.swapped.intersection(self.bucket), self.num_ranks)
+        self.meter.add(Kind.GRADIENTS, stays - sum(self.bytes[number] for number in self.outside))
         self.bucket, self.bucket_numel, self.outside = [], 0, []
 
     def _reduction_bytes(self) -> tuple[int, int]:
@@ -382,12 +385,9 @@ class Stage3Engine:
     def num_nodes(self) -> int:
         return self.num_ranks // (self.exchange.gpus_per_node or self.num_ranks)
 
-    def _offload_bytes(self) -> int:
-        if not self.zero.offloads_optimizer:
-            return 0
-        largest = max(self.shards.partition[p] for p in self.bucket)
-        norm = 2 * FP32 * min(largest, COPY_CHUNK_NUMEL)  # in fp64
-        return self.accumulated * largest + max(FP32 * largest, norm)
+    @cached_property
+    def swapped(self) -> frozenset[int]:
+        return swapped_parameters(self.items, self.zero, self.num_ranks)
 
     def step(self) -> None:
         """Per sub-group: fp32 gradients of its partitions (and a flat copy first if it has several parameters).
@@ -398,6 +398,7 @@ class Stage3Engine:
             _, updating = muon_bytes(self.items, self.zero, self.num_ranks, self.of_muon)
             self.meter.touch(Kind.TEMPORARIES, updating)
         if self.zero.offloads_optimizer:
+            self.meter.add(Kind.GRADIENTS, -self.meter.by_kind[Kind.GRADIENTS])
             return
         self.meter.touch(Kind.TEMPORARIES, 2 * FP32 * self.shards.largest_partition)
         groups = sub_groups(self.items, self.num_ranks, self.zero.sub_group_size)
