@@ -17,7 +17,8 @@ from zplan.memory.instances import Instances
 from zplan.memory.meter import Kind, Meter
 from zplan.memory.owners import module_parameters, unread_numbers, viewed_numbers
 from zplan.memory.script import Op
-from zplan.memory.stage3 import Stage3Engine, shard
+from zplan.memory.shards import shard
+from zplan.memory.stage3 import Stage3Engine
 from zplan.memory.timeline import Recording, module_bases, record
 from zplan.memory.trainable import layout
 from zplan.recipe import Recipe

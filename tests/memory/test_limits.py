@@ -106,6 +106,21 @@ def test_gradients_of_their_own_dtypes_at_stage_3() -> None:
     assert estimate(ZeroConfig(stage=3), grad_accum_dtype="bf16", communication_data_type="bf16").gpu == plain.gpu
 
 
+def test_stage_2_holds_one_fp32_partition_between_backward_and_step_and_others_are_named() -> None:
+    """Between them four bytes for each element of a rank's partition, whatever parameters it cuts."""
+    found = estimate(ZeroConfig(stage=2), grad_accum_dtype="fp32")
+    laid = layout(SHAPE, Recipe(model="any"))
+    sizes = sum(-(-numel // (2 * 8)) * 2 for numel in laid.group_numel)
+    gradients = {term.phases: term.bytes for term in found.gpu.terms if term.name == "gradients"}
+    assert gradients[("step",)] == 4 * sizes
+    assert found.gpu.verdict == "fits"
+    offloaded = ZeroConfig(stage=2, offload_optimizer=OffloadOptimizer(device="cpu"))
+    for zero in (ZeroConfig(stage=1), offloaded):
+        other = estimate(zero, grad_accum_dtype="fp32")
+        assert other.gpu.verdict == "tight"
+        assert any(note.startswith("not modelled: gradients accumulated in fp32") for note in other.notes)
+
+
 def test_qlora_is_modelled_at_every_stage_of_gpus_and_its_scales_are_whole_at_stage_3() -> None:
     for stage in (0, 1, 2, 3):
         found = estimate(ZeroConfig(stage=stage), method="qlora")  # type: ignore[arg-type]

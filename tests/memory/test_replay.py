@@ -19,7 +19,8 @@ from zplan.memory.memo import Memo
 from zplan.memory.meter import Kind, Meter
 from zplan.memory.replay import Replay, replay_of
 from zplan.memory.script import STEP_PHASES, Course, Op
-from zplan.memory.stage3 import Stage3Engine, shard
+from zplan.memory.shards import shard
+from zplan.memory.stage3 import Stage3Engine
 from zplan.memory.timeline import record
 from zplan.memory.trainable import layout
 from zplan.recipe import Recipe

@@ -14,8 +14,9 @@ from zplan.memory.instances import Instances, instances
 from zplan.memory.meter import Kind, Meter
 from zplan.memory.muon import BF16
 from zplan.memory.operations import Sizes
+from zplan.memory.shards import shard
 from zplan.memory.stage0 import Stage0Engine
-from zplan.memory.stage3 import Stage3Engine, shard
+from zplan.memory.stage3 import Stage3Engine
 from zplan.memory.stage12 import Stage12Engine, partition
 from zplan.memory.tape import Event, Tape
 from zplan.memory.terms import MemoryEstimate

@@ -20,7 +20,7 @@ from zplan.memory.meter import KIND_NAMES, Kind
 from zplan.memory.replay import replay_of
 from zplan.memory.resident import Resident, resident
 from zplan.memory.script import STEP_PHASES, Course, Kinds, StepPhase
-from zplan.memory.stage3 import shard
+from zplan.memory.shards import shard
 from zplan.memory.stage12 import partition
 from zplan.memory.super_offload import contexts_on_first_gpu
 from zplan.memory.terms import PHASES, VERDICTS, ByteRange, GpuEstimate, MemoryEstimate, Phase, Term

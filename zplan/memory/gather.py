@@ -17,7 +17,8 @@ from zplan.memory.laps import Laps
 from zplan.memory.meter import Gauge, Kind
 from zplan.memory.schedule import Happening, Run, Schedule, Scheduler
 from zplan.memory.script import UPDATED, Op, Script
-from zplan.memory.stage3 import Shards, Stage3Engine, secondary_group, shard, update_bytes
+from zplan.memory.shards import Shards, secondary_group, shard, update_bytes
+from zplan.memory.stage3 import Stage3Engine
 from zplan.values import dataclass
 from zplan.zero_config import Choice
 

@@ -24,8 +24,10 @@ from zplan.memory.memo import Memo
 from zplan.memory.meter import Kind, Meter
 from zplan.memory.muon import Precision, precision
 from zplan.memory.script import STEP_PHASES, Course, Kinds, Op, Reduction, Script, StepPhase
+from zplan.memory.shards import shard
 from zplan.memory.stage0 import Stage0Engine
-from zplan.memory.stage3 import Stage3Engine, shard
+from zplan.memory.stage2_fp32 import Stage2InFp32
+from zplan.memory.stage3 import Stage3Engine
 from zplan.memory.stage12 import Stage12Engine, partition
 from zplan.values import dataclass
 from zplan.zero_config import Choice, ZeroConfig
@@ -208,7 +210,8 @@ def _engine(
         )  # fmt: skip
     if zero.stage:
         cut = partition(items, ranks, rank)
-        return Stage12Engine(
+        in_fp32 = zero.stage == 2 and exchange.accumulated == "fp32" and not zero.offloads_optimizer and not items.muon
+        return (Stage2InFp32 if in_fp32 else Stage12Engine)(
             meter, items, cut, zero, itemsize=itemsize, reduced=reduced, partial=partial, num_ranks=ranks,
             of_muon=of_muon, exchange=exchange,
         )  # fmt: skip

@@ -11,7 +11,7 @@ from zplan.memory.exchange import Exchange
 from zplan.memory.instances import Instances, instances
 from zplan.memory.muon import ADAM_STATES, first_updates_bytes, precision
 from zplan.memory.runtime import ALLOCATOR_ROUNDING
-from zplan.memory.stage3 import Shards, secondary_group
+from zplan.memory.shards import Shards, secondary_group
 from zplan.memory.stage12 import Partitions, muon_offload_bytes
 from zplan.memory.states import FP32, optimizer_state_bytes, step_temporary_bytes
 from zplan.memory.sub_groups import left_on_gpu, muon_bytes, sub_groups

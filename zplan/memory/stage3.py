@@ -7,7 +7,7 @@ Source: deepspeed 0.19.8, runtime/zero/stage3.py, partition_parameters.py, parti
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 from zplan.memory.coordinator import Action
 from zplan.memory.exchange import PLAIN, Exchange
@@ -15,96 +15,11 @@ from zplan.memory.instances import Instances
 from zplan.memory.meter import Kind, Meter
 from zplan.memory.muon import BF16, Precision
 from zplan.memory.quantized import FP16, Given, QuantizedGather, gather_alone, gather_together, scatter_bytes
-from zplan.memory.runtime import ALLOCATOR_ROUNDING
+from zplan.memory.shards import Shards, padded_bytes, secondary_group, update_bytes, whole_bytes
 from zplan.memory.sub_groups import muon_bytes, staging_bytes, sub_groups, swapped_parameters, unswapped_bytes
-from zplan.values import dataclass
 from zplan.zero_config import ZeroConfig
 
 FP32 = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Shards:
-    """How parameters are cut over the ranks."""
-
-    partition: tuple[int, ...]
-    """Elements of each parameter on one rank."""
-    persistent: frozenset[int]
-    trainable_numel: int
-    """Elements of all trainable partitions of one rank."""
-    stored_bytes: int
-    """Bytes of all partitions of one rank."""
-    persistent_bytes: int
-    """Bytes of the gathered persistent parameters."""
-    largest_partition: int
-
-
-def shard(items: Instances, zero: ZeroConfig, num_ranks: int) -> Shards:
-    """Partition every parameter, frozen ones too.
-
-        partition_i = ceil(n_i / N)
-        persistent: n_i <= stage3_param_persistence_threshold, while their sum stays within
-        stage3_model_persistence_threshold
-
-    Source: deepspeed 0.19.8, partition_parameters.py (_partition_param), parameter_offload.py
-    (mark_persistent_parameters).
-    """
-    return _shard(
-        items, zero.stage3_param_persistence_threshold, zero.stage3_model_persistence_threshold, num_ranks,
-        num_ranks > 1 or zero.offloads_param,
-    )  # fmt: skip
-
-
-@lru_cache(1024)
-def _shard(items: Instances, small: int, sum_of_small: int, num_ranks: int, gathers: bool) -> Shards:
-    parts = tuple(-(-numel // num_ranks) for numel in items.numel)
-    persistent, total = set(), 0
-    for number, numel in enumerate(items.numel):
-        if numel <= small and numel + total <= sum_of_small:
-            persistent.add(number)
-            total += numel
-    return Shards(
-        partition=parts,
-        persistent=frozenset(persistent),
-        trainable_numel=sum(parts[number] for group in items.groups for number in group),
-        stored_bytes=sum(size * part for size, part in zip(items.itemsize, parts, strict=True)),
-        persistent_bytes=sum(items.itemsize[p] * parts[p] * num_ranks for p in persistent) if gathers else 0,
-        largest_partition=max(parts[number] for group in items.groups for number in group),
-    )
-
-
-@lru_cache(1024)
-def whole_bytes(items: Instances) -> tuple[int, ...]:
-    """Of every parameter."""
-    return tuple(b * numel for b, numel in zip(items.itemsize, items.numel, strict=True))
-
-
-@lru_cache(1024)
-def padded_bytes(items: Instances, num_ranks: int) -> tuple[int, ...]:
-    """Of every parameter as all ranks hold it."""
-    return tuple(b * -(-numel // num_ranks) * num_ranks for b, numel in zip(items.itemsize, items.numel, strict=True))
-
-
-def secondary_group(zero: ZeroConfig, num_ranks: int) -> int:
-    """Ranks that share hpZ's second copy; 1 without it."""
-    return max(1, min(zero.zero_hpz_partition_size, num_ranks))
-
-
-def update_bytes(items: Instances, shards: Shards, zero: ZeroConfig, *, num_ranks: int) -> int:
-    """Persistent parameters, partitioned before the update, are gathered again after it, out of copies on the GPU if
-    they are offloaded and cut; the norms of offloaded gradients (resident.py) are gone by then. Before it they lie
-    beside the gradients that are not swapped.
-
-    Source: deepspeed 0.19.8, stage3.py (step: _partition_all_parameters, _post_step; step: norm_for_param_grads),
-    partition_parameters.py (_allgather_params_coalesced: _no_gather_coalesced).
-    """
-    staged, norms = 0, 0
-    if zero.offloads_param and num_ranks > 1:
-        staged = sum(items.itemsize[p] * shards.partition[p] for p in shards.persistent)
-    if zero.offloads_optimizer:
-        norms = ALLOCATOR_ROUNDING * sum(items.trainable)
-    before = unswapped_bytes(items, swapped_parameters(items, zero, num_ranks), num_ranks)
-    return max(0, shards.persistent_bytes + max(staged - norms, before))
 
 
 class Stage3Engine:
