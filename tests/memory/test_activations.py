@@ -339,3 +339,32 @@ def test_dora_s_norm_holds_three_matrices_and_an_identity_beside_the_output() ->
     assert peak == max(output + 3 * matrix, (products + 1) * output + matrix, output + identity_and_its_way + matrix)
     gradients = [weights[step[1]].module for step in tape.backward if step[0] == Event.GRADIENT]
     assert sorted(gradients) == sorted(module for module, _, _, trains in parts if trains)
+
+
+def kept_by_a_layer(model: str, attention: str, micro_batch: int, **config: object) -> tuple[int, int]:
+    """What a layer without checkpointing keeps for its backward, and the bytes of its input."""
+    shape = find_model(model)
+    assert isinstance(shape, ModelShape)
+    shape = replace(shape, config={**shape.config, **config})
+    recipe = Recipe(model=model, train_batch_size=8, max_length=512, attention=attention)  # type: ignore[arg-type]
+    made = record(shape, recipe, layout(shape, recipe), micro_batch=micro_batch, on_cpu=False)
+    tape = next(block.tape for block in made.blocks if block.laid.block.role == "layer")
+    assert tape is not None
+    return sum(step[1] for step in tape.forward if step[0] == Event.BYTES), made.hidden_bytes
+
+
+def test_a_parallel_residual_keeps_no_sum_of_input_and_attention() -> None:
+    parallel, hidden = kept_by_a_layer("pythia-410m", "sdpa", 2)
+    in_turn, _ = kept_by_a_layer("pythia-410m", "sdpa", 2, use_parallel_residual=False)
+    assert in_turn - parallel == hidden
+
+
+def test_eager_products_of_several_sequences_keep_copies_and_let_a_fused_projection_go() -> None:
+    """GPT-2's q, k and v are views of one tensor: copied, they are as large; Phi's joined q and k need no copy."""
+    one, hidden = kept_by_a_layer("gpt2", "eager", 1)
+    two, wider = kept_by_a_layer("gpt2", "eager", 2)
+    assert wider == 2 * hidden
+    assert two == 2 * one  # three copies in place of the tensor that they were views of
+    one, _ = kept_by_a_layer("phi-3-mini", "eager", 1)
+    two, wider = kept_by_a_layer("phi-3-mini", "eager", 2)
+    assert two == 2 * one - 2 * wider  # the fused tensor, three times as wide, goes; a copy of v stays

@@ -79,7 +79,10 @@ def _mix(
         return scores.bloom_attention(tape, sizes, q, k, v, *widths)
     softcap = bool(shape.config.get("attn_logit_softcapping", shape.model_type == "gemma2"))
     fp32_softmax = shape.model_type != "gpt2"
-    return scores.eager_attention(tape, sizes, q, k, v, *widths, softcap=softcap, fp32_softmax=fp32_softmax)
+    return scores.eager_attention(
+        tape, sizes, q, k, v, *widths, softcap=softcap, fp32_softmax=fp32_softmax,
+        joined=shape.model_type in JOINED_ROTARY,
+    )  # fmt: skip
 
 
 def _plain(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: Value) -> tuple[Value, ...]:

@@ -17,7 +17,7 @@ from zplan.memory.trainable import LaidBlock
 from zplan.model_shape import ModelShape
 
 _POST_NORM_FAMILIES = ("olmo2", "olmo3")
-_PARALLEL_NORMS = ("falcon", "gptj", "gpt_neox", "phi", "cohere")
+_PARALLEL = ("falcon", "gptj", "gpt_neox", "phi", "cohere")
 
 
 def build_layer(laid: LaidBlock, shape: ModelShape, sizes: Sizes, modules: Modules) -> Build:
@@ -38,14 +38,9 @@ def _residual_layer(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modu
     whole = sizes.bytes(width)
     before, after, before_mlp, after_mlp = _norm_roles(norms, layer.shape.model_type)
     normed = ops.norm(tape, modules, sizes, before, x, width) if before else x
+    if before and is_parallel(layer.shape):
+        return _parallel(tape, layer, sizes, modules, x, normed, before_mlp)
     attended = attend(tape, layer, sizes, modules, normed)
-    if before_mlp is None and layer.shape.model_type.startswith(_PARALLEL_NORMS):
-        fed = _mlp(tape, layer, sizes, modules, normed)
-        both = tape.apply(whole, [(attended, None), (fed, None)])
-        tape.drop(attended, fed, normed)
-        out = tape.apply(whole, [(both, None), (x, None)])
-        tape.drop(both)
-        return out
     if before:
         tape.drop(normed)
     attended = _scaled(tape, layer, whole, _after(tape, modules, sizes, after, attended, width))
@@ -58,6 +53,36 @@ def _residual_layer(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modu
     fed = _scaled(tape, layer, whole, _after(tape, modules, sizes, after_mlp, fed, width))
     out = tape.apply(whole, [(middle, None), (fed, None)])
     tape.drop(middle, fed)
+    return out
+
+
+def is_parallel(shape: ModelShape) -> bool:
+    """Whether attention and MLP both read the layer's input.
+
+    Source: transformers 5.23.0, models/gpt_neox/modeling_gpt_neox.py (GPTNeoXLayer.forward), models/falcon/
+    modeling_falcon.py (FalconDecoderLayer.forward).
+    """
+    parallel = shape.config.get("use_parallel_residual", True) and shape.config.get("parallel_attn", True)
+    return bool(parallel) and shape.model_type.startswith(_PARALLEL)
+
+
+def _parallel(
+    tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: Value, normed: Value, before_mlp: str | None
+) -> Value:
+    """Attention and MLP side by side, of one norm or of one each: Falcon makes both at once, others in turn."""
+    width, at_once = layer.shape.hidden_size, layer.shape.model_type == "falcon"
+    whole, fed_normed = sizes.bytes(width), normed
+    if before_mlp and at_once:
+        fed_normed = ops.norm(tape, modules, sizes, before_mlp, x, width)
+    attended = attend(tape, layer, sizes, modules, normed)
+    if before_mlp and not at_once:
+        tape.drop(normed)
+        fed_normed = ops.norm(tape, modules, sizes, before_mlp, x, width)
+    fed = _mlp(tape, layer, sizes, modules, fed_normed)
+    both = tape.apply(whole, [(attended, None), (fed, None)])
+    tape.drop(attended, fed, fed_normed, *([normed] if before_mlp and at_once else []))
+    out = tape.apply(whole, [(both, None), (x, None)])
+    tape.drop(both)
     return out
 
 

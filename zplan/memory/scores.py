@@ -60,12 +60,16 @@ def _flash_scratch(sizes: Sizes, num_heads: int, head_dim: int) -> int:
 
 def eager_attention(
     tape: Tape, sizes: Sizes, q: Value, k: Value, v: Value, num_heads: int, q_width: int, k_width: int, v_width: int,
-    *, softcap: bool = False, fp32_softmax: bool = True,
+    *, softcap: bool = False, fp32_softmax: bool = True, joined: bool = False,
 ) -> Value:  # fmt: skip
     """Attention with the S x S matrix, once in the training dtype and twice in fp32 while softmax runs.
 
     The weights are returned to the layer, which holds them until it ends. A product of batches wants B and H as one
-    dimension, which q does not allow for B > 1 and is copied; so is the gradient of the result.
+    dimension, which q, k and v do not allow for B > 1 and are copied, unless they have been joined or repeated; so is
+    the gradient of the result.
+
+    Args:
+        joined: q and k are new tensors with heads before positions (attention.JOINED_ROTARY).
 
     Source: transformers 5.23.0, models/llama/modeling_llama.py (eager_attention_forward, LlamaDecoderLayer.forward).
     """
@@ -74,12 +78,16 @@ def eager_attention(
     wide = sizes.bytes(q_width)
     repeats, batched = k_width != q_width, sizes.micro_batch > 1
     out_wide = sizes.bytes(v_width * q_width // k_width)
-    keys = _repeat_heads(tape, sizes, k, k_width, q_width, num_heads) if repeats else k
-    values = _repeat_heads(tape, sizes, v, v_width, q_width, num_heads) if repeats else v
-    queries = tape.apply(wide, [(q, None)]) if batched else q
+    if repeats:
+        keys = _repeat_heads(tape, sizes, k, k_width, q_width, num_heads)
+        values = _repeat_heads(tape, sizes, v, v_width, q_width, num_heads)
+    else:
+        keys = tape.apply(wide, [(k, None)]) if batched and not joined else tape.apply(None, [(k, None)])
+    queries = tape.apply(wide, [(q, None)]) if batched and not joined else tape.apply(None, [(q, None)])
     product = tape.apply(small, [(queries, wide), (keys, wide)], saves=(queries, keys))
-    if batched:
-        tape.drop(queries)
+    tape.drop(queries)
+    if not repeats:
+        tape.drop(keys)
     scaled = tape.apply(small, [(product, small)])
     tape.drop(product)
     if softcap:
@@ -89,9 +97,12 @@ def eager_attention(
     weights = _fp32_softmax(tape, masked, small, large if fp32_softmax else small)
     tape.drop(masked)
     weights = _attention_dropout(tape, sizes, weights, small, scores)
+    if not repeats:
+        values = tape.apply(out_wide if batched else None, [(v, None)])
     out = tape.apply(out_wide, [(weights, small), (values, out_wide)], saves=(weights, values))
+    tape.drop(values)
     if repeats:
-        tape.drop(keys, values)
+        tape.drop(keys)
     viewed = tape.apply(None, [(out, out_wide if batched else None)])
     flat = tape.apply(out_wide, [(viewed, None)])
     tape.drop(out, viewed)
