@@ -115,10 +115,21 @@ def test_stage_2_holds_one_fp32_partition_between_backward_and_step_and_others_a
     assert gradients[("step",)] == 4 * sizes
     assert found.gpu.verdict == "fits"
     offloaded = ZeroConfig(stage=2, offload_optimizer=OffloadOptimizer(device="cpu"))
-    for zero in (ZeroConfig(stage=1), offloaded):
+    for zero in (replace(offloaded, stage=1), offloaded):
         other = estimate(zero, grad_accum_dtype="fp32")
         assert other.gpu.verdict == "tight"
         assert any(note.startswith("not modelled: gradients accumulated in fp32") for note in other.notes)
+
+
+def test_bf16_at_stage_1_holds_fp32_gradients_of_the_whole_model() -> None:
+    plain, found = estimate(ZeroConfig(stage=1)), estimate(ZeroConfig(stage=1), grad_accum_dtype="fp32")
+    padded = sum(-(-numel // (2 * 8)) * 2 * 8 for numel in layout(SHAPE, Recipe(model="any")).group_numel)
+    terms = {term.name: term.bytes for term in found.gpu.terms}
+    assert terms["fp32 gradients"] == 4 * padded
+    assert (plain.gpu.verdict, found.gpu.verdict) == ("fits", "fits")
+    assert not any(term.name == "reduce buckets" for term in found.gpu.terms)
+    half = estimate(ZeroConfig(stage=1), grad_accum_dtype="fp32", dtype="fp16")
+    assert half.gpu.verdict == "tight"
 
 
 def test_qlora_is_modelled_at_every_stage_of_gpus_and_its_scales_are_whole_at_stage_3() -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from zplan.hardware import Cluster
 from zplan.memory import runtime
+from zplan.memory.bf16_optimizer import takes_bf16_optimizer
 from zplan.memory.course import course
 from zplan.memory.documented import documented_bucket_bytes
 from zplan.memory.exchange import Exchange
@@ -268,6 +269,8 @@ def largest_of_engine(laid: Layout, recipe: Recipe, choice: Choice) -> int:
     zero, b = choice.zero, recipe.weight_bytes
     gathers_for_muon = laid.muon and zero.stage == 3
     reduced = Exchange.of(recipe).for_batch(choice.batch, b).communicated_bytes(b) if zero.stage == 3 else b
+    if takes_bf16_optimizer(zero, Exchange.of(recipe), b):
+        reduced = 0  # it has no buckets
     return max(
         reduced * zero.reduce_bucket_size if zero.stage and (zero.contiguous_gradients or gathers_for_muon) else 0,
         FP32 * laid.largest_trainable,

@@ -60,7 +60,7 @@ def _of_gradient_types(recipe: Recipe, choice: Choice) -> list[str]:
     accumulated, stage = recipe.grad_accum_dtype or recipe.dtype, choice.zero.stage
     communicated = recipe.communication_data_type or recipe.dtype
     lines = []
-    plain = accumulated == "fp32" and stage == 2 and not choice.zero.offloads_optimizer
+    plain = accumulated == "fp32" and not choice.zero.offloads_optimizer and (stage == 2 or recipe.dtype == "bf16")
     if accumulated != recipe.dtype and stage < 3 and not plain:
         lines.append(
             f"gradients accumulated in {accumulated} at stage {stage}, in buffers of their own (stage_1_and_2.py,"

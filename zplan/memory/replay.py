@@ -17,6 +17,7 @@ from itertools import chain, pairwise
 from operator import add
 from typing import Protocol
 
+from zplan.memory.bf16_optimizer import Bf16Engine, takes_bf16_optimizer
 from zplan.memory.exchange import PLAIN, Exchange
 from zplan.memory.gather import Gathering, Steps, most_of
 from zplan.memory.instances import Instances
@@ -210,6 +211,8 @@ def _engine(
         )  # fmt: skip
     if zero.stage:
         cut = partition(items, ranks, rank)
+        if takes_bf16_optimizer(zero, exchange, itemsize):
+            return Bf16Engine(meter, items, cut, itemsize=itemsize, reduced=reduced, partial=partial)
         in_fp32 = zero.stage == 2 and exchange.accumulated == "fp32" and not zero.offloads_optimizer and not items.muon
         return (Stage2InFp32 if in_fp32 else Stage12Engine)(
             meter, items, cut, zero, itemsize=itemsize, reduced=reduced, partial=partial, num_ranks=ranks,

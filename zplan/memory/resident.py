@@ -7,6 +7,7 @@ from itertools import accumulate
 from math import prod
 from operator import mul
 
+from zplan.memory.bf16_optimizer import accumulated_bytes, takes_bf16_optimizer
 from zplan.memory.exchange import Exchange
 from zplan.memory.instances import Instances, instances
 from zplan.memory.muon import ADAM_STATES, first_updates_bytes, precision
@@ -22,6 +23,7 @@ from zplan.values import dataclass
 from zplan.zero_config import Choice
 
 PEFT = "peft 0.21.2, tuners/tuners_utils.py (_move_adapter_to_device_of_base_layer)"
+BF16_SOURCE = "deepspeed 0.19.8, runtime/bf16_optimizer.py"
 AFTER_LOAD: tuple[Phase, ...] = ("init", "forward", "backward", "step", "save")
 STEPS: tuple[Phase, ...] = ("forward", "backward", "step", "save")
 
@@ -144,6 +146,9 @@ def _stage12(laid: Layout, recipe: Recipe, choice: Choice, cut: Partitions) -> R
         ]
     elif laid.muon:
         after.append(_kept_by_muon(muon_offload_bytes(instances(laid), choice.batch.world_size, cut.rank)[0]))
+    if takes_bf16_optimizer(choice.zero, Exchange.of(recipe), b):
+        whole = _term("fp32 gradients", accumulated_bytes(cut), AFTER_LOAD, f"4 x {padded}, on every rank", BF16_SOURCE)
+        return Resident(terms=(*terms, *after, whole), partition_numel=numel)
     made = sum(term.bytes for term in after if "init" in term.phases)
     return Resident(terms=(*terms, *after, _flattening(choice, cut, b, made)), partition_numel=numel)
 
