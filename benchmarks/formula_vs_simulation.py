@@ -61,6 +61,7 @@ class Case:
     loss: str
     attention: str
     sequence_parallel_size: int = 1
+    autotp_size: int = 1
     adapter: Mapping[str, Any] = field(default_factory=dict)
     """Fields of Recipe that describe it, where they are not the default ones."""
 
@@ -204,6 +205,15 @@ def added_cases() -> list[Case]:
         _added("mistral-7b", "full", 3, sequence_parallel_size=8, accumulation=2, max_length=8192,
                reduce_bucket_size=5_000_000, offload_optimizer=cpu),
         _added("gemma-3-1b", "full", 3, sequence_parallel_size=4, reduce_scatter=False, max_length=2048),
+        _added("llama-3.1-8b", "full", 0, world_size=2, autotp_size=2, loss="full"),
+        _added("mistral-7b", "full", 1, autotp_size=2, accumulation=2, micro_batch=2, checkpointing=False,
+               max_length=4096, loss="full"),
+        _added("llama-3.1-8b", "full", 2, autotp_size=8, loss="full", reduce_bucket_size=5_000_000,
+               offload_optimizer=cpu),
+        _added("qwen2.5-7b", "full", 2, autotp_size=4, checkpointing=False, loss="full"),
+        _added("qwen3-4b", "full", 2, autotp_size=2, max_length=4096),
+        _added("granite-3-2b", "full", 1, world_size=4, autotp_size=4, contiguous_gradients=False,
+               reduce_bucket_size=50_000_000),
         _added("qwen2.5-0.5b", "full", 3, world_size=2, accumulation=2, sub_group_size=20_000_000,
                reduce_bucket_size=20_000_000, offload_optimizer=OffloadOptimizer(device="cpu", super_offload=True)),
         _added("llama-3.2-1b", "full", 3, world_size=2, adapter={"max_grad_norm": 0.0},
@@ -218,7 +228,7 @@ def _added(model: str, method: str, stage: int, **other: Any) -> Case:
     """A case of two layers; what Case has no field for is one of ZeroConfig."""
     of_case = {
         "world_size": 8, "micro_batch": 1, "accumulation": 1, "max_length": 1024, "checkpointing": True, "loss": "nll",
-        "attention": "sdpa", "adapter": {}, "sequence_parallel_size": 1,
+        "attention": "sdpa", "adapter": {}, "sequence_parallel_size": 1, "autotp_size": 1,
     }  # fmt: skip
     of_case = {name: other.pop(name, value) for name, value in of_case.items()}
     zero = ZeroConfig(stage=stage, **other)  # type: ignore[arg-type]
@@ -322,6 +332,7 @@ def request_of(case: Case) -> SimulationRequest:
     batch = BatchSizes(
         train_micro_batch_size_per_gpu=case.micro_batch, gradient_accumulation_steps=case.accumulation,
         world_size=case.world_size, sequence_parallel_size=case.sequence_parallel_size,
+        autotp_size=case.autotp_size,
     )  # fmt: skip
     return SimulationRequest(
         config=shape.config,
@@ -450,6 +461,7 @@ def knobs(zero: ZeroConfig) -> str:
 def table_line(row: Row) -> str:
     case = row.case
     extra = f" sequence_parallel_size={case.sequence_parallel_size}" if case.sequence_parallel_size > 1 else ""
+    extra += f" autotp_size={case.autotp_size}" if case.autotp_size > 1 else ""
     extra += "".join(f" {name}={value}" for name, value in case.adapter.items())
     head = (
         f"| {case.zero.stage} | {case.method} | {case.model} | {case.layers} | {case.world_size} |"

@@ -63,6 +63,7 @@ class Case:
     loss: str = "nll"
     optimizer: str = "adamw"
     sequence_parallel_size: int = 1
+    autotp_size: int = 1
 
 
 def cases() -> Iterator[Case]:
@@ -93,6 +94,7 @@ def cases() -> Iterator[Case]:
     yield Case(name="bucket 2000", zero=ZeroConfig(stage=2, reduce_bucket_size=2000))
     yield from stage3_cases()
     yield from sequence_parallel_cases()
+    yield from tensor_parallel_cases()
 
 
 def stage3_cases() -> Iterator[Case]:
@@ -132,12 +134,25 @@ def sequence_parallel_cases() -> Iterator[Case]:
     )
 
 
+def tensor_parallel_cases() -> Iterator[Case]:
+    """AutoTP over all ranks and over two pairs of them; with untied heads under full logits, as TRL's loss needs it."""
+    for stage in (0, 1, 2):
+        yield Case(name="AutoTP", loss="full", autotp_size=2, zero=ZeroConfig(stage=stage, **SMALL))
+    yield Case(name="AutoTP, tied", family="qwen2", accumulation=2, autotp_size=2, zero=ZeroConfig(stage=2, **SMALL))
+    for stage in (1, 2):
+        yield Case(
+            name="AutoTP, two pairs", family="qwen2", world_size=4, autotp_size=2, checkpointing=False,
+            zero=ZeroConfig(stage=stage, **SMALL),
+        )  # fmt: skip
+
+
 def request_of(case: Case) -> SimulationRequest:
     batch = BatchSizes(
         train_micro_batch_size_per_gpu=case.micro_batch,
         gradient_accumulation_steps=case.accumulation,
         world_size=case.world_size,
         sequence_parallel_size=case.sequence_parallel_size,
+        autotp_size=case.autotp_size,
     )
     return SimulationRequest(
         config=FAMILIES[case.family],

@@ -28,10 +28,11 @@ def check_agreement(recipe: Recipe, choice: Choice, deepspeed: Mapping[str, Any]
     Raises:
         ConfigError: naming every such key.
     """
-    if choice.batch.sequence_parallel_size > 1:
+    split = {name: getattr(choice.batch, name) for name in ("sequence_parallel_size", "autotp_size")}
+    if max(split.values()) > 1:
         raise ConfigError(
-            f"the plan shares sequences over {choice.batch.sequence_parallel_size} ranks (sequence_parallel_size)",
-            because="sft.train trains data-parallel; TRL shares them with accelerate's ParallelismConfig(sp_size)",
+            f"the plan has {', '.join(f'{name} {size}' for name, size in split.items() if size > 1)}",
+            because="sft.train trains data-parallel: it splits neither sequences nor matrices",
             fix="a plan of zplan tune",
         )
     expected = dict(_flat(deepspeed_config(recipe, choice, cpu_adam=False)))

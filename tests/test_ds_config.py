@@ -310,3 +310,22 @@ def test_sequences_that_deepspeed_does_not_share_are_refused() -> None:
     said = problems({"sequence_parallel_size": 4}, recipe=eager)
     assert "eager attention" in said
     assert "max_length 1022 is not divisible by 4; --max-length 1020" in said
+
+
+def test_deepspeed_counts_every_rank_of_autotp_and_the_plan_what_is_trained() -> None:
+    full = Recipe(model="m", train_batch_size=16, loss="full")
+    data = {"train_micro_batch_size_per_gpu": 2, "tensor_parallel": {"autotp_size": 4}}
+    reading = read({**data, "gradient_accumulation_steps": 3, "train_batch_size": 2 * 3 * 8}, recipe=full)
+    assert reading.choice.batch.autotp_size == 4
+    assert reading.choice.batch.data_parallel_size == 2
+    assert reading.recipe.train_batch_size == 2 * 3 * 2
+    assert read({"tensor_parallel": {"autotp_size": 4}}, recipe=full).recipe.train_batch_size == 16
+
+
+def test_what_autotp_cannot_cut_or_is_not_modelled_is_refused() -> None:
+    full = Recipe(model="m", train_batch_size=16, loss="full")
+    assert "does not divide world_size 8" in problems({"tensor_parallel": {"autotp_size": 3}}, recipe=full)
+    own = {"autotp_size": 2, "preset_model": "llama"}
+    assert "tensor_parallel.preset_model is not modelled" in problems({"tensor_parallel": own}, recipe=full)
+    both = {"tensor_parallel": {"autotp_size": 2}, "sequence_parallel_size": 2}
+    assert "delete one" in problems(both, recipe=full)

@@ -92,7 +92,7 @@ def test_a_file_of_the_wild_is_read_or_refused_as_deepspeed_does(
     )
     assert read.train_micro_batch_size_per_gpu == batch.train_micro_batch_size_per_gpu
     if {"train_batch_size", "gradient_accumulation_steps"} & set(config):
-        assert read.train_batch_size == batch.train_batch_size
+        assert read.train_batch_size == batch.train_batch_size * batch.autotp_size  # it counts every rank
     assert (
         reading.recipe.dtype
         == {(True, False): "bf16", (False, True): "fp16", (False, False): "fp32"}[

@@ -76,17 +76,20 @@ def test_other_words_for_an_option_are_understood(typed: str, key: str) -> None:
     assert ask(typed).key == key
 
 
-def test_tensor_parallelism_halves_the_layers_matrices_and_nothing_else() -> None:
+def test_tensor_parallelism_halves_the_matrices_and_the_head_and_nothing_else() -> None:
     cut = cut_shape(SHAPE, 2)
-    assert cut is not None
-    matrices = sum(parameter.numel for _, parameter in SHAPE.parameters() if "_proj" in parameter.name)
+    parts = ("_proj", "lm_head")
+    matrices = sum(p.numel for _, p in SHAPE.parameters() if any(part in p.name for part in parts))
     assert SHAPE.num_parameters - cut.num_parameters == matrices // 2
-    small_vocabulary = llama_like(hidden_size=512, num_hidden_layers=4, vocab_size=100)
-    choice = make_choice(small_vocabulary, RECIPE, CLUSTER, fixed=Fixed(stage=2))
-    (row,) = explain("tensor_parallel", small_vocabulary, RECIPE, choice, CLUSTER).rows
-    assert row.gpu_bytes < 0, "a large vocabulary would cost more: half as many ranks share its states"
-    assert row.host_bytes is None
-    assert cut_shape(SHAPE, 3) is None, "four heads do not divide by three"
+    (row,) = ask("tensor_parallel").rows
+    assert row.change == "with loss full, autotp_size=1 -> 2"
+    assert row.gpu_bytes < 0
+    tied = llama_like(hidden_size=512, num_hidden_layers=4, vocab_size=8000, tie_word_embeddings=True)
+    choice = make_choice(tied, RECIPE, CLUSTER, fixed=Fixed(stage=2))
+    (row,) = explain("tensor_parallel", tied, RECIPE, choice, CLUSTER).rows
+    assert row.change == "autotp_size=1 -> 2"
+    odd = llama_like(hidden_size=512, num_hidden_layers=4, vocab_size=8001)
+    assert not explain("tensor_parallel", odd, RECIPE, choice, CLUSTER).rows
 
 
 def test_stored_scores_are_what_sdpa_saves() -> None:

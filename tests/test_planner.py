@@ -18,7 +18,7 @@ from zplan.planner import (
 )
 from zplan.recipe import Recipe
 from zplan.settings import apply_settings, hf_auto_zero
-from zplan.zero_config import ZeroConfig
+from zplan.zero_config import ZeroConfig, deepspeed_config
 
 SHAPE = llama_like(hidden_size=512, num_hidden_layers=4, vocab_size=8000)
 RECIPE = Recipe(model="m", max_length=512, train_batch_size=16)
@@ -42,6 +42,24 @@ def test_ranks_that_share_sequences_train_the_same_batch_in_more_steps() -> None
     assert {choice.batch.world_size for choice in choices} == {4, 2}
     one = make_choice(SHAPE, RECIPE, ROOMY, fixed=replace(fixed, stage=2, micro_batch=4))
     assert one.batch.gradient_accumulation_steps == 16 // (4 * (4 // 2))
+
+
+def test_ranks_that_hold_one_copy_together_train_its_sequences_once() -> None:
+    fixed = Fixed(stage=2, micro_batch=2, settings=("autotp_size=2",))
+    (choice, *_) = [candidate.choice for candidate in rank_candidates(SHAPE, RECIPE, ROOMY, fixed=fixed)]
+    assert (
+        choice.batch.train_batch_size
+        == 16
+        == 2 * choice.batch.gradient_accumulation_steps * (choice.batch.world_size // 2)
+    )
+    config = deepspeed_config(RECIPE, choice, cpu_adam=False)
+    assert config["tensor_parallel"]["autotp_size"] == 2
+    assert config["train_batch_size"] == 2 * 16, "DeepSpeed counts every rank (runtime/config.py:471)"
+
+
+def test_sequences_are_not_shared_by_ranks_that_hold_one_copy_together() -> None:
+    with pytest.raises(ConfigError, match="together"):
+        make_choice(SHAPE, RECIPE, ROOMY, fixed=Fixed(stage=2, sequence_parallel_size=2, autotp_size=2))
 
 
 def test_sequences_cannot_be_shared_by_ranks_that_do_not_divide() -> None:

@@ -22,7 +22,7 @@ from zplan.zero_config import Choice, OffloadDevice, OffloadOptimizer, OffloadPa
 Stage = Literal[0, 1, 2, 3]
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
 _CHOICE_SETTINGS = (
-    "world_size", "train_micro_batch_size_per_gpu", "gradient_checkpointing", "sequence_parallel_size",
+    "world_size", "train_micro_batch_size_per_gpu", "gradient_checkpointing", "sequence_parallel_size", "autotp_size",
 )  # fmt: skip
 """Settings that belong to the choice, not to the zero_optimization section."""
 
@@ -41,6 +41,8 @@ class Fixed:
     world_size: int | None = None
     sequence_parallel_size: int = 1
     """Not tuned: 1 unless it is given."""
+    autotp_size: int = 1
+    """Not tuned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +91,8 @@ def strategy_label(choice: Choice, cluster: Cluster) -> str:
         label += ", checkpointing"
     if choice.batch.sequence_parallel_size > 1:
         label += f", sequences over {choice.batch.sequence_parallel_size}"
+    if choice.batch.autotp_size > 1:
+        label += f", matrices over {choice.batch.autotp_size}"
     if choice.batch.world_size < cluster.world_size:
         label += f", {choice.batch.world_size} of {cluster.world_size} GPUs"
     return label
@@ -110,6 +114,8 @@ def lift_settings(fixed: Fixed) -> Fixed:
             fixed = replace(fixed, world_size=parse_size(value, name=key))
         elif key == "sequence_parallel_size":
             fixed = replace(fixed, sequence_parallel_size=parse_size(value, name=key))
+        elif key == "autotp_size":
+            fixed = replace(fixed, autotp_size=parse_size(value, name=key))
         elif key == "train_micro_batch_size_per_gpu":
             fixed = replace(fixed, micro_batch=parse_size(value, name=key))
         elif key == "gradient_checkpointing":
@@ -123,10 +129,13 @@ def lift_settings(fixed: Fixed) -> Fixed:
     return replace(fixed, settings=tuple(rest))
 
 
-def asked_sharing(fixed: Fixed) -> int:
-    """sequence_parallel_size of the user's decisions, whatever else they leave open."""
-    asked = [value for key, value in map(split_setting, fixed.settings) if key == "sequence_parallel_size"]
-    return parse_size(asked[-1], name="sequence_parallel_size") if asked else fixed.sequence_parallel_size
+def splits(fixed: Fixed) -> dict[str, int]:
+    """sequence_parallel_size and autotp_size of the user's decisions, whatever else they leave open."""
+    given = {"sequence_parallel_size": fixed.sequence_parallel_size, "autotp_size": fixed.autotp_size}
+    for key, value in map(split_setting, fixed.settings):
+        if key in given:
+            given[key] = parse_size(value, name=key)
+    return given
 
 
 def is_choice_setting(text: str) -> bool:
@@ -194,7 +203,7 @@ def world_sizes(cluster: Cluster, fixed: Fixed) -> tuple[int, ...]:
         return (fixed.world_size,)
     part = {n for n in range(1, cluster.gpus_per_node + 1) if cluster.gpus_per_node % n == 0}
     whole = {cluster.gpus_per_node * n for n in range(1, cluster.nodes + 1) if cluster.nodes % n == 0}
-    shared = fixed.sequence_parallel_size
+    shared = fixed.sequence_parallel_size * fixed.autotp_size
     return tuple(sorted((n for n in part | whole if n % shared == 0), reverse=True)) or (cluster.world_size,)
 
 
@@ -204,11 +213,10 @@ def micro_batches(recipe: Recipe, world_size: int, fixed: Fixed) -> tuple[int, .
     Raises:
         ConfigError: the given micro-batch or the number of ranks does not divide the global batch.
     """
-    shared = fixed.sequence_parallel_size
-    batch_sizes(recipe, micro_batch=fixed.micro_batch or 1, world_size=world_size, sequence_parallel_size=shared)
+    batch_sizes(recipe, micro_batch=fixed.micro_batch or 1, world_size=world_size, **splits(fixed))
     if fixed.micro_batch is not None:
         return (fixed.micro_batch,)
-    share = recipe.train_batch_size * shared // world_size
+    share = recipe.train_batch_size * fixed.sequence_parallel_size * fixed.autotp_size // world_size
     small = [n for n in range(1, int(share**0.5) + 1) if share % n == 0]
     return tuple(sorted({*small, *(share // n for n in small)}))
 

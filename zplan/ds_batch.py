@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from zplan.ds_keys import Accepts, read_value
@@ -12,7 +13,9 @@ from zplan.recipe import Recipe
 from zplan.sequence import refusals
 from zplan.zero_config import BatchSizes, ranks_in_words
 
-_POSITIVE = Accepts("int", low=1)
+_POSITIVE, _COUNT = Accepts("int", low=1), Accepts("int")
+_OWN_CUTS = ("partition_config", "preset_model", "injection_policy_tuple", "vocab_parallel_lm_head")
+"""Keys of tensor_parallel that cut other matrices, or otherwise."""
 _LARGEST_BATCH = 1 << 30
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
@@ -47,41 +50,68 @@ def read_sharing(data: Mapping[str, Any], shape: ModelShape, recipe: Recipe, wor
     return int(ranks)
 
 
-def read_batch(
-    data: Mapping[str, Any], recipe: Recipe, world_size: int, shared: int, micro_batch: int | None, found: Findings
-) -> BatchSizes | None:
+def read_cutting(data: Mapping[str, Any], shape: ModelShape, world_size: int, found: Findings) -> int:
+    """`tensor_parallel.autotp_size`; 1 where it cannot be used.
+
+    Source: deepspeed 0.19.8, runtime/tensor_parallel/config.py (TPTrainingConfig), runtime/engine.py:1118
+    (auto_vocab_parallel_lm_head); accelerate 1.15.0, accelerator.py:2154.
+    """
+    section = data.get("tensor_parallel")
+    section = section if isinstance(section, Mapping) else {}
+    ranks, complaint = read_value(_COUNT, section.get("autotp_size", 1))
+    if not complaint and world_size % max(ranks, 1):
+        complaint = f"is {ranks}, which does not divide world_size {world_size}; write 1"
+    if complaint:
+        found.problems.append(f"tensor_parallel.autotp_size {complaint}")
+        return 1
+    if ranks < 2:
+        return 1
+    found.origins["tensor_parallel.autotp_size"] = "user"
+    found.problems += _own_cuts(section, shape)
+    return int(ranks)
+
+
+def _own_cuts(section: Mapping[str, Any], shape: ModelShape) -> Iterator[str]:
+    for key in _OWN_CUTS:
+        if section.get(key):
+            yield f"tensor_parallel.{key} is not modelled, only the family's own plan is; delete it"
+    if shape.tie_word_embeddings and section.get("vocab_parallel_lm_head") is not False:
+        yield "tensor_parallel cuts tied embeddings by words: not modelled; set its vocab_parallel_lm_head to false"
+
+
+def read_batch(data: Mapping[str, Any], recipe: Recipe, one: BatchSizes, found: Findings) -> BatchSizes | None:
     """The batch triangle: what the file gives, the rest from the recipe.
 
+    DeepSpeed counts ranks of AutoTP, which train the same sequences, as if each had its own.
+
     Args:
-        shared: sequence_parallel_size.
+        one: the ranks, and the micro-batch where the file leaves it open.
 
     Source: deepspeed 0.19.8, runtime/config.py (_set_batch_related_parameters, _batch_assertion).
     """
     given = _given_sizes(data, found)
     if given is None:
         return None
-    parallel = world_size // shared
+    parallel, asked = one.data_parallel_size * one.autotp_size, recipe.train_batch_size * one.autotp_size
     total, micro, steps = (given.get(key) for key in _BATCH_KEYS)
     if micro is None and total is not None and steps is not None:
         micro = max(total // (steps * parallel), 1)
-    micro = micro or micro_batch or 1
+    micro = micro or one.train_micro_batch_size_per_gpu
     if steps is None:
-        steps = max((total or recipe.train_batch_size) // (micro * parallel), 1)
-        total = total or (recipe.train_batch_size if "train_micro_batch_size_per_gpu" not in given else None)
+        steps = max((total or asked) // (micro * parallel), 1)
+        total = total or (asked if "train_micro_batch_size_per_gpu" not in given else None)
     product = micro * steps * parallel
     if product > _LARGEST_BATCH:
         found.problems.append(f"{product} sequences a step are no batch that fits anywhere; write a smaller one")
         return None
     if total is not None and total != product:
+        ranks = ranks_in_words(one.world_size, one.sequence_parallel_size)
         found.problems.append(
             f"train_batch_size is {total}, but train_micro_batch_size_per_gpu {micro} x gradient_accumulation_steps"
-            f' {steps} x {ranks_in_words(world_size, shared)} = {product}; write {product}, or "auto" for one of them'
+            f' {steps} x {ranks} = {product}; write {product}, or "auto" for one of them'
         )
         return None
-    return BatchSizes(
-        train_micro_batch_size_per_gpu=micro, gradient_accumulation_steps=steps, world_size=world_size,
-        sequence_parallel_size=shared,
-    )  # fmt: skip
+    return replace(one, train_micro_batch_size_per_gpu=micro, gradient_accumulation_steps=steps)
 
 
 def _given_sizes(data: Mapping[str, Any], found: Findings) -> dict[str, int] | None:

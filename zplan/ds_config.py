@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from zplan.ds_batch import read_batch, read_sharing
+from zplan.ds_batch import read_batch, read_cutting, read_sharing
 from zplan.ds_keys import HALF_MASTERS, REMOVED_KEYS, TOP_KEYS, ZERO_KEYS, Accepts, read_value
 from zplan.ds_sections import CLOSE, check_sections
 from zplan.ds_zero import Findings, read_zero_section, refused_combinations
@@ -18,7 +18,7 @@ from zplan.model_shape import ModelShape
 from zplan.recipe import DTYPE_BYTES, DType, Recipe
 from zplan.settings import apply_settings, hf_auto_zero, nearest
 from zplan.values import dataclass
-from zplan.zero_config import Choice, Origin, ZeroConfig
+from zplan.zero_config import BatchSizes, Choice, Origin, ZeroConfig
 
 __all__ = [
     "DsConfigReading", "apply_settings", "hf_auto_zero", "load_ds_config", "read_ds_config", "refused_combinations",
@@ -74,7 +74,17 @@ def read_ds_config(
     _check_top_keys(data, found)
     recipe = _read_recipe(data, recipe, found)
     shared = read_sharing(data, shape, recipe, cluster.world_size, found)
-    batch = read_batch(data, recipe, cluster.world_size, shared, micro_batch, found)
+    cut = read_cutting(data, shape, cluster.world_size, found)
+    if shared > 1 and cut > 1:
+        found.problems.append(
+            "sequence_parallel_size and tensor_parallel: AutoTP's groups replace the others; delete one"
+        )
+        shared = 1
+    one = BatchSizes(
+        train_micro_batch_size_per_gpu=micro_batch or 1, gradient_accumulation_steps=1, world_size=cluster.world_size,
+        sequence_parallel_size=shared, autotp_size=cut,
+    )  # fmt: skip
+    batch = read_batch(data, recipe, one, found)
     zero = read_zero_section(
         data.get("zero_optimization", {}), hidden_size=shape.hidden_size, device_kind=cluster.gpu.kind, found=found
     )
@@ -115,16 +125,11 @@ def _check_top_keys(data: Mapping[str, Any], found: Findings) -> None:
 
 def _check_unplanned(data: Mapping[str, Any], found: Findings) -> None:
     """Parallelism and dtypes that no part of the plan models: refused, not estimated as if they were not there."""
-    splits = {
-        "tensor_parallel": ("autotp_size", "AutoTP"),
-        "expert_parallel": ("expert_parallel_size", "expert parallelism"),
-    }
-    for key, (inner, name) in splits.items():
-        section = data.get(key)
-        size = section.get(inner, section.get("size", 1)) if isinstance(section, Mapping) else 1
-        enabled = isinstance(section, Mapping) and section.get("enabled") is True
-        if enabled or (isinstance(size, int) and size > 1):
-            found.problems.append(f"{key}: {name} is not modelled: plans are data-parallel; delete the section")
+    section = data.get("expert_parallel")
+    if isinstance(section, Mapping):
+        size = section.get("expert_parallel_size", section.get("size", 1))
+        if section.get("enabled") is True or (isinstance(size, int) and size > 1):
+            found.problems.append("expert_parallel: expert parallelism is not modelled; delete the section")
     value = data.get("seq_parallel_communication_data_type")
     if value is not None and _read_type("seq_parallel_communication_data_type", value, found) not in (None, "fp32"):
         found.warnings.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
-from zplan.autotp import cut_shape
+from zplan.autotp import cannot_cut
 from zplan.candidates import Candidate, Stage, evaluate
 from zplan.errors import ConfigError
 from zplan.explanation import Effect, Explanation
@@ -231,15 +231,16 @@ def _shared(batch: BatchSizes, ranks: int) -> BatchSizes:
 
 
 def _tensor_parallel(question: Question) -> Iterator[Change]:
-    """Half of each matrix on a GPU, and half as many data-parallel ranks, which share states among fewer."""
+    """Half of each matrix on a rank, and half as many micro-batches at a time; under full logits, as AutoTP needs."""
     where, at = _at(question, (2, 1, 0))
-    cut, batch = cut_shape(question.shape, 2), at.choice.batch
-    if cut is None or batch.world_size % 2:
+    batch = replace(at.choice.batch, autotp_size=1, sequence_parallel_size=1)
+    recipe = at.recipe if at.shape.tie_word_embeddings else replace(at.recipe, loss="full")
+    if batch.world_size % 2 or cannot_cut(at.shape, recipe, 2, stage=at.choice.zero.stage):
         return
-    fewer = replace(
-        batch, world_size=batch.world_size // 2, gradient_accumulation_steps=2 * batch.gradient_accumulation_steps
-    )
-    yield f"{where}autotp_size=1 -> 2", at, replace(at, shape=cut, choice=replace(at.choice, batch=fewer))
+    whole = replace(at, recipe=recipe, choice=replace(at.choice, batch=batch))
+    cut = replace(batch, autotp_size=2, gradient_accumulation_steps=2 * batch.gradient_accumulation_steps)
+    loss = "" if recipe == at.recipe else "with loss full, "
+    yield f"{where}{loss}autotp_size=1 -> 2", whole, replace(whole, choice=replace(whole.choice, batch=cut))
 
 
 _STORED_OR_NOT: tuple[Attention, Attention] = ("eager", "sdpa")
@@ -354,9 +355,10 @@ TOPICS: Mapping[str, Topic] = {
         changes=_sequence_parallel,
     ),
     "tensor_parallel": Topic(
-        text="DeepSpeed's AutoTP (tensor_parallel.autotp_size) splits each weight matrix over GPUs, with an all-reduce "
-        "of activations in every layer; it needs stage 0, 1 or 2. Plans are data-parallel: the bytes are those of this "
-        "model cut in two, for half as many data-parallel ranks; its host memory and speed are not estimated.",
+        text="DeepSpeed's AutoTP (tensor_parallel.autotp_size) splits the matrices of each layer and the head over "
+        "ranks, with an all-reduce of activations behind every pair; embeddings, a head that is tied to them and norms "
+        "stay whole, and ZeRO cuts each part over the ranks that are left. TRL's own losses would read the part of an "
+        "untied head, so it needs the loss full. Without a row below it is not modelled; the tuner does not search it.",
         changes=_tensor_parallel,
     ),
 }

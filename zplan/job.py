@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from zplan import recipe as recipe_module
-from zplan.candidates import asked_sharing, is_choice_setting, lift_settings
+from zplan.autotp import refuse_uncut_loss
+from zplan.candidates import is_choice_setting, lift_settings, splits
 from zplan.catalog import find_model, load_gpu
 from zplan.catalog.config_file import SIZES
 from zplan.errors import ConfigError
@@ -113,8 +114,12 @@ def _checked(job: Job) -> Job:
     """The job with warnings about what is probably a mistake. Raises ConfigError for what cannot be meant."""
     refuse_nvme_without_drive(job.cluster, job.fixed, job.choice)
     refuse_offload(job.cluster, job.recipe, job.choice)
-    shared = job.choice.batch.sequence_parallel_size if job.choice else asked_sharing(job.fixed)
+    split = splits(job.fixed)
+    if job.choice:
+        split = {name: getattr(job.choice.batch, name) for name in split}
+    shared = split["sequence_parallel_size"]
     refuse_unshareable(job.shape, job.recipe, shared)
+    refuse_uncut_loss(job.shape, job.recipe, split["autotp_size"])
     odd = (*odd_sizes(job.shape, job.recipe, job.choice), *lost_masks(job.shape, job.recipe, shared))
     return replace(job, warnings=(*job.warnings, *odd))
 

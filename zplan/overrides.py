@@ -7,7 +7,7 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
-from zplan.candidates import Fixed, check_stage
+from zplan.candidates import Fixed, check_stage, splits
 from zplan.recipe import Recipe
 from zplan.settings import apply_settings, setting_value
 from zplan.zero_config import Choice, batch_sizes, flat_section
@@ -32,6 +32,8 @@ def over_file(data: Any, fixed: Fixed, recipe: Mapping[str, Any]) -> Any:
             given[name] = value
     if given and isinstance(data.setdefault("zero_optimization", {}), Mapping):
         _write(data["zero_optimization"], given)
+    if fixed.autotp_size > 1 and isinstance(data.setdefault("tensor_parallel", {}), Mapping):
+        data["tensor_parallel"]["autotp_size"] = fixed.autotp_size
     for key, value in (
         ("sequence_parallel_size", fixed.sequence_parallel_size if fixed.sequence_parallel_size > 1 else None),
         ("train_micro_batch_size_per_gpu", fixed.micro_batch),
@@ -75,8 +77,10 @@ def fixed_by_file(choice: Choice, origins: Mapping[str, str], fixed: Fixed) -> F
     )
     batch = "train_micro_batch_size_per_gpu"
     micro = choice.batch.train_micro_batch_size_per_gpu if origins.get(batch) == "user" else fixed.micro_batch
-    shared = choice.batch.sequence_parallel_size
-    return replace(fixed, **given, settings=settings, micro_batch=micro, sequence_parallel_size=shared)
+    return replace(
+        fixed, **given, settings=settings, micro_batch=micro, autotp_size=choice.batch.autotp_size,
+        sequence_parallel_size=choice.batch.sequence_parallel_size,
+    )  # fmt: skip
 
 
 def _write(section: dict[str, Any], given: Mapping[str, Any]) -> None:
@@ -103,10 +107,10 @@ def over_plan(choice: Choice, fixed: Fixed, recipe: Recipe) -> Choice:
             zero = apply_settings(zero, [f"{name}.device={device}"])
     micro_batch = fixed.micro_batch or choice.batch.train_micro_batch_size_per_gpu
     world_size = fixed.world_size or choice.batch.world_size
-    shared = fixed.sequence_parallel_size if fixed.sequence_parallel_size > 1 else choice.batch.sequence_parallel_size
+    split = {name: size if size > 1 else getattr(choice.batch, name) for name, size in splits(fixed).items()}
     checkpointing = fixed.gradient_checkpointing
     return Choice(
         zero=apply_settings(zero, fixed.settings),
-        batch=batch_sizes(recipe, micro_batch=micro_batch, world_size=world_size, sequence_parallel_size=shared),
+        batch=batch_sizes(recipe, micro_batch=micro_batch, world_size=world_size, **split),
         gradient_checkpointing=choice.gradient_checkpointing if checkpointing is None else checkpointing,
     )

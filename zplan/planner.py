@@ -13,6 +13,7 @@ from zplan.candidates import (
     evaluate,
     lift_settings,
     micro_batches,
+    splits,
     world_sizes,
     zero_sections,
 )
@@ -53,9 +54,8 @@ def make_choice(shape: ModelShape, recipe: Recipe, cluster: Cluster, *, fixed: F
     _refuse_dead_offload(fixed)
     zero = base_zero(stage, shape, cluster, fixed.offload_optimizer or "none", fixed.offload_param or "none")
     batch = batch_sizes(
-        recipe, micro_batch=fixed.micro_batch or 1, world_size=fixed.world_size or cluster.world_size,
-        sequence_parallel_size=fixed.sequence_parallel_size,
-    )  # fmt: skip
+        recipe, micro_batch=fixed.micro_batch or 1, world_size=fixed.world_size or cluster.world_size, **splits(fixed)
+    )
     checkpointing = True if fixed.gradient_checkpointing is None else fixed.gradient_checkpointing
     return Choice(zero=apply_settings(zero, fixed.settings), batch=batch, gradient_checkpointing=checkpointing)
 
@@ -100,7 +100,7 @@ def rank_candidates(
         _refuse_dead_offload(fixed)
         raise ConfigError("the given stage and offload flags leave no strategy", fix="--stage 3")
     for world_size in fewer:
-        sequences = world_size * (fixed.micro_batch or 1) // fixed.sequence_parallel_size
+        sequences = world_size * (fixed.micro_batch or 1) // (fixed.sequence_parallel_size * fixed.autotp_size)
         if fixed.micro_batch is None or recipe.train_batch_size % sequences == 0:
             found.append(_best_on(shape, recipe, cluster, fixed, world_size, bucket_rule))
     return tuple(sorted(found, key=_rank))
@@ -155,10 +155,8 @@ def _ladders(
     shape: ModelShape, recipe: Recipe, cluster: Cluster, fixed: Fixed, world_size: int
 ) -> Iterator[tuple[Choice, ...]]:
     """Each strategy as its choices from the smallest micro-batch to the largest."""
-    sizes, shared = micro_batches(recipe, world_size, fixed), fixed.sequence_parallel_size
-    batches = [
-        batch_sizes(recipe, micro_batch=size, world_size=world_size, sequence_parallel_size=shared) for size in sizes
-    ]
+    sizes = micro_batches(recipe, world_size, fixed)
+    batches = [batch_sizes(recipe, micro_batch=size, world_size=world_size, **splits(fixed)) for size in sizes]
     checkpointing = (True, False) if fixed.gradient_checkpointing is None else (fixed.gradient_checkpointing,)
     for zero in zero_sections(shape, cluster, fixed):
         for recompute in checkpointing:

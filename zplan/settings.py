@@ -73,7 +73,7 @@ def apply_settings(zero: ZeroConfig, settings: Iterable[str]) -> ZeroConfig:
 def split_setting(setting: str) -> tuple[str, str]:
     """`KEY=VALUE` -> (key, value), the key as zplan spells it: section in front, stage3_ prefix restored."""
     key, equals, text = setting.partition("=")
-    key, text = key.strip().removeprefix("zero_optimization."), text.strip()
+    key, text = key.strip().removeprefix("zero_optimization.").removeprefix("tensor_parallel."), text.strip()
     if not equals or not key or not text:
         raise ConfigError(f"--set {setting!r} is not KEY=VALUE", fix="--set sub_group_size=1e8")
     return STAGE3_KEYS.get(key, key), text

@@ -113,43 +113,60 @@ _COUNTS = tuple(item.name for item in fields(ZeroConfig) if item.type == "int")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchSizes:
-    """train_batch_size = train_micro_batch_size_per_gpu * gradient_accumulation_steps * data_parallel_size."""
+    """train_batch_size = train_micro_batch_size_per_gpu * gradient_accumulation_steps * data_parallel_size.
+
+    It is what is trained: DeepSpeed's key of that name counts the ranks of AutoTP as if each had sequences of its own.
+    """
 
     train_micro_batch_size_per_gpu: int
     gradient_accumulation_steps: int
     world_size: int
     sequence_parallel_size: int = 1
     """Ulysses: ranks that share one micro-batch, each with its part of every sequence. ZeRO cuts over all ranks."""
+    autotp_size: int = 1
+    """AutoTP (tensor_parallel.autotp_size): ranks that hold one copy of the model; ZeRO cuts each one's part of it."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
             if getattr(self, item.name) < 1:
                 raise ConfigError(f"{item.name} is {getattr(self, item.name)}, below 1", fix="--micro-batch 1")
-        _refuse_unequal_groups(self.world_size, self.sequence_parallel_size)
+        _refuse_unequal_groups(self.world_size, self.sequence_parallel_size, self.autotp_size)
 
     @property
     def data_parallel_size(self) -> int:
         """Micro-batches that are trained at the same time."""
-        return self.world_size // self.sequence_parallel_size
+        return self.world_size // (self.sequence_parallel_size * self.autotp_size)
+
+    @property
+    def zero_ranks(self) -> int:
+        """Ranks over which ZeRO cuts states, gradients and parameters."""
+        return self.world_size // self.autotp_size
 
     @property
     def train_batch_size(self) -> int:
         return self.train_micro_batch_size_per_gpu * self.gradient_accumulation_steps * self.data_parallel_size
 
 
-def _refuse_unequal_groups(world_size: int, sequence_parallel_size: int) -> None:
-    if sequence_parallel_size < 1 or world_size % sequence_parallel_size:
+def _refuse_unequal_groups(world_size: int, sequence_parallel_size: int, autotp_size: int) -> None:
+    for name, size in (("sequence_parallel_size", sequence_parallel_size), ("autotp_size", autotp_size)):
+        if size < 1 or world_size % size:
+            raise ConfigError(
+                f"{name} {size} does not divide {world_size} ranks",
+                because="DeepSpeed makes groups of equal size (parallel_state_sp.py, utils/groups.py)",
+                fix=f"--set {name}=1",
+            )
+    if sequence_parallel_size > 1 and autotp_size > 1:
         raise ConfigError(
-            f"sequence_parallel_size {sequence_parallel_size} does not divide {world_size} ranks",
-            because="DeepSpeed makes groups of equal size (runtime/sequence_parallel/parallel_state_sp.py)",
-            fix="--set sequence_parallel_size=1",
+            f"sequence_parallel_size {sequence_parallel_size} and autotp_size {autotp_size} together",
+            because="AutoTP puts its groups in the place of Ulysses' (runtime/engine.py:957)",
+            fix="--set autotp_size=1",
         )
 
 
-def ranks_in_words(world_size: int, sequence_parallel_size: int) -> str:
+def ranks_in_words(world_size: int, sequence_parallel_size: int, autotp_size: int = 1) -> str:
     """What a micro-batch is multiplied by, for messages."""
     shared = f" / sequence_parallel_size {sequence_parallel_size}" if sequence_parallel_size > 1 else ""
-    return f"world_size {world_size}{shared}"
+    return f"world_size {world_size}{shared}" + (f" / autotp_size {autotp_size}" if autotp_size > 1 else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,25 +201,27 @@ def offload_refused(zero: ZeroConfig, optimizer: Optimizer, *, on_cpu: bool) -> 
     return None
 
 
-def batch_sizes(recipe: Recipe, *, micro_batch: int, world_size: int, sequence_parallel_size: int = 1) -> BatchSizes:
+def batch_sizes(
+    recipe: Recipe, *, micro_batch: int, world_size: int, sequence_parallel_size: int = 1, autotp_size: int = 1
+) -> BatchSizes:
     """Cut the global batch into micro-batches.
 
     Raises:
         ConfigError: micro_batch * data_parallel_size does not divide train_batch_size.
     """
-    _refuse_unequal_groups(world_size, sequence_parallel_size)
-    sequences = micro_batch * world_size // sequence_parallel_size
+    _refuse_unequal_groups(world_size, sequence_parallel_size, autotp_size)
+    sequences = micro_batch * world_size // (sequence_parallel_size * autotp_size)
     accumulation, rest = divmod(recipe.train_batch_size, max(sequences, 1))
     if rest or accumulation < 1:
         raise ConfigError(
             f"train_batch_size is {recipe.train_batch_size}, but micro-batch {micro_batch} x"
-            f" {ranks_in_words(world_size, sequence_parallel_size)} = {sequences} does not divide it",
+            f" {ranks_in_words(world_size, sequence_parallel_size, autotp_size)} = {sequences} does not divide it",
             because="DeepSpeed asserts train_batch_size = micro-batch x accumulation x world_size (runtime/config.py)",
             fix=f"--train-batch-size {max(accumulation, 1) * sequences}",
         )
     return BatchSizes(
         train_micro_batch_size_per_gpu=micro_batch, gradient_accumulation_steps=accumulation, world_size=world_size,
-        sequence_parallel_size=sequence_parallel_size,
+        sequence_parallel_size=sequence_parallel_size, autotp_size=autotp_size,
     )  # fmt: skip
 
 
@@ -261,6 +280,9 @@ def deepspeed_config(recipe: Recipe, choice: Choice, *, cpu_adam: bool) -> dict[
         config["data_types"] = {"grad_accum_dtype": recipe.grad_accum_dtype}
     if recipe.communication_data_type is not None:
         config["communication_data_type"] = recipe.communication_data_type
+    if choice.batch.autotp_size > 1:
+        config["tensor_parallel"] = {"autotp_size": choice.batch.autotp_size, "vocab_parallel_lm_head": False}
+        config["train_batch_size"] *= choice.batch.autotp_size
     if recipe.optimizer == "muon":
         config["optimizer"] = {"type": "Muon", "params": {"lr": recipe.learning_rate}}
         if choice.zero.stage == 3:

@@ -169,7 +169,7 @@ def test_what_no_simulation_confirmed_is_a_note_and_may_fit() -> None:
 
 
 def test_a_file_that_splits_the_model_is_refused() -> None:
-    data: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "tensor_parallel": {"autotp_size": 2}}
+    data: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "expert_parallel": {"expert_parallel_size": 2}}
     with pytest.raises(ConfigError, match="not modelled"):
         read_ds_config(data, recipe=Recipe(model="any", train_batch_size=8), shape=SHAPE, cluster=cluster(8))
 

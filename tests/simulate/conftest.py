@@ -31,13 +31,13 @@ def worker() -> Iterator[WorkerClient]:
 
 def question(
     stage: int, *, world_size: int = 4, kind: DeviceKind = "cuda", card_bytes: int = 80 * GIB, accumulation: int = 1,
-    shared: int = 1, zero: dict[str, Any] | None = None, config: dict[str, Any] | None = None,
+    shared: int = 1, cut: int = 1, zero: dict[str, Any] | None = None, config: dict[str, Any] | None = None,
     recipe: dict[str, Any] | None = None, **more: Any,
 ) -> SimulationRequest:  # fmt: skip
     """One question about a model of 0.1 M parameters, with buckets to match."""
     batch = BatchSizes(
         train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=accumulation, world_size=world_size,
-        sequence_parallel_size=shared,
+        sequence_parallel_size=shared, autotp_size=cut,
     )  # fmt: skip
     sizes = {"reduce_bucket_size": 10_000, "stage3_prefetch_bucket_size": 10_000, **(zero or {})}
     return SimulationRequest(

@@ -15,7 +15,7 @@ from zplan.recipe import Recipe
 from zplan.speed.communication import COLLECTIVE_SECONDS, link_bytes_per_second, traffic
 from zplan.speed.compute import ACHIEVABLE_SHARE, backward_flops, flops_per_token, forward_flops
 from zplan.speed.estimate import estimate_speed
-from zplan.speed.exchange import exchange_seconds
+from zplan.speed.exchange import exchange_seconds, sum_seconds
 from zplan.speed.offload import (
     CPU_ADAM_ELEMENTS_PER_SECOND,
     PAGEABLE_SHARE,
@@ -234,3 +234,14 @@ def test_shared_sequences_are_exchanged_around_every_attention() -> None:
     assert exchange_seconds(SHAPE, RECIPE, shared, cluster) == pytest.approx(L * 3 * 3 * each)
     alone = replace(shared, batch=replace(batch, sequence_parallel_size=1))
     assert exchange_seconds(SHAPE, RECIPE, alone, cluster) == 0
+
+
+def test_cut_matrices_are_added_up_behind_every_pair() -> None:
+    batch = BatchSizes(train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=3, world_size=4, autotp_size=2)
+    cluster = described_cluster(gpus_per_node=4)
+    cut = Choice(zero=ZeroConfig(stage=1), batch=batch)
+    each = 2 * (2 * 2048 * H * 2) / 2 / (cluster.intra_node_bytes_per_second or 0) + COLLECTIVE_SECONDS
+    assert sum_seconds(SHAPE, RECIPE, cut, cluster) == pytest.approx(L * 3 * (2 + 5 + 2) * each)
+    speed = estimate_speed(SHAPE, RECIPE, cut, cluster)
+    alone = estimate_speed(SHAPE, RECIPE, replace(cut, batch=replace(batch, autotp_size=1)), cluster)
+    assert speed.parts["compute"] == pytest.approx(alone.parts["compute"] / 2)

@@ -36,10 +36,10 @@ def test_a_setting_narrows_or_bounds() -> None:
 
 
 @pytest.mark.parametrize(
-    "fixed", [Fixed(sequence_parallel_size=2), Fixed(settings=("sequence_parallel_size=2",))], ids=["file", "--set"]
+    "fixed", [Fixed(sequence_parallel_size=2), Fixed(settings=("tensor_parallel.autotp_size=2",))], ids=["file", "set"]
 )
-def test_shared_sequences_are_not_searched(fixed: Fixed) -> None:
-    with pytest.raises(ConfigError, match="sequence_parallel_size"):
+def test_shared_sequences_and_cut_matrices_are_not_searched(fixed: Fixed) -> None:
+    with pytest.raises(ConfigError, match=r"(sequence_parallel|autotp)_size is 2"):
         narrow(fixed)
 
 

@@ -132,6 +132,8 @@ def _flags(candidate: Candidate, cluster: Cluster) -> str:
     flags.append("--gradient-checkpointing" if choice.gradient_checkpointing else "--no-gradient-checkpointing")
     if choice.batch.sequence_parallel_size > 1:
         flags.append(f"--set sequence_parallel_size={choice.batch.sequence_parallel_size}")
+    if choice.batch.autotp_size > 1:
+        flags.append(f"--set autotp_size={choice.batch.autotp_size}")
     if choice.batch.world_size != cluster.world_size:
         flags.append(f"--set world_size={choice.batch.world_size}")
     return " ".join(flags)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
 
+from zplan.autotp import cut_shape
 from zplan.hardware import Cluster
 from zplan.memory import runtime
 from zplan.memory.bf16_optimizer import takes_bf16_optimizer
@@ -54,6 +55,8 @@ def estimate_memory(
         rank: whose GPU; None is the rank that holds most.
     """
     on_cpu = cluster.gpu.kind == "cpu"
+    missing = not_modelled(shape, recipe, choice, on_cpu=on_cpu)
+    shape = cut_shape(shape, choice.batch.autotp_size)
     laid = layout(shape, recipe)
     still = standing(laid, recipe, choice, cluster, rank)
     walked = course_of(shape, recipe, laid, choice, on_cpu=on_cpu)
@@ -65,7 +68,6 @@ def estimate_memory(
         laid, recipe, choice, cluster, partition_numel=still.partition_numel, rank_bytes=peak if on_cpu else 0,
         touched_numel=still.node_touched_numel,
     )  # fmt: skip
-    missing = not_modelled(shape, recipe, choice, on_cpu=on_cpu)
     return MemoryEstimate(
         gpu=_gpu(terms, phases, shape, recipe, choice, cluster, bucket_rule, is_whole=not missing),
         host=host,
@@ -82,7 +84,7 @@ def cannot_fit(shape: ModelShape, recipe: Recipe, choice: Choice, cluster: Clust
     on_cpu = cluster.gpu.kind == "cpu"
     if not_modelled(shape, recipe, choice, on_cpu=on_cpu):
         return True
-    laid = layout(shape, recipe)
+    laid = layout(cut_shape(shape, choice.batch.autotp_size), recipe)
     still = standing(laid, recipe, choice, cluster, None)
     peak = max(phase_bytes(still.terms).values())
     if gpu_ranges(peak, 0, outside_allocator(choice, cluster), on_cpu=on_cpu).used.high > cluster.gpu.free_bytes:
@@ -100,7 +102,7 @@ def standing(laid: Layout, recipe: Recipe, choice: Choice, cluster: Cluster, ran
     Args:
         rank: whose; every rank of the node is then taken to be like it.
     """
-    items, zero, world = instances(laid), choice.zero, choice.batch.world_size
+    items, zero, world = instances(laid), choice.zero, choice.batch.zero_ranks
     cut = partition(items, world, rank) if zero.stage in (1, 2) else None
     shards, on_cpu = shard(items, zero, world) if zero.stage == 3 else None, cluster.gpu.kind == "cpu"
     still = resident(laid, recipe, choice, cut, shards, on_cpu=on_cpu)

@@ -117,7 +117,7 @@ class Gathering:
         Source: deepspeed 0.19.8, partitioned_param_coordinator.py (release_sub_module: is_complete_trace), stage3.py
         (_post_step).
         """
-        zero, ranks = choice.zero, choice.batch.world_size
+        zero, ranks = choice.zero, choice.batch.zero_ranks
         shards = shard(self.items, zero, ranks)
         start = self._first_step(shards, ranks)
         later = self.of_later_steps(choice)
@@ -172,13 +172,13 @@ class Gathering:
     def of_later_steps(self, choice: Choice) -> Gathered:
         """When the trace is known. hpZ's second copies are there from loading on, and after the first micro-step."""
         again = choice.batch.gradient_accumulation_steps > 1
-        shards = shard(self.items, choice.zero, choice.batch.world_size)
+        shards = shard(self.items, choice.zero, choice.batch.zero_ranks)
         return self._bytes(choice, shards, self.schedule(Limits.of(choice.zero), shards.persistent), has_copies=again)
 
     def _bytes(self, choice: Choice, shards: Shards, schedule: Schedule, *, has_copies: bool) -> Gathered:
         """What a schedule holds. Choices whose schedules turn out alike share it; an offloaded optimizer only changes
         the end of the update."""
-        zero, ranks = choice.zero, choice.batch.world_size
+        zero, ranks = choice.zero, choice.batch.zero_ranks
         copies = 1 if zero.offloads_param else secondary_group(zero, ranks)
         key = (
             id(schedule), zero.stage3_allgather_sequential, zero.offloads_param,
@@ -262,7 +262,7 @@ def follow_hooks(of: Gathering, choice: Choice, shards: Shards, schedule: Schedu
     """Run the engine through the hooks of a step."""
     meter = Gauge()
     engine = Stage3Engine(
-        meter, of.items, shards, choice.zero, num_ranks=choice.batch.world_size, itemsize=of.itemsize,
+        meter, of.items, shards, choice.zero, num_ranks=choice.batch.zero_ranks, itemsize=of.itemsize,
         exchange=of.exchange,
     )  # fmt: skip
     if has_copies:

@@ -88,7 +88,7 @@ def estimate_host(
 
 def offloaded_numel(layout: Layout, choice: Choice, partition_numel: int) -> int:
     """S less what a ratio leaves on the GPU."""
-    return partition_numel - sum(left_on_gpu(instances(layout), choice.zero, choice.batch.world_size))
+    return partition_numel - sum(left_on_gpu(instances(layout), choice.zero, choice.batch.zero_ranks))
 
 
 def ranks_of_node(choice: Choice, cluster: Cluster) -> int:
@@ -196,7 +196,7 @@ def _optimizer(
         doubled = ranks * FP32 * there
         terms.append(_term("second copy while pinning", doubled, ("init",), f"{ranks} ranks x 4 S", source))
     if zero.super_offloads:
-        largest = max(sub_groups(instances(layout), choice.batch.world_size, zero.sub_group_size).numel)
+        largest = max(sub_groups(instances(layout), choice.batch.zero_ranks, zero.sub_group_size).numel)
         more, pins = super_offload_terms(
             zero, ranks=ranks, there=there, largest_group=largest, process_bytes=PROCESS_CUDA
         )
@@ -221,7 +221,7 @@ def _muon_states(layout: Layout, choice: Choice, there: int, b: int) -> int:
     Source: deepspeed 0.19.8, stage_1_and_2.py:2059 (_apply_muon_updates_cpu_offload), stage3.py:1066
     (_create_momentum_buffer).
     """
-    items, ranks = instances(layout), choice.batch.world_size
+    items, ranks = instances(layout), choice.batch.zero_ranks
     if not items.muon:
         return ADAM_STATES * there
     if choice.zero.stage == 3:
@@ -258,7 +258,7 @@ def _optimizer_on_nvme(
     Source: deepspeed 0.19.8, stage3.py:791 (grad_partitions_flat_buffer), :847 (largest_numel), :1118
     (_swappable_optimizer_subgroup); swap_tensor/optimizer_utils.py (SwapBufferManager, is_swappable_tensor).
     """
-    config, world = choice.zero.offload_optimizer, choice.batch.world_size
+    config, world = choice.zero.offload_optimizer, choice.batch.zero_ranks
     groups = sub_groups(instances(layout), world, choice.zero.sub_group_size).numel
     largest, small = max(groups), sum(size for size in groups if not is_swapped(size))
     swap = ranks * config.buffer_count * FP32 * largest
@@ -283,7 +283,7 @@ def _parameters(layout: Layout, choice: Choice, ranks: int, b: int) -> tuple[lis
     Source: deepspeed 0.19.8, partition_parameters.py (_partition_param), swap_tensor/partitioned_param_swapper.py.
     """
     config = choice.zero.offload_param
-    shard = ceil(layout.stored_bytes / choice.batch.world_size)
+    shard = ceil(layout.stored_bytes / choice.batch.zero_ranks)
     source = "deepspeed 0.19.8, partition_parameters.py"
     if config.device == "nvme":
         swap = ranks * config.buffer_count * config.buffer_size * b
@@ -324,7 +324,7 @@ def _saving(layout: Layout, recipe: Recipe, choice: Choice, ranks: int, numel: i
     weights = recipe.weight_bytes * layout.trainable_numel if gathers else 0
     flat = numel
     if zero.stage == 3:
-        flat = max(sub_groups(instances(layout), choice.batch.world_size, zero.sub_group_size).numel)
+        flat = max(sub_groups(instances(layout), choice.batch.zero_ranks, zero.sub_group_size).numel)
     writers = ranks if zero.stage else 1
     states = 0 if on_cpu or zero.offloads_optimizer else writers * FP32 * flat
     formula = f"max(weights of rank 0 {weights}, {writers} ranks x 4 x {flat} = {states})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from zplan.autotp import cannot_cut
 from zplan.memory.quantized import num_groups
 from zplan.memory.trainable import layout
 from zplan.model_shape import ModelShape
@@ -28,6 +29,8 @@ def not_modelled(shape: ModelShape, recipe: Recipe, choice: Choice, *, on_cpu: b
         *_of_zero(choice),
     ]
     found += _of_quantizer(shape, recipe, choice)
+    uncut = cannot_cut(shape, recipe, choice.batch.autotp_size, stage=choice.zero.stage)
+    found += [uncut] if uncut else []
     refused = offload_refused(choice.zero, recipe.optimizer, on_cpu=on_cpu)
     found += [refused] if refused else []
     found += _of_muon(choice) if recipe.optimizer == "muon" else []
@@ -102,7 +105,7 @@ def _of_quantizer(shape: ModelShape, recipe: Recipe, choice: Choice) -> list[str
 
     Source: deepspeed 0.19.8, runtime/zero/partition_parameters.py (CUDAQuantizer.quantize).
     """
-    ranks = choice.batch.world_size
+    ranks = choice.batch.zero_ranks
     if choice.zero.stage != 3 or not choice.zero.zero_quantized_weights or ranks == 1:
         return []
     for block in layout(shape, recipe).blocks:

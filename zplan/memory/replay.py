@@ -199,7 +199,7 @@ def _engine(
 ) -> Engine:
     """The engine of the configured stage; its gradients have the dtype of Muon's."""
     itemsize = of_muon.gradient
-    zero, ranks = choice.zero, choice.batch.world_size
+    zero, ranks = choice.zero, choice.batch.zero_ranks
     exchange = exchange.for_batch(choice.batch, itemsize)
     partial, reduced = choice.batch.gradient_accumulation_steps > 1, exchange.communicated_bytes(itemsize)
     if zero.stage == 3:

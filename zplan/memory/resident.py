@@ -145,7 +145,7 @@ def _stage12(laid: Layout, recipe: Recipe, choice: Choice, cut: Partitions) -> R
             ),
         ]
     elif laid.muon:
-        after.append(_kept_by_muon(muon_offload_bytes(instances(laid), choice.batch.world_size, cut.rank)[0]))
+        after.append(_kept_by_muon(muon_offload_bytes(instances(laid), choice.batch.zero_ranks, cut.rank)[0]))
     if takes_bf16_optimizer(choice.zero, Exchange.of(recipe), b):
         whole = _term("fp32 gradients", accumulated_bytes(cut), AFTER_LOAD, f"4 x {padded}, on every rank", BF16_SOURCE)
         return Resident(terms=(*terms, *after, whole), partition_numel=numel)
@@ -199,7 +199,7 @@ def _initialising(
     """
     b, zero, numel = recipe.weight_bytes, choice.zero, shards.trainable_numel
     accumulated = Exchange.of(recipe).accumulated_bytes(b)
-    staged = -(-laid.largest_trainable // choice.batch.world_size) if zero.offloads_param else 0
+    staged = -(-laid.largest_trainable // choice.batch.zero_ranks) if zero.offloads_param else 0
     buffers = bucket + b * (laid.largest_trainable + staged)
     if not zero.offloads_optimizer:
         buffers = max(FP32 * largest_group, accumulated * numel + buffers)
@@ -225,7 +225,7 @@ def _secondary(laid: Layout, choice: Choice) -> list[Term]:
     Limits: with offload_param the copies lie in host memory and are not counted.
     Source: deepspeed 0.19.8, runtime/zero/partition_parameters.py (_partition_param_sec).
     """
-    ranks = choice.batch.world_size
+    ranks = choice.batch.zero_ranks
     group = secondary_group(choice.zero, ranks)
     if group == 1 or choice.zero.offloads_param:
         return []
@@ -251,7 +251,7 @@ def _left_on_gpu(laid: Layout, choice: Choice) -> list[Term]:
     Source: deepspeed 0.19.8, stage3.py:1160 (_create_fp32_partitions), :1342 (initialize_optimizer_states), :1257
     (_optimizer_step: backup_optimizer); torch 2.13.0, optim/adamw.py (_multi_tensor_adamw).
     """
-    groups = left_on_gpu(instances(laid), choice.zero, choice.batch.world_size)
+    groups = left_on_gpu(instances(laid), choice.zero, choice.batch.zero_ranks)
     numel, source = sum(groups), "deepspeed 0.19.8, runtime/zero/stage3.py (subgroup_to_device)"
     of_ratio = f"of {numel} elements, offload_optimizer.ratio {choice.zero.offload_optimizer.ratio}"
     states = 2 * FP32 * numel + FP32 * len(groups)
@@ -327,7 +327,7 @@ def _stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards) -> Res
     b, numel, zero = recipe.weight_bytes, shards.trainable_numel, choice.zero
     exchange = Exchange.of(recipe).for_batch(choice.batch, b)
     accumulated = exchange.accumulated_bytes(b)
-    groups = sub_groups(instances(laid), choice.batch.world_size, zero.sub_group_size).numel
+    groups = sub_groups(instances(laid), choice.batch.zero_ranks, zero.sub_group_size).numel
     source = "deepspeed 0.19.8, runtime/zero/stage3.py"
     terms = []
     if not zero.offloads_param:
@@ -354,7 +354,7 @@ def _stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards) -> Res
     terms.append(_term("persistent parameters", shards.persistent_bytes, ("forward", "backward", "save"), kept, source))
     if laid.muon:
         of = precision(b, in_fp16=laid.in_fp16)
-        terms.append(_kept_by_muon(muon_bytes(instances(laid), zero, choice.batch.world_size, of)[0]))
+        terms.append(_kept_by_muon(muon_bytes(instances(laid), zero, choice.batch.zero_ranks, of)[0]))
     optimizer = 0 if zero.offloads_optimizer else step_temporary_bytes(recipe.optimizer, max(groups))
     terms.append(_term("optimizer temporaries", optimizer, ("step",), "largest sub-group", source))
     return Resident(terms=tuple(terms), partition_numel=numel)

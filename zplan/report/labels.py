@@ -17,7 +17,8 @@ def choice_label(choice: Choice) -> str:
     micro, accumulation = batch.train_micro_batch_size_per_gpu, batch.gradient_accumulation_steps
     checkpointing = ", checkpointing" if choice.gradient_checkpointing else ""
     shared = f", sequences over {batch.sequence_parallel_size}" if batch.sequence_parallel_size > 1 else ""
-    return f"{label}, {micro} x {accumulation} on {batch.world_size}{checkpointing}{shared}"
+    cut = f", matrices over {batch.autotp_size}" if batch.autotp_size > 1 else ""
+    return f"{label}, {micro} x {accumulation} on {batch.world_size}{checkpointing}{shared}{cut}"
 
 
 QUANTITY_NAMES = {"gpu_bytes": "GPU bytes", "host_bytes": "host bytes", "tokens_per_second": "tokens/s"}
@@ -36,6 +37,8 @@ def strategy_code(choice: Choice, world_size: int) -> str:
         parts.append("ckpt")
     if choice.batch.sequence_parallel_size > 1:
         parts.append(f"seq/{choice.batch.sequence_parallel_size}")
+    if choice.batch.autotp_size > 1:
+        parts.append(f"tp/{choice.batch.autotp_size}")
     if choice.batch.world_size != world_size:
         parts.append(f"{choice.batch.world_size}/{world_size}")
     return " ".join(parts)

@@ -159,6 +159,9 @@ def install_deepspeed_patches(patches: Patches, recorder: CollectiveRecorder) ->
     # fake tensors run the exchange's rule of shapes, which communicates nothing
     layer = importlib.import_module("deepspeed.sequence.layer")
     patches.set(layer, "_dim_zero_all_to_all_op", counted_exchange(layer._dim_zero_all_to_all_op, recorder))
+    # a mesh of ranks is a tensor, and a fake one has no values
+    groups = importlib.import_module("deepspeed.utils.groups")
+    patches.set(groups, "_init_tp_mesh_device", groups_without_mesh(groups))
     zero_utils = importlib.import_module("deepspeed.runtime.zero.utils")
     # rank 0 would compare its own values with what it received from itself; the broadcasts are counted
     agreement = Agreement(recorder)
@@ -171,6 +174,18 @@ def install_deepspeed_patches(patches: Patches, recorder: CollectiveRecorder) ->
         ):
             if check in vars(owner):
                 patches.set(owner, check, answer)
+
+
+def groups_without_mesh(groups: Any) -> Callable[..., Any]:
+    """DeepSpeed's own second way to the groups of AutoTP (utils/groups.py, _init_tp_mesh_device)."""
+
+    def init(tensor_model_parallel_size: int = 1, data_parallel_size: int | None = None) -> Any:
+        if groups._TENSOR_MODEL_PARALLEL_GROUP is not None:
+            return None
+        sizes = data_parallel_size or torch.distributed.get_world_size() // tensor_model_parallel_size
+        return groups._init_tp_groups_with_new_group(tensor_model_parallel_size, sizes)
+
+    return init
 
 
 def listed_parameters(original: Callable[..., Any]) -> Callable[..., tuple[torch.nn.Parameter, ...]]:

@@ -69,6 +69,8 @@ SEAMS = (
         ("self", "cpuadam_cores_perc"),
     ),
     Seam("deepspeed.runtime.superoffload.superoffload_stage3", "_validate_superoffload_accelerator", ()),
+    Seam("deepspeed.utils.groups", "_init_tp_mesh_device", ("tensor_model_parallel_size", "data_parallel_size")),
+    Seam("deepspeed.utils.groups", "_init_tp_groups_with_new_group"),
     Seam("deepspeed.sequence.layer", "_dim_zero_all_to_all_op"),
     Seam("deepspeed.runtime.zero.utils", "get_lst_from_rank0", ("lst",)),
     Seam("deepspeed.runtime.zero.utils", "assert_ints_same_as_other_ranks"),

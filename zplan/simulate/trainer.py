@@ -280,7 +280,7 @@ def trainer_stand_in(run: Run, engine: Any) -> Any:
         compute_loss_func=None,
         label_smoother=None,
         args=SimpleNamespace(loss_type="nll", average_tokens_across_devices=True),
-        get_tp_size=lambda: 1,
+        get_tp_size=lambda: run.choice.batch.autotp_size,
         _metrics={"train": defaultdict(list)},
         _total_train_tokens=0,
         _tp_size=1,

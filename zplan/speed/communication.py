@@ -64,7 +64,7 @@ def gradient_bytes(work: Work, recipe: Recipe, choice: Choice) -> float:
 
     Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py:1695, runtime/zero/stage3.py (__avg_scatter_grads).
     """
-    bytes_once = work.trainable_numel * recipe.weight_bytes * ring_share(choice.batch.world_size)
+    bytes_once = work.trainable_numel * recipe.weight_bytes * ring_share(choice.batch.zero_ranks)
     if choice.zero.stage < 3:
         return 2 * bytes_once
     return bytes_once / (2 * recipe.weight_bytes) if choice.zero.zero_quantized_gradients else bytes_once
@@ -81,7 +81,7 @@ def traffic(work: Work, recipe: Recipe, choice: Choice, cluster: Cluster) -> Tra
     Limits: a ring without hierarchy; parameters kept below the persistence threshold and layers that the live limit
     spares from a second gather are counted as gathered.
     """
-    zero, world_size = choice.zero, choice.batch.world_size
+    zero, world_size = choice.zero, choice.batch.zero_ranks
     if world_size == 1:
         return NOTHING
     link = link_bytes_per_second(cluster, world_size)
@@ -106,7 +106,7 @@ def _gathers(work: Work, recipe: Recipe, choice: Choice, cluster: Cluster, link:
 
     zero_quantized_weights halves the bytes (int8); zero_hpz_partition_size keeps backward's gather within the group.
     """
-    zero, world_size = choice.zero, choice.batch.world_size
+    zero, world_size = choice.zero, choice.batch.zero_ranks
     itemsize = 1 if zero.zero_quantized_weights else recipe.weight_bytes
     forward = work.total_numel * itemsize * ring_share(world_size) / link
     backward = forward

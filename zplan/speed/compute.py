@@ -78,7 +78,7 @@ def gpu_step_seconds(work: Work, recipe: Recipe, choice: Choice, gpu: Gpu) -> fl
     """
     if gpu.memory_bytes_per_second is None or gpu.kind == "cpu":
         return 0.0
-    shards = choice.batch.world_size if choice.zero.stage >= 1 else 1
+    shards = choice.batch.zero_ranks if choice.zero.stage >= 1 else 1
     here = 1.0 - offloaded_share(choice)
     return (
         work.trainable_numel / shards * here * STATE_BYTES_PER_ELEMENT[recipe.optimizer] / gpu.memory_bytes_per_second

@@ -13,7 +13,7 @@ from zplan.speed.compute import (
     gpu_step_seconds,
     weight_traffic_seconds,
 )
-from zplan.speed.exchange import exchange_seconds
+from zplan.speed.exchange import exchange_seconds, sum_seconds
 from zplan.speed.offload import (
     cpu_adam_seconds,
     nvme_seconds,
@@ -22,16 +22,17 @@ from zplan.speed.offload import (
     ranks_on_a_node,
 )
 from zplan.speed.types import BoundBy, SpeedEstimate
-from zplan.speed.work import Work, work_of
+from zplan.speed.work import Work, part_of, work_of
 from zplan.zero_config import Choice
 
 
 def estimate_speed(shape: ModelShape, recipe: Recipe, choice: Choice, cluster: Cluster) -> SpeedEstimate:
     """One optimizer step, all micro-batches, all ranks. A step whose parts are not all known has no seconds."""
-    work = work_of(shape, recipe)
+    work = part_of(work_of(shape, recipe), choice.batch.autotp_size)
     arithmetic = _arithmetic(work, recipe, choice, cluster)
     moved = traffic(work, recipe, choice, cluster)
     exchanged = exchange_seconds(shape, recipe, choice, cluster) if moved else 0.0
+    exchanged += sum_seconds(shape, recipe, choice, cluster) if moved else 0.0
     states = optimizer_link_seconds(work, recipe, choice, cluster)
     weights = parameter_link_seconds(work, recipe, choice, cluster)
     disk = nvme_seconds(work, recipe, choice, cluster)

@@ -23,7 +23,7 @@ def ranks_on_a_node(choice: Choice, cluster: Cluster) -> int:
 
 
 def _partition(numel: int, choice: Choice) -> float:
-    return numel / choice.batch.world_size
+    return numel / choice.batch.zero_ranks
 
 
 def optimizer_link_seconds(work: Work, recipe: Recipe, choice: Choice, cluster: Cluster) -> float | None:
@@ -57,7 +57,7 @@ def cpu_adam_seconds(work: Work, recipe: Recipe, choice: Choice, cluster: Cluste
     share = 1.0 if cluster.gpu.kind == "cpu" else offloaded_share(choice)
     if not share:
         return 0.0
-    shards = choice.batch.world_size if choice.zero.stage >= 1 else 1
+    shards = choice.batch.zero_ranks if choice.zero.stage >= 1 else 1
     on_node = work.trainable_numel / shards * ranks_on_a_node(choice, cluster) * share
     slower = STATE_BYTES_PER_ELEMENT[recipe.optimizer] / STATE_BYTES_PER_ELEMENT["adamw"]
     # The cores of a described machine are not described: the host of the published figure stands in.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from zplan.model_shape import Block, ModelShape, ParameterShape
@@ -44,6 +45,13 @@ def work_of(shape: ModelShape, recipe: Recipe) -> Work:
     work = _count(shape, recipe)
     _KNOWN[key] = (shape, work)
     return work
+
+
+def part_of(work: Work, autotp_size: int) -> Work:
+    """One rank's part of it under AutoTP; embeddings and norms, which are whole, count as cut."""
+    if autotp_size == 1:
+        return work
+    return Work(**{item.name: getattr(work, item.name) // autotp_size for item in fields(work)})
 
 
 def _count(shape: ModelShape, recipe: Recipe) -> Work:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from zplan.candidates import is_choice_setting
+from zplan.candidates import is_choice_setting, splits
 from zplan.errors import ConfigError
 from zplan.planner import Fixed
 from zplan.settings import apply_settings, gives_one_value, read_bool, setting_value, split_setting
@@ -24,7 +24,6 @@ _FLAGS = {
     "world_size": "world_size",
 }
 """Field of Fixed -> knob."""
-_SHARING = "sequence_parallel_size"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,10 +44,11 @@ def narrow(fixed: Fixed) -> Narrowed:
     Raises:
         ConfigError: a setting that is not KEY=VALUE, an unknown key, a value that cannot be read.
     """
-    if fixed.sequence_parallel_size > 1 or any(split_setting(text)[0] == _SHARING for text in fixed.settings):
+    split = [f"{name} is {size}" for name, size in splits(fixed).items() if size > 1]
+    if split:
         raise ConfigError(
-            f"{_SHARING} is given, and the tuner searches data-parallel configurations",
-            because="a trial trains as sft.train does, which does not share sequences",
+            f"{split[0]}, and the tuner searches data-parallel configurations",
+            because="a trial trains as sft.train does, which does not split a model or its sequences",
             fix="zplan estimate or zplan simulate with the same flags",
         )
     ranges: dict[str, Range] = {
