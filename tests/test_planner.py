@@ -71,6 +71,16 @@ def test_every_candidate_trains_the_global_batch_of_the_recipe() -> None:
     assert {c.choice.batch.train_batch_size for c in rank_candidates(SHAPE, RECIPE, ROOMY)} == {16}
 
 
+@pytest.mark.parametrize("gpu_bytes", [GIB // 4, GIB // 2, GIB])
+def test_on_fewer_gpus_where_nothing_fits_the_least_short_of_all_is_shown(gpu_bytes: int) -> None:
+    """Bounds spare estimates, and change no answer: ranked alone, all on two GPUs are candidates."""
+    cluster = described_cluster(gpus_per_node=4, gpu_bytes=gpu_bytes)
+    shown = [c for c in rank_candidates(SHAPE, RECIPE, cluster) if c.choice.batch.world_size == 2]
+    every = rank_candidates(SHAPE, RECIPE, cluster, fixed=Fixed(world_size=2))
+    assert every[0].tier > 0
+    assert [c.choice for c in shown] == [every[0].choice]
+
+
 def test_what_does_not_fit_comes_last_with_the_least_missing_first() -> None:
     candidates = rank_candidates(SHAPE, RECIPE, described_cluster(gpus_per_node=4, gpu_bytes=GIB))
     tiers = [candidate.tier for candidate in candidates]

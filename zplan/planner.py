@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from zplan.candidates import (
     Candidate,
@@ -20,7 +21,7 @@ from zplan.candidates import (
 from zplan.errors import ConfigError
 from zplan.fixes import Fix, quantify_fixes, smallest_changes
 from zplan.hardware import Cluster
-from zplan.memory.estimate import BucketRule, cannot_fit
+from zplan.memory.estimate import BucketRule, cannot_fit, least_need
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.settings import apply_settings
@@ -113,8 +114,22 @@ def _best_on(
     fastest = _fastest_on(shape, recipe, cluster, fixed, world_size, bucket_rule)
     if fastest is not None:
         return fastest
-    smallest = (ladder[0] for ladder in _ladders(shape, recipe, cluster, fixed, world_size))
-    return min((evaluate(shape, recipe, choice, cluster, bucket_rule=bucket_rule) for choice in smallest), key=_rank)
+    smallest = [ladder[0] for ladder in _ladders(shape, recipe, cluster, fixed, world_size)]
+    return _least_short(shape, recipe, cluster, smallest, bucket_rule)
+
+
+def _least_short(
+    shape: ModelShape, recipe: Recipe, cluster: Cluster, choices: list[Choice], bucket_rule: BucketRule
+) -> Candidate:
+    """The first by `_rank`. Asked from the least need up, until the least need of the others is already more."""
+    needs = sorted((least_need(shape, recipe, choice, cluster), index) for index, choice in enumerate(choices))
+    found: list[tuple[tuple[Any, ...], int, Candidate]] = []
+    for need, index in needs:
+        if found and need > min(found)[0][:2]:
+            break
+        tried = evaluate(shape, recipe, choices[index], cluster, bucket_rule=bucket_rule)
+        found.append((_rank(tried), index, tried))
+    return min(found)[2]
 
 
 def _fastest_on(
@@ -125,7 +140,11 @@ def _fastest_on(
     Speed costs microseconds and memory much more, so memory is asked from the fastest down until something fits, and
     not where the model's states alone are too much, or where the smallest micro-batch did not fit.
     """
-    ladders = list(_ladders(shape, recipe, cluster, fixed, world_size))
+    ladders = [
+        ladder
+        for ladder in _ladders(shape, recipe, cluster, fixed, world_size)
+        if not cannot_fit(shape, recipe, ladder[0], cluster)
+    ]
     by_speed = sorted(
         ((choice, ladder) for ladder in ladders for choice in ladder),
         key=lambda item: -(estimate_speed(shape, recipe, item[0], cluster).tokens_per_second or 0.0),
@@ -133,7 +152,7 @@ def _fastest_on(
     smallest_fits: dict[Choice, bool] = {}
     for choice, ladder in by_speed:
         first = ladder[0]
-        if not smallest_fits.get(first, True) or cannot_fit(shape, recipe, choice, cluster):
+        if not smallest_fits.get(first, True):
             continue
         tried = evaluate(shape, recipe, choice, cluster, bucket_rule=bucket_rule)
         if tried.tier == 0:

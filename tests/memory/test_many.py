@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.memory.choices import FULL_ON_SMOLLM, GPT2, LORA_ON_SMOLLM, SMOLLM, choices
 from zplan.hardware import Cluster, Gpu, Host
-from zplan.memory.estimate import cannot_fit, estimate_memory
+from zplan.memory.estimate import cannot_fit, estimate_memory, least_need
 from zplan.memory.many import Estimates, Estimator
 from zplan.memory.terms import PHASES, VERDICTS, MemoryEstimate
 from zplan.model_shape import ModelShape
@@ -82,6 +82,8 @@ def test_what_cannot_fit_by_its_states_alone_is_never_said_to_fit(
     estimate = estimate_memory(shape, recipe, choice, cluster)
     verdicts = {estimate.gpu.verdict, estimate.host.verdict, estimate.nvme.verdict}
     assert not (cannot_fit(shape, recipe, choice, cluster) and verdicts == {"fits"})
+    tier, short = max(map(VERDICTS.index, verdicts)), estimate.gpu.short_bytes + estimate.host.short_bytes
+    assert least_need(shape, recipe, choice, cluster) <= (tier, short if tier == 2 else 0)
 
 
 @settings(max_examples=20, deadline=None)

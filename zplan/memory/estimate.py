@@ -77,23 +77,29 @@ def estimate_memory(
 
 
 def cannot_fit(shape: ModelShape, recipe: Recipe, choice: Choice, cluster: Cluster) -> bool:
-    """Whether the verdict cannot be `fits`, from what is held all the time alone: a step only adds to it.
+    """Whether the verdict cannot be `fits`, from what is held all the time alone; False says nothing."""
+    return least_need(shape, recipe, choice, cluster)[0] > 0
 
-    False says nothing. A tenth of the cost of an estimate, and a search asks about many that are far too large.
+
+def least_need(shape: ModelShape, recipe: Recipe, choice: Choice, cluster: Cluster) -> tuple[int, int]:
+    """(tier, bytes short on GPU and host) that the estimate cannot be below; bytes only where the tier is 2.
+
+    Tiers are indices into VERDICTS. From what is held all the time alone: a step only adds to it. A tenth of the cost
+    of an estimate, and a search asks about many that are far too large.
     """
     on_cpu = cluster.gpu.kind == "cpu"
-    if not_modelled(shape, recipe, choice, on_cpu=on_cpu):
-        return True
+    is_whole = not not_modelled(shape, recipe, choice, on_cpu=on_cpu)
     laid = layout(cut_shape(shape, choice.batch.autotp_size), recipe)
     still = standing(laid, recipe, choice, cluster, None)
     peak = max(phase_bytes(still.terms).values())
-    if gpu_ranges(peak, 0, outside_allocator(choice, cluster), on_cpu=on_cpu).used.high > cluster.gpu.free_bytes:
-        return True
+    used = gpu_ranges(peak, 0, outside_allocator(choice, cluster), on_cpu=on_cpu).used
+    level, short = gpu_level(used, cluster.gpu.free_bytes, is_whole=is_whole)
     host, nvme = estimate_host(
         laid, recipe, choice, cluster, partition_numel=still.partition_numel, rank_bytes=peak if on_cpu else 0,
         touched_numel=still.node_touched_numel,
     )  # fmt: skip
-    return host.verdict != "fits" or nvme.verdict != "fits"
+    tier = max(level, VERDICTS.index(host.verdict), VERDICTS.index(nvme.verdict))
+    return tier, short + host.short_bytes if tier == 2 else 0
 
 
 def standing(laid: Layout, recipe: Recipe, choice: Choice, cluster: Cluster, rank: int | None) -> Resident:
