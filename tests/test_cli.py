@@ -39,6 +39,12 @@ def test_the_ranked_table_is_json_under_its_schema() -> None:
     assert best["gpu"]["used_bytes"]["high"] <= best["gpu"]["free_bytes"]
 
 
+def test_what_looks_like_markup_or_emoji_is_printed_as_it_is() -> None:
+    code = "from zplan import cli; cli._show('wrote a[bold]/:cat:.json')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "wrote a[bold]/:cat:.json\n"
+
+
 def test_one_configuration_has_every_field_of_the_contract() -> None:
     data = answer("estimate", "--model", "mistral-7b", *CARD, "--stage", "2", "--set", "reduce_bucket_size=2e8")
     assert {

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from zplan.job import Job
     from zplan.model_shape import ModelShape
 
-_errors = Console(stderr=True, highlight=False)
-_screen = Console(highlight=False)
+# Names and paths are printed as they are: `:cat:` is no emoji and `[x]` no style (and rich loads neither's tables).
+_errors = Console(stderr=True, highlight=False, emoji=False, markup=False)
+_screen = Console(highlight=False, emoji=False, markup=False)
 _OBJECTS_BETWEEN_COLLECTIONS = 50_000
 """Python's own 700 looks 90 times at what an estimate keeps until it ends, a tenth of its time, and frees nothing."""
 BEST_PLAN = "profiles/best.json"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import Any, Literal, NoReturn, get_args, get_type_hints
 
 from zplan.errors import ConfigError
@@ -86,6 +85,8 @@ def gives_one_value(setting: str) -> bool:
 
 def nearest(name: str, names: Iterable[str], *, cutoff: float = 0.5) -> str | None:
     """The most similar of `names`, None if nothing is near (`cutoff` of difflib: 1 is equal)."""
+    from difflib import get_close_matches  # only a wrong name needs it
+
     found = get_close_matches(name, list(names), n=1, cutoff=cutoff)
     return found[0] if found else None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -112,6 +111,8 @@ def hub_snapshot(name: str) -> Path | None:
 
 
 def _unknown(name: str) -> ConfigError:
+    from difflib import get_close_matches  # only a wrong name needs it
+
     ids = [hub_id for entry in _index().values() for hub_id in entry["hub_ids"]]
     pool = {text.lower(): text for text in (*_index(), *ids)}
     nearest = [pool[text] for text in get_close_matches(name.lower(), list(pool), n=5, cutoff=0.5)]

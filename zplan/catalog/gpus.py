@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import tomllib
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,6 +59,8 @@ def _plain(name: str) -> str:
 def _entry(name: str) -> tuple[str, dict[str, Any]]:
     known = find_gpu(name)
     if known is None:
+        from difflib import get_close_matches  # only a wrong name needs it
+
         nearest = get_close_matches(name.lower(), gpu_names(), n=4, cutoff=0.4) or list(gpu_names())[-4:]
         raise ConfigError(
             f"{name!r} is not a GPU of the catalogue", because=f"near it are {', '.join(nearest)}",
