@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from tests.memory.test_estimate import SHAPE, estimate
+import pytest
+
+from tests.memory.test_estimate import SHAPE, cluster, estimate
+from zplan.memory.estimate import estimate_memory
 from zplan.memory.instances import instances
 from zplan.memory.sub_groups import swapped_parameters, unswapped_bytes
 from zplan.memory.terms import MemoryEstimate
 from zplan.memory.trainable import layout
 from zplan.recipe import Recipe
-from zplan.zero_config import OffloadOptimizer, ZeroConfig
+from zplan.zero_config import BatchSizes, Choice, OffloadOptimizer, ZeroConfig
 
 MATRICES = sum(parameter.numel for _, parameter in SHAPE.parameters() if parameter.kind != "norm")
 """The group with weight decay: one sub-group unless it is cut."""
@@ -78,3 +82,25 @@ def test_stage_2_accumulates_whole_parameters_on_every_rank_that_they_touch() ->
         a.numel + b.numel for _, a in SHAPE.parameters() for _, b in SHAPE.parameters()
     }
     assert host_term(estimate(zero, world_size=2), "offloaded gradient accumulation") == 0
+
+
+def test_zero_3_pins_gradients_and_not_masters_and_holds_zeros_of_its_largest_sub_group_at_initialize() -> None:
+    found, numel = offloaded("cpu"), SHAPE.num_parameters
+    assert found.host.pinned_bytes == (4 + 2) * numel
+    zeros = "offloaded gradients of zeros at initialize"
+    assert host_term(found, zeros) == 2 * 4 * MATRICES - 2 * numel  # a buffer and what is pinned, before the flat ones
+    assert host_term(offloaded("cpu", sub_group_size=1), zeros) == 2 * numel  # a small buffer: the flat ones are more
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_cpu_rank_flattens_before_it_makes_what_it_offloads(stage: Any) -> None:
+    """So initialize holds what stays, the flat weights' staging copy or zeros of the largest sub-group, and no more."""
+    states = OffloadOptimizer(device="cpu")
+    zero = ZeroConfig(stage=stage, offload_optimizer=states, reduce_bucket_size=1, stage3_param_persistence_threshold=0)
+    batch = BatchSizes(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, world_size=1)
+    recipe = Recipe(model="m", train_batch_size=1, max_length=128)
+    found = estimate_memory(SHAPE, recipe, Choice(zero=zero, batch=batch), cluster(1, kind="cpu"))
+    weights, largest = 2 * SHAPE.num_parameters, max(parameter.numel for _, parameter in SHAPE.parameters())
+    states_and_gradients = 10 * SHAPE.num_parameters
+    more = 4 * MATRICES - weights if stage == 3 else 2 * 2 * largest
+    assert found.gpu.phases["init"] == weights + states_and_gradients + more

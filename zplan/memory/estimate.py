@@ -13,7 +13,7 @@ from zplan.memory.bf16_optimizer import takes_bf16_optimizer
 from zplan.memory.course import course
 from zplan.memory.documented import documented_bucket_bytes
 from zplan.memory.exchange import Exchange
-from zplan.memory.host import estimate_host, host_bytes, ranks_of_node
+from zplan.memory.host import ZERO_GRADIENTS, estimate_host, host_bytes, ranks_of_node
 from zplan.memory.host_limits import limit_notes
 from zplan.memory.instances import instances
 from zplan.memory.limits import not_modelled, unchecked
@@ -117,7 +117,8 @@ def standing(laid: Layout, recipe: Recipe, choice: Choice, cluster: Cluster, ran
         touched = sum(cut.touched_by_rank[:ranks]) if rank is None else ranks * cut.touched_numel
         still = replace(still, node_touched_numel=touched)
     if on_cpu:
-        return replace(still, terms=(*still.terms, *_offloaded_to_itself(laid, recipe, choice, cluster, still)))
+        offloaded = _offloaded_to_itself(laid, recipe, choice, cluster, still)
+        return replace(still, terms=_without_what_was_before(still.terms, offloaded))
     return still if zero.stage == 3 else replace(still, terms=_without_load(still.terms))
 
 
@@ -135,6 +136,19 @@ def _offloaded_to_itself(
         for term in found.terms
         if term.name.startswith("offloaded")
     )
+
+
+def _without_what_was_before(terms: tuple[Term, ...], offloaded: tuple[Term, ...]) -> tuple[Term, ...]:
+    """All terms of a CPU rank. Stages 1 and 2 flatten before they make what they offload; at ZeRO-3 the buffers of its
+    initialize come after the gradients of zeros. Either counts for what it is more than the other.
+
+    Source: deepspeed 0.19.8, stage_1_and_2.py (__init__), stage3.py (_setup_for_real_optimizer).
+    """
+    made = sum(term.bytes for term in offloaded if term.phases != ("init",))
+    buffers = sum(term.bytes for term in terms if term.name == "buffers at initialize") if offloaded else 0
+    less = {"flattening": made, ZERO_GRADIENTS: buffers}
+    every = (*terms, *offloaded)
+    return tuple(replace(term, bytes=max(0, term.bytes - less.get(term.name, 0))) for term in every)
 
 
 def course_of(shape: ModelShape, recipe: Recipe, laid: Layout, choice: Choice, *, on_cpu: bool) -> Course:

@@ -32,6 +32,7 @@ PROCESS_CPU = 700 * MIB
 """RSS of a rank with the same imports on a CPU build of torch."""
 LOCKED = ("NVMe swap buffers", "parameter swap buffers")
 """Terms that are allocated with mlock (swap_tensor/utils.py, partitioned_param_swapper.py: new_cpu_locked_tensor)."""
+ZERO_GRADIENTS = "offloaded gradients of zeros at initialize"
 STEPS: tuple[Phase, ...] = ("forward", "backward", "step", "save")
 STEADY: tuple[Phase, ...] = ("init", "forward", "backward", "step", "save")
 
@@ -190,18 +191,35 @@ def _optimizer(
         _term("offloaded optimizer states", ranks * states, STEPS, made, source),
         _overflow_check(layout, choice, ranks, numel),
     ]
-    pinned = ranks * (master + gradients + low + extra) if zero.offload_optimizer.pin_memory and not on_cpu else 0
-    if pinned:
+    pins = zero.offload_optimizer.pin_memory and not on_cpu
+    if zero.stage < 3:
         source = "deepspeed 0.19.8, pin_memory(torch.zeros())"
-        doubled = ranks * FP32 * there
+        doubled = ranks * FP32 * there if pins else 0
         terms.append(_term("second copy while pinning", doubled, ("init",), f"{ranks} ranks x 4 S", source))
-    if zero.super_offloads:
-        largest = max(sub_groups(instances(layout), choice.batch.zero_ranks, zero.sub_group_size).numel)
-        more, pins = super_offload_terms(
-            zero, ranks=ranks, there=there, largest_group=largest, process_bytes=PROCESS_CUDA
-        )
-        terms, pinned = [*terms, *more], pinned + pins
-    return terms, pinned, 0
+        return terms, total if pins else 0, 0
+    largest = max(sub_groups(instances(layout), choice.batch.zero_ranks, zero.sub_group_size).numel)
+    terms.append(_zero_gradients(ranks, low, FP32 * largest, pins=pins))
+    more, pinned = super_offload_terms(
+        zero, ranks=ranks, there=there, largest_group=largest, process_bytes=PROCESS_CUDA
+    )
+    return [*terms, *more], pinned + (ranks * (gradients + low) if pins else 0), 0
+
+
+def _zero_gradients(ranks: int, low: int, largest: int, *, pins: bool) -> Term:
+    """What ZeRO-3 holds at initialize beside all that stays: a buffer of zeros of its largest sub-group and, with
+    pin_memory, zeros that are about to be pinned, both before the flat gradients are made; or these before they are.
+
+        max(4 * largest sub-group * (2 if pinned else 1) - b S, b S if pinned)
+
+    Args:
+        low: b S.
+        largest: bytes of the largest sub-group's gradients.
+
+    Source: deepspeed 0.19.8, stage3.py:1300 (initialize_optimizer_states), :791 (grad_partitions_flat_buffer).
+    """
+    num_bytes = ranks * max(largest * (1 + pins) - low, low if pins else 0)
+    formula = f"{ranks} ranks x max({largest} x {1 + pins} - {low}, {low if pins else 0})"
+    return _term(ZERO_GRADIENTS, num_bytes, ("init",), formula, "deepspeed 0.19.8, runtime/zero/stage3.py")
 
 
 def _overflow_check(layout: Layout, choice: Choice, ranks: int, numel: int) -> Term:
