@@ -22,13 +22,16 @@ PLANNED = ("llama", "mistral", "qwen2", "qwen3", "granite")
 
 def cannot_cut(shape: ModelShape, recipe: Recipe, autotp_size: int, *, stage: int) -> str | None:
     """Why the parts of a rank are not modelled, if they are not."""
-    sizes = (shape.num_attention_heads, shape.num_key_value_heads, shape.intermediate_size, shape.vocab_size)
+    head = 0 if shape.tie_word_embeddings else shape.vocab_size
+    sizes = (shape.num_attention_heads, shape.num_key_value_heads, shape.intermediate_size, head)
     if autotp_size == 1:
         return None
     if shape.model_type not in PLANNED:
         return f"AutoTP of {shape.model_type}: another plan than {', '.join(PLANNED)}"
     if recipe.method != "full":
-        return f"AutoTP with {recipe.method}: how it cuts the matrices that adapters wrap"
+        return (
+            f"AutoTP with {recipe.method}: it puts its layers in the place of adapters, and the engine does not start"
+        )
     if stage == 3:
         return "AutoTP at stage 3: parameters that zero.Init has cut over all ranks are cut again"
     if any(size % autotp_size for size in sizes):

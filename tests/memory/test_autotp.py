@@ -94,6 +94,10 @@ def test_what_is_not_modelled_is_said_and_never_fits() -> None:
         assert found.gpu.verdict != "fits"
     assert not any("AutoTP" in note for note in estimate(tiny, 2).notes)
     assert "phi3" not in PLANNED
+    tied = replace(shape_of("granite-3-2b"), vocab_size=49155)  # odd, but such a head is whole
+    assert not any("AutoTP" in note for note in estimate(tiny, 2, shape=tied).notes)
+    untied = replace(MISTRAL, vocab_size=32001)
+    assert any("uneven parts" in note for note in estimate(tiny, 2, shape=untied).notes)
 
 
 def test_what_cannot_fit_is_asked_of_the_part() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from zplan.zero_config import Choice
 
 
@@ -23,6 +25,13 @@ def choice_label(choice: Choice) -> str:
 
 QUANTITY_NAMES = {"gpu_bytes": "GPU bytes", "host_bytes": "host bytes", "tokens_per_second": "tokens/s"}
 STRATEGY_LEGEND = "opt, par: where optimizer states and parameters are; ckpt: recomputed activations; 4/8: GPUs used"
+SPLIT_LEGEND = "seq/2, tp/2: ranks that share each sequence (Ulysses), that hold one copy of the model (AutoTP)"
+
+
+def strategy_legend(choices: Iterable[Choice]) -> str:
+    """What the codes of these strategies mean."""
+    splits = any(max(choice.batch.sequence_parallel_size, choice.batch.autotp_size) > 1 for choice in choices)
+    return f"{STRATEGY_LEGEND}; {SPLIT_LEGEND}" if splits else STRATEGY_LEGEND
 
 
 def strategy_code(choice: Choice, world_size: int) -> str:

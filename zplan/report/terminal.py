@@ -13,7 +13,7 @@ from zplan.hardware import Cluster
 from zplan.memory.terms import MemoryEstimate, Term
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
-from zplan.report.labels import STRATEGY_LEGEND, strategy_code
+from zplan.report.labels import strategy_code, strategy_legend
 from zplan.trial import Evidence, Outcome, TrialResult
 from zplan.tuner.front import gpu_bytes
 from zplan.units import format_bytes, format_bytes_short, format_count, format_seconds
@@ -78,7 +78,8 @@ def render_candidates(candidates: Sequence[Candidate], *, best: int | None, worl
             "-" if speed is None else f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}",
             _short_or_verdict(memory),
         )
-    return Group(table, Text(f"{STRATEGY_LEGEND}; G: GiB", style="dim"))
+    legend = strategy_legend(candidate.choice for candidate in candidates)
+    return Group(table, Text(f"{legend}; G: GiB", style="dim"))
 
 
 def _short_or_verdict(memory: MemoryEstimate) -> Text:
