@@ -13,7 +13,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import (
     iter_params,
 )
 
-from zplan.simulate.patches import listed_parameters, params_to_release
+from zplan.simulate.release import listed_parameters, params_to_release
 
 PREFIX = "_PartitionedParameterCoordinator__"
 ORIGINAL = vars(PartitionedParameterCoordinator)[f"{PREFIX}params_to_release"]

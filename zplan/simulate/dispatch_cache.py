@@ -24,6 +24,7 @@ _SAME, _VIEW, _NEW, _CONSTANT = range(4)
 _LAYOUT = "_zplan_layout"
 """Where a tensor remembers the number of its layout."""
 _META = torch.device("meta")
+_POSITION = frozenset({int, type(None)})
 _NOWHERE, _CLOSE = (0,), (1,)
 
 
@@ -64,13 +65,15 @@ class DispatchCache:
         self._track_new = track_new
         self._fake_mode = fake_mode
         self._entries = LEARNED.entries
+        self._inside = False
+        """An operation runs that was not remembered: what it calls in turn is its own."""
         self.hits = self.misses = 0
 
     def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is _SLICE:
-            sliced = self._slice(*args, **kwargs)
-            if sliced is not None:
-                return sliced
+            part = self._slice(*args, **kwargs)
+            if part is not None:
+                return part
         tensors: list[FakeTensor] = []
         parts: list[Any] = [id(func), torch.get_default_dtype()]
         cacheable = _describe(args, parts, tensors) and (not kwargs or _describe_named(kwargs, parts, tensors))
@@ -91,6 +94,22 @@ class DispatchCache:
             return self._make(outputs[0], tensors)
         return container([self._make(output, tensors) for output in outputs])
 
+    def detached(self, base: Any) -> Any:
+        """`base` itself under another name; None if it is not as plain as that."""
+        if self._inside or type(base) is not FakeTensor or base.constant is not None:
+            return None
+        device = base._fake_device
+        made = self._view(base, base.shape, base.stride(), base.storage_offset(), base.dtype, device)
+        layout = base.__dict__.get(_LAYOUT)
+        if layout is not None:
+            made.__dict__[_LAYOUT] = layout
+        return made
+
+    def sliced(self, base: Any, dim: int, start: Any, end: Any) -> Any:
+        """A slice in steps of one; None if it is not as plain as that."""
+        plain = type(start) in _POSITION and type(end) in _POSITION
+        return self._slice(base, dim, start, end) if plain and not self._inside else None
+
     def _slice(self, base: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
         """DeepSpeed cuts its flat buffers at another offset for every parameter, so no memory would help."""
         if type(base) is not FakeTensor or base.constant is not None or step < 1:
@@ -105,7 +124,11 @@ class DispatchCache:
         return self._view(base, shape, strides, offset, base.dtype, base._fake_device)
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        out = func(*args, **kwargs) if kwargs else func(*args)
+        inside, self._inside = self._inside, True
+        try:
+            out = func(*args, **kwargs) if kwargs else func(*args)
+        finally:
+            self._inside = inside
         _forget_layouts(args)
         if kwargs:
             _forget_layouts(kwargs.values())

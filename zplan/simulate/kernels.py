@@ -188,6 +188,8 @@ SPECIAL: dict[Any, Handler] = {
     aten.copy_.default: copy_into,
     aten._to_copy.default: copy_to,
 }
+SPECIAL_BY_ID = {id(func): handler for func, handler in SPECIAL.items()}
+"""torch computes the hash of an operation in Python at each look-up; it never lets one go."""
 COUNTED = frozenset(
     {
         aten.add.Tensor, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.copy_.default,

@@ -38,6 +38,8 @@ SEAMS = (
     Seam("torch._subclasses.fake_tensor", "FakeTensor._normalize_fake_device", ("device",)),
     Seam("torch._library.simple_registry", "find_torch_dispatch_rule", ("op", "torch_dispatch_class")),
     Seam("torch", "Tensor.data_ptr"),
+    Seam("torch", "Tensor.detach"),
+    Seam("torch", "Tensor.narrow"),
     Seam("torch", "Tensor.record_stream"),
     Seam("torch", "Tensor.pin_memory"),
     Seam("torch", "Tensor.is_pinned"),

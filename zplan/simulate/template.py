@@ -43,6 +43,7 @@ def loading_key(request: SimulationRequest) -> str | None:
     early = {
         **{item.name: data["choice"]["zero"][item.name] for item in fields(zero) if item.name not in AFTER_LOADING},
         "world_size": request.choice.batch.world_size,
+        "sequence_parallel_size": request.choice.batch.sequence_parallel_size,
     }
     model = {name: data[name] for name in ("config", "recipe", "cluster", "initialise", "cuda_answers")}
     return json.dumps([model, early if zero.stage == 3 else "one after the other"], sort_keys=True)

@@ -23,6 +23,7 @@ from zplan.values import dataclass
 
 aten = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default
+_DETACH, _SLICE = aten.detach.default, aten.slice.Tensor
 SITE_BYTES = 1 << 16
 """Smaller storages carry no call site: finding one costs more than such a storage is worth."""
 ALLOCATE, FREE, EMPTY_CACHE = 1, -1, 0
@@ -87,10 +88,28 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return args[0]._fake_device  # asked for in every operation; two of three calls are this one
         self.num_operations += 1
         self.operation = func
-        special = kernels.SPECIAL.get(func)
+        special = kernels.SPECIAL_BY_ID.get(id(func))
         if special is not None and (self.fake or func in kernels.COUNTED):
             return special(self, func, args, kwargs or {})
         return self.run(func, args, kwargs)
+
+    def detached(self, tensor: torch.Tensor) -> Any:
+        """`detach()` or `.data` of a fake tensor without the way through the dispatcher; None where that is needed."""
+        alias = self.run.detached(tensor) if isinstance(self.run, DispatchCache) else None
+        if alias is not None:
+            self.num_operations += 1
+            self.operation = _DETACH
+        return alias
+
+    def sliced(self, tensor: torch.Tensor, dim: int, start: Any, end: Any) -> Any:
+        """As `detached`, of a slice; only where autograd does not look, which would remember what it is a view of."""
+        if torch.is_grad_enabled() or not isinstance(self.run, DispatchCache):
+            return None
+        part = self.run.sliced(tensor, dim, start, end)
+        if part is not None:
+            self.num_operations += 1
+            self.operation = _SLICE
+        return part
 
     def run_and_track(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation on real tensors and count what it returns."""
