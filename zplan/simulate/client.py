@@ -58,6 +58,11 @@ class WorkerClient:
             raise SimulationError(**data["error"])
         return files.from_data(SimulationReport, data["report"], name="the worker's answer")
 
+    @property
+    def pid(self) -> int | None:
+        """The worker's process, for who measures it."""
+        return self._process.pid if self._process is not None else None
+
     def close(self) -> None:
         """End the worker and whatever it forked; an idle one ends by itself when nobody can ask it any more."""
         process, self._process = self._process, None
