@@ -11,7 +11,6 @@ import json
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import fields
 from typing import IO
 
 from zplan import files
@@ -36,21 +35,20 @@ def loading_key(request: SimulationRequest) -> str | None:
     Below stage 3 the model is built without a look at DeepSpeed's configuration. With NVMe offload, zero.Init opens
     the run's own folder.
     """
-    zero = request.choice.zero
+    zero, batch = request.choice.zero, request.choice.batch
     if "nvme" in (zero.offload_optimizer.device, zero.offload_param.device):
         return None
     data = files.to_data(request)
-    early = {
-        **{item.name: data["choice"]["zero"][item.name] for item in fields(zero) if item.name not in AFTER_LOADING},
-        "world_size": request.choice.batch.world_size,
-        "sequence_parallel_size": request.choice.batch.sequence_parallel_size,
-    }
-    model = {name: data[name] for name in ("config", "recipe", "cluster", "initialise", "cuda_answers")}
-    return json.dumps([model, early if zero.stage == 3 else "one after the other"], sort_keys=True)
+    model = [data[name] for name in ("config", "recipe", "cluster", "initialise", "cuda_answers")]
+    model += [batch.sequence_parallel_size, batch.autotp_size]
+    if zero.stage == 3:
+        section = data["choice"]["zero"]
+        model += [batch.world_size, {name: section[name] for name in section if name not in AFTER_LOADING}]
+    return json.dumps(model, sort_keys=True)
 
 
 class Template:
-    """The parent's end. `serve` runs in the process that is forked here, and never returns.
+    """The parent's end. `_serve` runs in the process that is forked here, and never returns.
 
     Args:
         build: makes the model and returns what answers a question about it, line by line.
