@@ -368,3 +368,15 @@ def test_eager_products_of_several_sequences_keep_copies_and_let_a_fused_project
     one, _ = kept_by_a_layer("phi-3-mini", "eager", 1)
     two, wider = kept_by_a_layer("phi-3-mini", "eager", 2)
     assert two == 2 * one - 2 * wider  # the fused tensor, three times as wide, goes; a copy of v stays
+
+
+def test_falcon_s_new_decoder_keeps_a_key_and_a_value_of_every_head() -> None:
+    of_heads, hidden = kept_by_a_layer("falcon-40b", "eager", 1)
+    of_groups, _ = kept_by_a_layer("falcon-40b", "eager", 1, new_decoder_architecture=False)
+    assert of_heads - of_groups == 2 * (hidden - hidden * 8 // 128)  # 8 groups of 128 heads
+
+
+def test_shared_keys_of_falcon_are_copied_for_every_head_by_a_product_of_several_sequences() -> None:
+    one, hidden = kept_by_a_layer("falcon-7b", "eager", 1)
+    two, wider = kept_by_a_layer("falcon-7b", "eager", 2)
+    assert two - 2 * one == 2 * (wider - wider // 71)  # one group of 71 heads

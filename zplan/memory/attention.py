@@ -62,8 +62,16 @@ def attention_widths(shape: ModelShape) -> tuple[int, int, int, int]:
     if config.get("kv_lora_rank"):
         width = heads * (config["qk_nope_head_dim"] + config["qk_rope_head_dim"])
         return heads, width, width, heads * config["v_head_dim"]
-    narrow = shape.num_key_value_heads * shape.head_dim
+    narrow = (heads if repeats_heads(shape) else shape.num_key_value_heads) * shape.head_dim
     return heads, heads * shape.head_dim, narrow, narrow
+
+
+def repeats_heads(shape: ModelShape) -> bool:
+    """Falcon's new decoder copies a group's key and value for every head as it takes the projection apart.
+
+    Source: transformers 5.23.0, models/falcon/modeling_falcon.py (FalconAttention._split_heads).
+    """
+    return shape.model_type == "falcon" and bool(shape.config.get("new_decoder_architecture"))
 
 
 def _mix(
@@ -183,11 +191,14 @@ def _project(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x:
         return outs[0], outs[1], outs[2]
     if len(outs) == 1:
         whole = sizes.bytes(q_width + 2 * k_width)
+        pieces: tuple[Value, ...] = ()
         if shape.model_type in _SPLIT_QKV:
             pieces = tape.split(outs[0], 3, whole)
-        else:  # slices, each with a gradient of the whole; Falcon's lists of one index copy
+        elif not repeats_heads(shape):  # slices, each with a gradient of the whole; Falcon's lists of one index copy
             narrow = sizes.bytes(k_width) if shape.model_type == "falcon" else None
             pieces = tuple(tape.apply(num_bytes, [(outs[0], whole)]) for num_bytes in (None, narrow, narrow))
+        if repeats_heads(shape):
+            pieces = _for_every_head(tape, shape, sizes, outs[0], whole)
         if shape.model_type == "falcon":
             return *pieces, outs[0]
         tape.drop(outs[0])
@@ -197,6 +208,16 @@ def _project(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x:
     v = tape.apply(sizes.bytes(k_width), [(out, sizes.bytes(k_width)) for out in outs[-1:]])
     tape.drop(*outs)
     return q, k, v
+
+
+def _for_every_head(tape: Tape, shape: ModelShape, sizes: Sizes, fused: Value, whole: int) -> tuple[Value, ...]:
+    """q flattened, a copy; one key and one value a group, copied out of the projection and then for every head."""
+    wide, narrow = sizes.bytes(shape.num_attention_heads * shape.head_dim), shape.num_key_value_heads * shape.head_dim
+    query = tape.apply(wide, [(fused, whole)])
+    key, value = (tape.apply(sizes.bytes(narrow), [(fused, whole)]) for _ in range(2))
+    keys, values = (tape.apply(wide, [(x, sizes.bytes(narrow))]) for x in (key, value))
+    tape.drop(key, value)
+    return query, keys, values
 
 
 def is_masked(shape: ModelShape, sizes: Sizes) -> bool:

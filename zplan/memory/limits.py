@@ -43,8 +43,6 @@ def _of_model(shape: ModelShape, recipe: Recipe) -> list[str]:
         lines.append(f"{recipe.attention} attention of Bloom: transformers 5.23.0 has the eager one only and refuses")
     if shape.model_type == "mpt" or shape.config.get("alibi"):
         lines.append("ALiBi's scores")
-    if shape.config.get("new_decoder_architecture"):
-        lines.append("Falcon's copies of keys and values for every head of a group")
     if recipe.use_dora and (recipe.method == "qlora" or shape.num_local_experts or shape.model_type == "gpt2"):
         lines.append("DoRA on quantised weights, on experts and on GPT-2's transposed matrices (peft, lora/dora.py)")
     return lines

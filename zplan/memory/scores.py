@@ -113,20 +113,26 @@ def eager_attention(
 def falcon_attention(
     tape: Tape, sizes: Sizes, q: Value, k: Value, v: Value, num_heads: int, q_width: int, k_width: int, v_width: int
 ) -> Value:
-    """Scores divided in place, softmax in the training dtype; shared keys and values are seen by all heads.
+    """Scores divided in place, softmax in the training dtype; shared keys and values are seen by all heads. A product
+    of several sequences copies q, and k and v for every head.
 
     Source: transformers 5.23.0, models/falcon/modeling_falcon.py (FalconAttention.forward, without ALiBi).
     """
+    batched = sizes.micro_batch > 1
     small = sizes.micro_batch * num_heads * sizes.length * sizes.length * sizes.itemsize
     wide = sizes.bytes(q_width)
-    shared = wide if k_width != q_width else 0
-    scores = tape.apply(
-        small, [(q, wide), (k, sizes.bytes(k_width))], saves=(q, k), temporary=shared,
-    )  # fmt: skip
+    shared = wide if k_width != q_width and not batched else 0
+    k_bytes, v_bytes = (wide, wide) if batched else (sizes.bytes(k_width), sizes.bytes(v_width))
+    q = tape.apply(wide if batched else None, [(q, None)])
+    k = tape.apply(wide if batched else None, [(k, sizes.bytes(k_width) if batched and k_width != q_width else None)])
+    scores = tape.apply(small, [(q, wide), (k, k_bytes)], saves=(q, k), temporary=shared)
+    tape.drop(q, k)
     masked = tape.apply(small, [(scores, None)])
     weights = tape.apply(small, [(masked, small)], saves_output=True)
     tape.drop(scores, masked)
-    out = tape.apply(wide, [(weights, small), (v, sizes.bytes(v_width))], saves=(weights, v), temporary=shared)
+    v = tape.apply(wide if batched else None, [(v, sizes.bytes(v_width) if batched and v_width != q_width else None)])
+    out = tape.apply(wide, [(weights, small), (v, v_bytes)], saves=(weights, v), temporary=shared)
+    tape.drop(v)
     flat = tape.apply(wide, [(out, None)])
     tape.drop(out)
     tape.hold(weights)
