@@ -377,6 +377,6 @@ def test_falcon_s_new_decoder_keeps_a_key_and_a_value_of_every_head() -> None:
 
 
 def test_shared_keys_of_falcon_are_copied_for_every_head_by_a_product_of_several_sequences() -> None:
-    one, hidden = kept_by_a_layer("falcon-7b", "eager", 1)
+    one, _ = kept_by_a_layer("falcon-7b", "eager", 1)
     two, wider = kept_by_a_layer("falcon-7b", "eager", 2)
     assert two - 2 * one == 2 * (wider - wider // 71)  # one group of 71 heads
