@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
+import deepspeed
 import torch
+from transformers.integrations import deepspeed as integration
+
+from sft.partitioned_weights import filling, is_cpu, without_broadcast
 
 _BLOCK_NUMEL = 65_537
 """A prime, so that the rows of a weight do not repeat each other."""
@@ -14,17 +19,19 @@ _BLOCK_NUMEL = 65_537
 
 @contextmanager
 def cheap_random_weights() -> Iterator[None]:
-    """While it is open, large CPU tensors are filled with one block of random numbers, over and over.
+    """While it is open, large CPU tensors are filled with one block of random numbers, over and over, and under ZeRO-3
+    on CPU ranks each rank fills its own partitions.
 
     What a trial measures does not depend on the values, as long as they are finite and of the usual size.
     """
-    normal, uniform = torch.Tensor.normal_, torch.Tensor.uniform_
-    torch.Tensor.normal_ = _repeating(normal)  # type: ignore[method-assign]
-    torch.Tensor.uniform_ = _repeating(uniform)  # type: ignore[method-assign]
-    try:
+    with ExitStack() as patches:
+        for name in ("normal_", "uniform_"):
+            patches.enter_context(patch.object(torch.Tensor, name, _repeating(getattr(torch.Tensor, name))))
+        if is_cpu():
+            fill = filling(integration.initialize_weights_zero3)
+            patches.enter_context(patch.object(integration, "initialize_weights_zero3", fill))
+            patches.enter_context(patch.object(deepspeed.zero.Init, "_zero_init_param", without_broadcast))
         yield
-    finally:
-        torch.Tensor.normal_, torch.Tensor.uniform_ = normal, uniform  # type: ignore[method-assign]
 
 
 def _repeating(fill: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
+from transformers.integrations import deepspeed as integration
 
-from sft import build
+from sft import build, partitioned_weights
 from sft.ranks import Rank, free_port, rank_variables
 from tests.sft.warm import make_plan, make_recipe
 from zplan.errors import ConfigError
@@ -131,3 +134,48 @@ def test_code_of_the_model_folder_runs_only_when_asked(
     assert not (tmp_path / "ran").exists()
     build.load_model(str(folder), make_recipe(folder, None), weights="real", trust_remote_code=True)
     assert (tmp_path / "ran").exists()
+
+
+def test_random_weights_under_zero_3_are_made_where_they_stay(tiny_model_dir: Path, tmp_path: Path) -> None:
+    plan = make_plan(make_recipe(tiny_model_dir, None), stage=3)
+    args = config(plan, tmp_path)
+    before = deepspeed.zero.Init._zero_init_param, integration.initialize_weights_zero3
+    gathers: list[int] = []
+
+    class Counted(deepspeed.zero.GatheredParameters):  # type: ignore[misc]
+        def __init__(self, params: Any, **kwargs: Any) -> None:
+            gathers.append(sum(parameter.ds_numel for parameter in params))
+            super().__init__(params, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deepspeed.zero, "GatheredParameters", Counted)
+        model = build.load_model(str(tiny_model_dir), plan.recipe, weights="random")
+    assert args.hf_deepspeed_config.is_zero3()
+    assert (deepspeed.zero.Init._zero_init_param, integration.initialize_weights_zero3) == before
+    for name, parameter in model.named_parameters():
+        part = parameter.ds_tensor
+        if "norm" in name:
+            assert torch.equal(part, torch.ones_like(part))
+        else:  # within five standard errors of a deviation
+            assert float(part.std()) == pytest.approx(0.02, rel=5 / math.sqrt(2 * part.numel()))
+    largest = max(parameter.ds_numel for parameter in model.parameters())
+    assert sum(numel >= largest for numel in gathers) == 1  # for the peak of the load phase
+    assert all(torch.isfinite(buffer).all() for buffer in model.buffers())
+
+
+def test_a_model_that_makes_its_weights_in_its_own_way_is_left_to_transformers(tiny_model_dir: Path) -> None:
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(AutoConfig.from_pretrained(tiny_model_dir))
+    for parameter in model.parameters():
+        parameter.ds_tensor, parameter.ds_secondary_tensor = torch.zeros(1), None
+        parameter.ds_tensor.status = PartitionedParamStatus.AVAILABLE
+    assert partitioned_weights._can_be_filled(model)
+    asked: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "_init_weights", lambda self, module: None)
+        partitioned_weights.filling(asked.append)(model)
+    assert asked == [model]
+    next(iter(model.parameters())).ds_tensor.status = PartitionedParamStatus.NOT_AVAILABLE  # it lies on NVMe
+    assert not partitioned_weights._can_be_filled(model)
