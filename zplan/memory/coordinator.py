@@ -210,6 +210,8 @@ class Coordinator:
             if is_releasable and self._release(number):
                 released.append(number)
         forgotten = self.kept.pop(module, ()) if self.kept else ()
+        if not released and not forgotten:
+            return ()
         stays = tuple(number for number in released if number in self.staying) if self.staying else ()
         freed = tuple(number for number in released if number not in self.staying) if stays else tuple(released)
         return (
@@ -291,8 +293,9 @@ class Coordinator:
         return False
 
     def _pop_queue(self, needed: Sequence[int]) -> None:
-        last_use, now = self.last_use, self.step
-        missing = len([number for number in needed if last_use[number] < now])
+        last_use, now, missing = self.last_use, self.step, 0
+        for number in needed:
+            missing += last_use[number] < now
         if not missing:
             return
         queue, found = self.fetches.queue, set[int]()
@@ -305,7 +308,9 @@ class Coordinator:
     def _prefetch(self) -> None:
         """While numel < min(stage3_prefetch_bucket_size, stage3_max_live_parameters - available)."""
         queue, status, last_use = self.fetches.queue, self.status, self.last_use
-        numel, last, most = 0, -1, min(self.limits.prefetch, self.limits.live - self.available_numel)
+        numel, last, most, room = 0, -1, self.limits.prefetch, self.limits.live - self.available_numel
+        if room < most:
+            most = room
         if most <= 0:
             self._stops_at(0)
             return
@@ -314,7 +319,8 @@ class Coordinator:
             last = numel
             number, step = queue[self.head]
             self.head += 1
-            last_use[number] = max(last_use[number], step)
+            if step > last_use[number]:
+                last_use[number] = step
             if status[number] == NOT_AVAILABLE and number not in chosen:
                 chosen.add(number)
                 numel += self.fetches.numel[number]

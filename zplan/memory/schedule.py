@@ -16,11 +16,11 @@ from zplan.values import dataclass
 
 Happening = tuple[int, tuple[Action, ...]]
 """(call, actions)."""
-MOST_IN_FLIGHT = 200
-"""Parameters: with more of them a collective spans many layers, and no two laps are alike; not looked for, then."""
+FEW_IN_FLIGHT = 200
+"""Parameters: with more of them laps are compared only where as many were in flight a lap before."""
 _STEPS = (Op.PRE_MODULE, Op.RECOMPUTED_MODULE)
 """Calls that the coordinator counts."""
-_OTHERS = (Op.END_RECOMPUTED, Op.READ_HEAD)
+_OTHERS = (Op.END_RECOMPUTED, Op.READ_HEAD, Op.END_BACKWARD, Op.END_STEP)
 _LEAVING = (Op.POST_MODULE, Op.KEPT_MODULE, Op.VIEWED_MODULE)
 
 
@@ -60,7 +60,8 @@ class _Before:
 
     status: list[int]
     last_use: list[int]
-    flights: list[tuple[int, tuple[int, ...], int, bool]]
+    inflight: tuple[int, ...]
+    flights: list[tuple[tuple[int, ...], int, bool]]
     users: dict[int, set[int]]
     kept: dict[int, tuple[int, ...]]
     step: int
@@ -69,13 +70,10 @@ class _Before:
 
     @classmethod
     def of(cls, now: Coordinator) -> _Before:
-        flights = [
-            (number, flight.numbers, flight.waiting, flight.has_arrived) for number, flight in now.inflight.items()
-        ]
         users = {number: set(modules) for number, modules in now.users.items()}
         return cls(
-            now.status.copy(), now.last_use.copy(), flights, users, now.kept.copy(), now.step, now.head,
-            now.available_numel,
+            now.status.copy(), now.last_use.copy(), tuple(now.inflight), _flights(now), users, now.kept.copy(),
+            now.step, now.head, now.available_numel,
         )  # fmt: skip
 
 
@@ -97,8 +95,10 @@ class Scheduler:
         }
         live, stretches = Bounds(), iter(self._stretches)
         runs: list[Run] = []
+        flying = 0
         for stretch in stretches:
-            looks = stretch.laps and laps_alike[stretch.laps] and len(coordinator.inflight) <= MOST_IN_FLIGHT
+            flew, flying = flying, len(coordinator.inflight)
+            looks = stretch.laps and laps_alike[stretch.laps] and (flying <= FEW_IN_FLIGHT or flying == flew)
             before = _Before.of(coordinator) if looks else None
             coordinator.live = Bounds()
             happenings = self._follow(coordinator, stretch, without)
@@ -141,7 +141,7 @@ class Scheduler:
         hooks, releases, steps = [], [], 0
         for call in range(first, end):
             op, module = self.script.calls[call]
-            if op not in _LEAVING and op not in _ACTS and op not in _STEPS and op not in _OTHERS:
+            if op not in _LEAVING and op not in _STEPS and op not in _OTHERS:
                 if op == Op.GRADIENT and self._keeps:
                     hooks.append((call, op, module))
                 continue
@@ -165,17 +165,18 @@ class Scheduler:
             Op.END_RECOMPUTED: lambda _: coordinator.end_recomputed(),
             Op.READ_HEAD: lambda _: coordinator.read_head(self.script.head),
             Op.GRADIENT: lambda number: ((Act.DROP, (number,)),),
+            Op.END_BACKWARD: lambda _: ((Act.GIVE_BACK, self.script.head),),
+            Op.END_STEP: lambda _: ((Act.UPDATE, self.script.head),),
         }
         happenings: list[Happening] = []
-        modules, queued = self.script.fetches.modules, len(self.script.fetches.queue)
+        modules, queued, fetches = self.script.fetches.modules, len(self.script.fetches.queue), Op.PRE_MODULE
         for call, op, module in stretch.hooks:
-            if op == Op.PRE_MODULE and coordinator.head == queued and module not in modules and call != without:
+            if call == without:
+                continue
+            if op == fetches and module not in modules and coordinator.head == queued:
                 coordinator.step += 1  # it needs nothing, and nothing comes after it
-            elif call != without:
-                does = _ACTS.get(op)
-                actions = ((does, self.script.head),) if does is not None else act[op](module)
-                if actions:
-                    happenings.append((call, actions))
+            elif actions := act[op](module):
+                happenings.append((call, actions))
         return tuple(happenings)
 
     # -- laps that go alike --------------------------------------------------------------------------------------
@@ -219,9 +220,12 @@ class Scheduler:
         if reuse <= 0:
             now.is_far(0)  # as is everything
             return most
-        did = [distance >= reuse for distance in self._lap_distances(stretch, 0, before.step)]
+        first = self._lap_distances(stretch, 0, before.step)
+        did = [distance >= reuse for distance in first]
         for number in range(1, most + 1):
             distances = self._lap_distances(stretch, number, before.step + number * steps)
+            if distances == first:
+                continue  # noted when that lap was followed
             if [distance >= reuse for distance in distances] != did:
                 return number - 1
             for distance in distances:
@@ -278,16 +282,13 @@ class Scheduler:
         now.available_numel += skipped * grown
 
 
-_ACTS: dict[int, int] = {Op.END_BACKWARD: Act.GIVE_BACK, Op.END_STEP: Act.UPDATE}
-
-
 def _stands_alike(now: Coordinator, before: _Before, laps: Laps, lap: int) -> bool:
     """Whether the coordinator stands before a lap as it stood before the one ahead of it."""
     return (
         not now.recomputed
         and now.users == before.users
         and not any(laps.has(number) for number in now.users)
-        and len(now.inflight) == len(before.flights)
+        and len(now.inflight) == len(before.inflight)
         and laps.stands_alike(before.status, now.status, lap)
         and _flights_alike(now, before, laps, lap)
         and (_is_used_later(now, before, laps, lap) or _uses_alike(now, before, laps, lap))
@@ -306,13 +307,16 @@ def _flights_alike(now: Coordinator, before: _Before, laps: Laps, lap: int) -> b
     if any(laps.has(number) and not ahead.start <= number < ahead.stop for number in now.inflight):
         return False
     way = laps.parameters
-    moved = {
-        laps.moved(number, way): (tuple(laps.moved(other, way) for other in numbers), waiting, arrived)
-        for number, numbers, waiting, arrived in before.flights
-    }
-    return moved == {
-        number: (flight.numbers, flight.waiting, flight.has_arrived) for number, flight in now.inflight.items()
-    }
+    return tuple(laps.moved(number, way) for number in before.inflight) == tuple(now.inflight) and _flights(now) == [
+        (tuple(laps.moved(number, way) for number in numbers), waiting, arrived)
+        for numbers, waiting, arrived in before.flights
+    ]
+
+
+def _flights(now: Coordinator) -> list[tuple[tuple[int, ...], int, bool]]:
+    """Parameters of each collective that is under way, how many of them are waited for, and whether one was."""
+    each = {id(flight): flight for flight in now.inflight.values()}
+    return [(flight.numbers, flight.waiting, flight.has_arrived) for flight in each.values()]
 
 
 def _uses_alike(now: Coordinator, before: _Before, laps: Laps, lap: int) -> bool:
