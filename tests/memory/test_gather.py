@@ -16,7 +16,7 @@ from zplan.memory.gather import Gathering, most_of
 from zplan.memory.instances import Instances
 from zplan.memory.meter import Kind, Meter
 from zplan.memory.owners import module_parameters, unread_numbers, viewed_numbers
-from zplan.memory.script import Op
+from zplan.memory.script import UPDATED, Op
 from zplan.memory.shards import shard
 from zplan.memory.stage3 import Stage3Engine
 from zplan.memory.timeline import Recording, module_bases, record
@@ -181,6 +181,23 @@ def test_second_copies_of_two_and_of_four_ranks_are_not_taken_for_each_other() -
     assert (
         asked_before.of_later_steps(many).moments == Gathering(script, recording.items, 2).of_later_steps(many).moments
     )
+
+
+def test_an_update_on_the_nvme_is_not_taken_for_one_on_the_host() -> None:
+    """Small gradients of swapped sub-groups lie on the GPU until the update."""
+    recording = record(
+        SMOLLM, FULL_ON_SMOLLM, layout(SMOLLM, FULL_ON_SMOLLM), micro_batch=1, on_cpu=False, partitioned=True
+    )
+    script = course(recording, checkpointing=True, fetches=True).script
+    on_host, on_nvme = (
+        Choice(zero=ZeroConfig(stage=3, offload_optimizer=OffloadOptimizer(device=device)), batch=BATCH)
+        for device in ("cpu", "nvme")
+    )
+    asked_before = Gathering(script, recording.items, 2)
+    host = asked_before.of_later_steps(on_host).moments
+    nvme = asked_before.of_later_steps(on_nvme).moments
+    assert nvme == Gathering(script, recording.items, 2).of_later_steps(on_nvme).moments
+    assert nvme[UPDATED] > host[UPDATED]
 
 
 @pytest.mark.parametrize("model", ["smollm2-135m", "falcon-7b", "mixtral-8x7b"])

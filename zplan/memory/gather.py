@@ -103,7 +103,7 @@ class Gathering:
     _schedules: dict[tuple[frozenset[int], ...], list[tuple[Coordinator, Schedule]]] = field(default_factory=dict)
     _by_limits: dict[tuple[object, ...], Schedule] = field(default_factory=dict)
     _parts: dict[tuple[object, ...], tuple[Schedule, Parts]] = field(default_factory=dict)
-    _gathered: dict[tuple[int, bool], Gathered] = field(default_factory=dict)
+    _gathered: dict[tuple[int, int], Gathered] = field(default_factory=dict)
     _first_steps: dict[int, tuple[Shards, _FirstStep]] = field(default_factory=dict)
 
     def steps_of(self, choice: Choice) -> Steps:
@@ -176,8 +176,7 @@ class Gathering:
         return self._bytes(choice, shards, self.schedule(Limits.of(choice.zero), shards.persistent), has_copies=again)
 
     def _bytes(self, choice: Choice, shards: Shards, schedule: Schedule, *, has_copies: bool) -> Gathered:
-        """What a schedule holds. Choices whose schedules turn out alike share it; an offloaded optimizer only changes
-        the end of the update."""
+        """What a schedule holds. Choices whose schedules turn out alike share it, all but the end of the update."""
         zero, ranks = choice.zero, choice.batch.zero_ranks
         copies = 1 if zero.offloads_param else secondary_group(zero, ranks)
         key = (
@@ -190,13 +189,12 @@ class Gathering:
             if len(self._parts) >= MOST_KEPT:
                 self._parts.clear()
             followed = self._parts[key] = (schedule, follow_hooks(self, choice, shards, schedule, has_copies))
-        parts = followed[1]
-        known = self._gathered.get((id(parts), zero.offloads_optimizer))
+        parts, updated = followed[1], update_bytes(self.items, shards, zero, num_ranks=ranks)
+        known = self._gathered.get((id(parts), updated))
         if known is None or known.parts is not parts:
             if len(self._gathered) >= MOST_KEPT:
                 self._gathered.clear()
-            known = Gathered(parts, update_bytes(self.items, shards, zero, num_ranks=ranks))
-            self._gathered[id(parts), zero.offloads_optimizer] = known
+            known = self._gathered[id(parts), updated] = Gathered(parts, updated)
         return known
 
     def schedule(self, limits: Limits, persistent: frozenset[int], missing: frozenset[int] = frozenset()) -> Schedule:

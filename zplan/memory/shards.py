@@ -91,8 +91,17 @@ def update_bytes(items: Instances, shards: Shards, zero: ZeroConfig, *, num_rank
     """
     staged, norms = 0, 0
     if zero.offloads_param and num_ranks > 1:
-        staged = sum(items.itemsize[p] * shards.partition[p] for p in shards.persistent)
+        staged = _cut_bytes(items, shards.persistent, num_ranks)
     if zero.offloads_optimizer:
-        norms = ALLOCATOR_ROUNDING * sum(items.trainable)
-    before = unswapped_bytes(items, swapped_parameters(items, zero, num_ranks), num_ranks)
+        norms = ALLOCATOR_ROUNDING * sum(map(len, items.groups))
+    before = _unswapped_bytes(items, swapped_parameters(items, zero, num_ranks), num_ranks)
     return max(0, shards.persistent_bytes + max(staged - norms, before))
+
+
+_unswapped_bytes = lru_cache(1024)(unswapped_bytes)
+
+
+@lru_cache(1024)
+def _cut_bytes(items: Instances, numbers: frozenset[int], num_ranks: int) -> int:
+    """Bytes of one rank's partitions of these parameters."""
+    return sum(items.itemsize[p] * -(-items.numel[p] // num_ranks) for p in numbers)
