@@ -99,9 +99,19 @@ def corrections_path(cluster: Cluster, folder: Path | None = None) -> Path:
     """The machine's file: $XDG_CACHE_HOME/zplan/calibration by default."""
     import hashlib  # loads OpenSSL
 
-    if folder is None:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zplan" / "calibration"
-    return folder / f"{hashlib.sha256(machine_name(cluster).encode()).hexdigest()[:16]}.json"
+    return (folder or _folder()) / f"{hashlib.sha256(machine_name(cluster).encode()).hexdigest()[:16]}.json"
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zplan" / "calibration"
+
+
+def _saved(cluster: Cluster, folder: Path | None) -> Path | None:
+    """The machine's file if there is one; a user who never tuned has not even the folder."""
+    if not (folder or _folder()).is_dir():
+        return None
+    path = corrections_path(cluster, folder)
+    return path if path.exists() else None
 
 
 def load_corrections(cluster: Cluster, versions: Mapping[str, str], folder: Path | None = None) -> Corrections:
@@ -110,9 +120,9 @@ def load_corrections(cluster: Cluster, versions: Mapping[str, str], folder: Path
     Raises:
         ConfigError: the file is damaged.
     """
-    path = corrections_path(cluster, folder)
+    path = _saved(cluster, folder)
     nothing = Corrections(machine=machine_name(cluster), versions=dict(versions))
-    if not path.exists():
+    if path is None:
         return nothing
     try:
         with _named(path):
@@ -164,8 +174,8 @@ def outdated(cluster: Cluster, folder: Path | None = None) -> str:
     Raises:
         ConfigError: the file is damaged.
     """
-    path = corrections_path(cluster, folder)
-    if not path.exists():
+    path = _saved(cluster, folder)
+    if path is None:
         return ""
     with _named(path):
         data = files.load_json(path)
@@ -175,7 +185,7 @@ def outdated(cluster: Cluster, folder: Path | None = None) -> str:
 
 def known_corrections(cluster: Cluster, folder: Path | None = None) -> Corrections | None:
     """What trials have taught about this machine; None before they have taught enough."""
-    if not corrections_path(cluster, folder).exists():
+    if _saved(cluster, folder) is None:
         return None
     known = load_corrections(cluster, library_versions(), folder)
     return known if any(known.ratio(quantity) is not None for quantity in QUANTITIES) else None

@@ -21,11 +21,12 @@ from zplan.candidates import (
 from zplan.errors import ConfigError
 from zplan.fixes import Fix, quantify_fixes, smallest_changes
 from zplan.hardware import Cluster
-from zplan.memory.estimate import BucketRule, cannot_fit, least_need
+from zplan.memory.estimate import BucketRule, least_need
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.settings import apply_settings
 from zplan.speed.estimate import estimate_speed
+from zplan.values import dataclass
 from zplan.zero_config import Choice, batch_sizes
 
 __all__ = [
@@ -107,51 +108,57 @@ def rank_candidates(
     return tuple(sorted(found, key=_rank))
 
 
+@dataclass(frozen=True, slots=True)
+class _Ladder:
+    """A strategy."""
+
+    choices: tuple[Choice, ...]
+    """From the smallest micro-batch to the largest."""
+    need: tuple[int, int]
+    """`least_need` of the smallest."""
+
+
+def _bounded(shape: ModelShape, recipe: Recipe, cluster: Cluster, fixed: Fixed, world_size: int) -> list[_Ladder]:
+    ladders = _ladders(shape, recipe, cluster, fixed, world_size)
+    return [_Ladder(choices, least_need(shape, recipe, choices[0], cluster)) for choices in ladders]
+
+
 def _best_on(
     shape: ModelShape, recipe: Recipe, cluster: Cluster, fixed: Fixed, world_size: int, bucket_rule: BucketRule
 ) -> Candidate:
     """The fastest strategy that fits on fewer GPUs; if none does, the one that is least short."""
-    fastest = _fastest_on(shape, recipe, cluster, fixed, world_size, bucket_rule)
-    if fastest is not None:
-        return fastest
-    smallest = [ladder[0] for ladder in _ladders(shape, recipe, cluster, fixed, world_size)]
-    return _least_short(shape, recipe, cluster, smallest, bucket_rule)
+    ladders = _bounded(shape, recipe, cluster, fixed, world_size)
+    fastest = _fastest_of(shape, recipe, cluster, ladders, bucket_rule)
+    return fastest if fastest is not None else _least_short(shape, recipe, cluster, ladders, bucket_rule)
 
 
 def _least_short(
-    shape: ModelShape, recipe: Recipe, cluster: Cluster, choices: list[Choice], bucket_rule: BucketRule
+    shape: ModelShape, recipe: Recipe, cluster: Cluster, ladders: list[_Ladder], bucket_rule: BucketRule
 ) -> Candidate:
     """The first by `_rank`. Asked from the least need up, until the least need of the others is already more."""
-    needs = sorted((least_need(shape, recipe, choice, cluster), index) for index, choice in enumerate(choices))
     found: list[tuple[tuple[Any, ...], int, Candidate]] = []
-    for need, index in needs:
-        if found and need > min(found)[0][:2]:
+    for index, ladder in sorted(enumerate(ladders), key=lambda item: item[1].need):
+        if found and ladder.need > min(found)[0][:2]:
             break
-        tried = evaluate(shape, recipe, choices[index], cluster, bucket_rule=bucket_rule)
+        tried = evaluate(shape, recipe, ladder.choices[0], cluster, bucket_rule=bucket_rule)
         found.append((_rank(tried), index, tried))
     return min(found)[2]
 
 
-def _fastest_on(
-    shape: ModelShape, recipe: Recipe, cluster: Cluster, fixed: Fixed, world_size: int, bucket_rule: BucketRule
+def _fastest_of(
+    shape: ModelShape, recipe: Recipe, cluster: Cluster, ladders: list[_Ladder], bucket_rule: BucketRule
 ) -> Candidate | None:
     """The fastest strategy that fits; None if none does.
 
     Speed costs microseconds and memory much more, so memory is asked from the fastest down until something fits, and
     not where the model's states alone are too much, or where the smallest micro-batch did not fit.
     """
-    ladders = [
-        ladder
-        for ladder in _ladders(shape, recipe, cluster, fixed, world_size)
-        if not cannot_fit(shape, recipe, ladder[0], cluster)
-    ]
     by_speed = sorted(
-        ((choice, ladder) for ladder in ladders for choice in ladder),
+        ((choice, ladder.choices[0]) for ladder in ladders if ladder.need[0] == 0 for choice in ladder.choices),
         key=lambda item: -(estimate_speed(shape, recipe, item[0], cluster).tokens_per_second or 0.0),
     )
     smallest_fits: dict[Choice, bool] = {}
-    for choice, ladder in by_speed:
-        first = ladder[0]
+    for choice, first in by_speed:
         if not smallest_fits.get(first, True):
             continue
         tried = evaluate(shape, recipe, choice, cluster, bucket_rule=bucket_rule)
@@ -206,6 +213,7 @@ def smallest_change_that_fits(
         return _best_on(shape, recipe, cluster, decided, world_sizes(cluster, decided)[0], bucket_rule)
 
     def fitting(shape: ModelShape, recipe: Recipe, cluster: Cluster) -> Candidate | None:
-        return _fastest_on(shape, recipe, cluster, decided, world_sizes(cluster, decided)[0], bucket_rule)
+        ladders = _bounded(shape, recipe, cluster, decided, world_sizes(cluster, decided)[0])
+        return _fastest_of(shape, recipe, cluster, ladders, bucket_rule)
 
     return smallest_changes(best(shape, recipe, cluster), shape, recipe, cluster, fitting)

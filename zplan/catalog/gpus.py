@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,8 @@ class Links:
 
 @cache
 def _table() -> dict[str, dict[str, Any]]:
+    import tomllib  # 2 ms, and only who has or describes a GPU needs it
+
     return tomllib.loads((Path(__file__).parent / "gpus.toml").read_text(encoding="utf-8"))
 
 
