@@ -62,6 +62,16 @@ def refused(**flags: Any) -> ConfigError:
             "--set offload_optimizer.super_offload=false",
         ),
         (
+            {"stage": 2, "model": "qwen3-30b-a3b", "method": "lora", "use_dora": True},
+            "DoRA on the stacked weights of experts",
+            "--lora-target q_proj --lora-target v_proj",
+        ),
+        (
+            {"stage": 2, "model": "qwen3-30b-a3b", "method": "lora", "lora_dropout": 0.05},
+            "lora_dropout on the stacked weights of experts",
+            "--lora-target q_proj --lora-target v_proj",
+        ),
+        (
             {"stage": 3, "offload_optimizer": "cpu", "optimizer": "muon", "set_": ["offload_optimizer.ratio=0.5"]},
             "offload_optimizer.ratio of muon",
             "--set offload_optimizer.ratio=1",

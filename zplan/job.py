@@ -24,6 +24,7 @@ from zplan.probe import describe_cluster
 from zplan.recipe import Recipe
 from zplan.sanity import (
     odd_sizes,
+    refuse_adapters_of_experts,
     refuse_more_ranks_than_gpus,
     refuse_nvme_without_drive,
     refuse_offload,
@@ -113,6 +114,7 @@ def make_job(
 def _checked(job: Job) -> Job:
     """The job with warnings about what is probably a mistake. Raises ConfigError for what cannot be meant."""
     refuse_nvme_without_drive(job.cluster, job.fixed, job.choice)
+    refuse_adapters_of_experts(job.shape, job.recipe)
     refuse_offload(job.cluster, job.recipe, job.choice)
     split = splits(job.fixed)
     if job.choice:

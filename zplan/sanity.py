@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from zplan.candidates import Fixed
 from zplan.errors import ConfigError
 from zplan.hardware import Cluster
+from zplan.memory.trainable import experts_refused, layout
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.settings import setting_value, split_setting
@@ -28,6 +29,14 @@ def refuse_nvme_without_drive(cluster: Cluster, fixed: Fixed, choice: Choice | N
             because="a machine is described with --nvme; this machine's current folder is looked at otherwise",
             fix="--nvme 2TiB",
         )
+
+
+def refuse_adapters_of_experts(shape: ModelShape, recipe: Recipe) -> None:
+    """Raises ConfigError where PEFT does."""
+    refused = experts_refused(layout(shape, recipe), recipe)
+    if refused:
+        what, _, why = refused.partition(": ")
+        raise ConfigError(what, because=why, fix="--lora-target q_proj --lora-target v_proj")
 
 
 def refuse_offload(cluster: Cluster, recipe: Recipe, choice: Choice | None) -> None:

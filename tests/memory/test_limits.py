@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.formula_vs_simulation import cut_layers
 from tests.memory.test_estimate import cluster
 from tests.shapes import llama_like
 from zplan.catalog.find import find_model
@@ -188,3 +189,14 @@ def test_what_a_ratio_leaves_on_the_gpu_is_sixteen_bytes_an_element_that_the_hos
     assert half.gpu.phases["init"] - whole.gpu.phases["init"] == (4 + 4) * left
     assert half.gpu.phases["backward"] - whole.gpu.phases["backward"] == 16 * left + 4 * groups
     assert whole.host.phases["backward"] - half.host.phases["backward"] == 8 * 16 * left
+
+
+def test_dora_on_experts_is_refused_by_peft_and_never_fits_unless_only_other_modules_are_adapted() -> None:
+    shape = find_model("qwen3-30b-a3b")
+    assert isinstance(shape, ModelShape)
+    shape = cut_layers(shape, 2)
+    experts = estimate(ZeroConfig(stage=3), shape=shape, method="lora", use_dora=True)
+    assert any("peft raises" in note for note in experts.notes)
+    assert experts.gpu.verdict != "fits"
+    others = estimate(ZeroConfig(stage=3), shape=shape, method="lora", use_dora=True, lora_target=("q_proj",))
+    assert not any("DoRA" in note for note in others.notes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from zplan.autotp import cannot_cut
 from zplan.memory.quantized import num_groups
-from zplan.memory.trainable import layout
+from zplan.memory.trainable import experts_refused, layout
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.zero_config import Choice, offload_refused
@@ -43,8 +43,12 @@ def _of_model(shape: ModelShape, recipe: Recipe) -> list[str]:
         lines.append(f"{recipe.attention} attention of Bloom: transformers 5.23.0 has the eager one only and refuses")
     if shape.model_type == "mpt" or shape.config.get("alibi"):
         lines.append("ALiBi's scores")
-    if recipe.use_dora and (recipe.method == "qlora" or shape.num_local_experts or shape.model_type == "gpt2"):
-        lines.append("DoRA on quantised weights, on experts and on GPT-2's transposed matrices (peft, lora/dora.py)")
+    if recipe.use_dora and recipe.method == "qlora":
+        lines.append("DoRA on quantised weights, which are dequantised for the norm (peft, lora/dora.py)")
+    if recipe.use_dora and shape.model_type == "gpt2":
+        lines.append("DoRA on GPT-2's transposed matrices: products with the whole weight (peft, lora/dora.py)")
+    refused = experts_refused(layout(shape, recipe), recipe)
+    lines += [refused] if refused else []
     return lines
 
 

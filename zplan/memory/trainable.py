@@ -289,6 +289,18 @@ def _expert_adapter(parameter: ParameterShape, recipe: Recipe) -> tuple[Weight, 
 EXPERT_ADAPTERS = ("expert_lora_A", "expert_lora_B")
 
 
+def experts_refused(laid: Layout, recipe: Recipe) -> str | None:
+    """Why PEFT refuses these adapters, if it does: its wrapper of stacked weights can neither DoRA nor dropout.
+
+    Source: peft 0.21.2, tuners/lora/layer.py:2366 (ParamWrapper.__init__).
+    """
+    option = "DoRA" if recipe.use_dora else "lora_dropout" if recipe.lora_dropout else None
+    if option is None:
+        return None
+    adapted = any(weight.name.endswith(EXPERT_ADAPTERS) for block in laid.blocks for weight in block.weights)
+    return f"{option} on the stacked weights of experts: peft raises (lora.ParamWrapper)" if adapted else None
+
+
 def _adapter(parameter: ParameterShape, recipe: Recipe) -> tuple[Weight, ...]:
     """lora_A (r x in), lora_B (out x r) and DoRA's magnitude (out), in the training dtype: the engine casts the whole
     module.
