@@ -136,10 +136,10 @@ def sequence_parallel_cases() -> Iterator[Case]:
 
 def tensor_parallel_cases() -> Iterator[Case]:
     """AutoTP over all ranks and over two pairs of them; with untied heads under full logits, as TRL's loss needs it."""
-    for stage in (0, 1, 2):
+    for stage in (0, 1, 2, 3):
         yield Case(name="AutoTP", loss="full", autotp_size=2, zero=ZeroConfig(stage=stage, **SMALL))
     yield Case(name="AutoTP, tied", family="qwen2", accumulation=2, autotp_size=2, zero=ZeroConfig(stage=2, **SMALL))
-    for stage in (1, 2):
+    for stage in (1, 2, 3):
         yield Case(
             name="AutoTP, two pairs", family="qwen2", world_size=4, autotp_size=2, checkpointing=False,
             zero=ZeroConfig(stage=stage, **SMALL),

@@ -12,7 +12,7 @@ from zplan.simulate.reference import run_on_real_ranks, simulate_in_fork
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "split"), [(1, {}), (2, {}), (3, {}), (2, {"shared": 2}), (3, {"shared": 2}), (1, {"cut": 2})]
+    ("stage", "split"), [(1, {}), (2, {}), (3, {}), (2, {"shared": 2}), (3, {"shared": 2}), (3, {"cut": 2})]
 )
 def test_peaks_and_collectives_equal_those_of_real_ranks(stage: int, split: dict[str, int], tmp_path: Path) -> None:
     """Data-parallel, with a shared sequence (Ulysses), with cut matrices (AutoTP)."""

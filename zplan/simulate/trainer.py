@@ -157,7 +157,8 @@ def _quantized_with_adapter(run: Run, model: Any) -> Any:
 def collected() -> Iterator[None]:
     """No garbage collection while the model is built, one after it: when it happens does not depend on what ran before.
 
-    A head that was tied away hangs in a cycle with its partition; a long run collects it soon.
+    A head that was tied away hangs in a cycle with its partition; a long run collects it soon. So do the parameters of
+    zero.Init that AutoTP replaces.
     """
     gc.disable()
     try:
@@ -217,9 +218,13 @@ def build_engine(run: Run, model: Any, tracker: Tracker) -> Any:
         trainer_gives = {"model_parameters": [p for p in model.parameters() if p.requires_grad]}
     else:
         trainer_gives = {"optimizer": build_optimizer(run, model)}
-    engine, *_ = deepspeed.initialize(
-        model=model, config_params=run.deepspeed_config, mpu=share_sequences(run, model), **trainer_gives
-    )
+    replaces = run.choice.batch.autotp_size > 1 and run.choice.zero.stage == 3
+    if replaces:
+        gc.unfreeze()  # the model, which the run does not search for garbage otherwise
+    with collected() if replaces else contextlib.nullcontext():
+        engine, *_ = deepspeed.initialize(
+            model=model, config_params=run.deepspeed_config, mpu=share_sequences(run, model), **trainer_gives
+        )
     label_parameters(model, tracker)
     label_states(engine, tracker)
     for parameter in model.parameters():
