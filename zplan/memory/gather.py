@@ -31,7 +31,7 @@ MOST_SCHEDULES = 256
 _PADDINGS: dict[tuple[int, ...], int] = {}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Part:
     """Some moments, repeated, each time with so many bytes more."""
 
@@ -65,12 +65,6 @@ class Gathered:
         found[UPDATED] = self.update_bytes
         return tuple(found)
 
-    @cached_property
-    def largest(self) -> int:
-        """The most at any moment."""
-        parts = (max(part.moments, default=0) + max(0, part.growth * (part.times - 1)) for part in self.parts)
-        return max(self.update_bytes, *parts)
-
 
 Steps = tuple[tuple[Gathered, int], ...]
 """Steps that a run has: what each of them gathers, and bytes that it does not hold yet."""
@@ -82,8 +76,6 @@ class _FirstStep:
 
     untraced: Shards
     """In the first micro-step, in which nothing persists."""
-    traced: Shards
-    """In the second one."""
     missing: frozenset[int]
     """Those that persist but were released by the first one."""
     missing_bytes: int
@@ -107,7 +99,18 @@ class Gathering:
     _first_steps: dict[int, tuple[Shards, _FirstStep]] = field(default_factory=dict)
 
     def steps_of(self, choice: Choice) -> Steps:
-        """What a choice holds in a later step, and in the micro-steps of the first one where those can hold more.
+        """`parts_of` with the update, which gathers most in a later step: then all that persists is there."""
+        updated = self.updated_bytes(choice)
+        return tuple((self._with_update(parts, updated), absent) for parts, absent in self.parts_of(choice))
+
+    def updated_bytes(self, choice: Choice) -> int:
+        """Gathered at the end of the update."""
+        ranks = choice.batch.zero_ranks
+        return update_bytes(self.items, shard(self.items, choice.zero, ranks), choice.zero, num_ranks=ranks)
+
+    def parts_of(self, choice: Choice) -> tuple[tuple[Parts, int], ...]:
+        """What a choice holds in a later step, and in the micro-steps of the first one where those can hold more, with
+        the bytes that it does not hold yet.
 
         The first micro-step has no trace: nothing is prefetched and everything is released after its module, persistent
         parameters too, which therefore are gathered together with the others of their module, in one buffer and in
@@ -120,14 +123,14 @@ class Gathering:
         zero, ranks = choice.zero, choice.batch.zero_ranks
         shards = shard(self.items, zero, ranks)
         start = self._first_step(shards, ranks)
-        later = self.of_later_steps(choice)
+        later = self._later(choice)
         states = 0 if zero.offloads_optimizer else start.states_bytes
         first = self._bytes(choice, start.untraced, self.first_schedule, has_copies=True)
         second, missing_bytes = self._second_micro_step(choice, shards, start) or (later, 0)
         early = ((first, states + shards.persistent_bytes), (second, states + missing_bytes))
-        return (later, 0), *(step for step in early if step[0] is not later and step[0].largest > step[1])
+        return (later, 0), *(step for step in early if step[0] is not later and _largest(step[0]) > step[1])
 
-    def _second_micro_step(self, choice: Choice, shards: Shards, start: _FirstStep) -> tuple[Gathered, int] | None:
+    def _second_micro_step(self, choice: Choice, shards: Shards, start: _FirstStep) -> tuple[Parts, int] | None:
         """The first step's second micro-step has the trace of the first one, which has released the persistent
         parameters: they are prefetched among the others, and a flat buffer stays until the last of its parameters is
         needed. Its bytes and those of these parameters; None where this does not happen.
@@ -138,7 +141,7 @@ class Gathering:
         if choice.batch.gradient_accumulation_steps == 1 or not shards.persistent_bytes or not start.missing:
             return None
         schedule = self.schedule(Limits.of(choice.zero), shards.persistent, start.missing)
-        return self._bytes(choice, start.traced, schedule, has_copies=True), start.missing_bytes
+        return self._bytes(choice, shards, schedule, has_copies=True), start.missing_bytes
 
     def _first_step(self, shards: Shards, ranks: int) -> _FirstStep:
         known = self._first_steps.get(id(shards))
@@ -150,7 +153,6 @@ class Gathering:
             of_muon = sum(shards.partition[number] for number in self.items.muon)
             made = _FirstStep(
                 untraced=replace(shards, persistent=frozenset(), persistent_bytes=0),
-                traced=replace(shards, persistent_bytes=shards.persistent_bytes - missing_bytes),
                 missing=missing, missing_bytes=missing_bytes,
                 states_bytes=ADAM_STATES * (shards.trainable_numel - of_muon),
             )  # fmt: skip
@@ -170,12 +172,24 @@ class Gathering:
         )
 
     def of_later_steps(self, choice: Choice) -> Gathered:
-        """When the trace is known. hpZ's second copies are there from loading on, and after the first micro-step."""
+        """When the trace is known."""
+        return self._with_update(self._later(choice), self.updated_bytes(choice))
+
+    def _with_update(self, parts: Parts, updated: int) -> Gathered:
+        known = self._gathered.get((id(parts), updated))
+        if known is None or known.parts is not parts:
+            if len(self._gathered) >= MOST_KEPT:
+                self._gathered.clear()
+            known = self._gathered[id(parts), updated] = Gathered(parts, updated)
+        return known
+
+    def _later(self, choice: Choice) -> Parts:
+        """hpZ's second copies are there from loading on, and after the first micro-step."""
         again = choice.batch.gradient_accumulation_steps > 1
         shards = shard(self.items, choice.zero, choice.batch.zero_ranks)
         return self._bytes(choice, shards, self.schedule(Limits.of(choice.zero), shards.persistent), has_copies=again)
 
-    def _bytes(self, choice: Choice, shards: Shards, schedule: Schedule, *, has_copies: bool) -> Gathered:
+    def _bytes(self, choice: Choice, shards: Shards, schedule: Schedule, *, has_copies: bool) -> Parts:
         """What a schedule holds. Choices whose schedules turn out alike share it, all but the end of the update."""
         zero, ranks = choice.zero, choice.batch.zero_ranks
         copies = 1 if zero.offloads_param else secondary_group(zero, ranks)
@@ -189,13 +203,7 @@ class Gathering:
             if len(self._parts) >= MOST_KEPT:
                 self._parts.clear()
             followed = self._parts[key] = (schedule, follow_hooks(self, choice, shards, schedule, has_copies))
-        parts, updated = followed[1], update_bytes(self.items, shards, zero, num_ranks=ranks)
-        known = self._gathered.get((id(parts), updated))
-        if known is None or known.parts is not parts:
-            if len(self._gathered) >= MOST_KEPT:
-                self._gathered.clear()
-            known = self._gathered[id(parts), updated] = Gathered(parts, updated)
-        return known
+        return followed[1]
 
     def schedule(self, limits: Limits, persistent: frozenset[int], missing: frozenset[int] = frozenset()) -> Schedule:
         """What the coordinator does at every hook; one that would decide alike under these limits is taken again."""
@@ -239,6 +247,12 @@ class Gathering:
             staying=self.script.viewed & self.items.packed, missing=missing, unread=self.script.unread,
             num_unread=num_unread,
         )  # fmt: skip
+
+
+@lru_cache(MOST_KEPT)
+def _largest(parts: Parts) -> int:
+    """The most at any moment; of the update that they were followed with, too."""
+    return max(max(part.moments, default=0) + max(0, part.growth * (part.times - 1)) for part in parts)
 
 
 @lru_cache(1024)

@@ -35,6 +35,7 @@ from zplan.memory.memo import Memo
 from zplan.memory.meter import Gauge
 from zplan.memory.replay import Replay, follow_gradients, replay_of
 from zplan.memory.script import STEP_PHASES, UPDATED, UPDATED_IN_REDUCTION, Course, Reduction, StepPhase
+from zplan.memory.shards import shard, update_bytes
 from zplan.memory.terms import PHASES, VERDICTS, ByteRange, Phase
 from zplan.memory.trainable import layout
 from zplan.model_shape import ModelShape
@@ -113,6 +114,8 @@ class _Base:
 
     replay: Replay
     moments: Ints
+    at_update: int
+    """Beside what the end of a ZeRO-3 update gathers, which is not in the moments."""
 
 
 class Estimator:
@@ -130,6 +133,7 @@ class Estimator:
         self._sums: dict[tuple[int, int], tuple[Course, Parts, Ints]] = {}
         self._still = _Table(self._of_rank)
         self._bases = _Table(self._base)
+        self._updates = _Table(self._of_update)
         self._held: dict[Reduction, _Table[Choice, Ints]] = {}
         self._engine = _Table(self._of_engine)
         self._model = _Table(self._of_model)
@@ -185,14 +189,17 @@ class Estimator:
         replay = replay_of(
             course.script, instances(self.laid), self.recipe.weight_bytes, self.rank, self.exchange
         )  # fmt: skip
-        moments = self._array(course)
-        if choice.zero.stage == 3:
-            steps = replay.gathering.steps_of(choice)
-            found = [self._with_parameters(replay, course, held.parts) - absent for held, absent in steps]
-            moments = np.maximum.reduce(found)
-            updated = course.moments[UPDATED] + max(held.update_bytes - absent for held, absent in steps)
-            moments[UPDATED_IN_REDUCTION] = max(moments[UPDATED_IN_REDUCTION], updated)
-        return _Base(replay, moments)
+        if choice.zero.stage != 3:
+            return _Base(replay, self._array(course), 0)
+        steps = replay.gathering.parts_of(choice)
+        found = [self._with_parameters(replay, course, parts) - absent for parts, absent in steps]
+        return _Base(replay, np.maximum.reduce(found), course.moments[UPDATED])
+
+    def _of_update(self, choice: Choice) -> tuple[int, ...]:
+        items, ranks = instances(self.laid), choice.batch.zero_ranks
+        if choice.zero.stage != 3:
+            return (0,)
+        return (update_bytes(items, shard(items, choice.zero, ranks), choice.zero, num_ranks=ranks),)
 
     def _with_parameters(self, replay: Replay, course: Course, parts: Parts) -> Ints:
         """The moments of the reduction, the update aside; a course meets the same parameters in many choices."""
@@ -238,13 +245,19 @@ class Estimator:
         held = self._held.setdefault(replay.script.reduction, _Table(lambda choice: self._held_by(replay, choice)))
         pairs, pair_of = np.unique(np.stack([bases, held.numbers(choices)]), axis=1, return_inverse=True)
         peaks: dict[StepPhase, list[Ints]] = {phase: [] for phase in STEP_PHASES}
+        at_update: list[Ints] = []
         for first in range(0, pairs.shape[1], CHUNK):
             base, engine = pairs[:, first : first + CHUNK]
             totals = np.stack([self._bases.rows[number].moments for number in base])
             totals += np.stack([held.rows[number] for number in engine])
             for phase, moments in replay.phases.items():
                 peaks[phase].append(totals[:, moments].max(axis=1))
-        return {phase: np.concatenate(parts)[pair_of] for phase, parts in peaks.items()}
+            beside = [self._bases.rows[number].at_update for number in base]
+            at_update.append(beside + np.array([held.rows[number][UPDATED_IN_REDUCTION] for number in engine]))
+        found = {phase: np.concatenate(parts)[pair_of] for phase, parts in peaks.items()}
+        updated = np.concatenate(at_update)[pair_of] + self._updates.columns(choices)[0]
+        found["step"] = np.maximum(found["step"], updated)
+        return found
 
 
 def _one_by_one(parts: Parts) -> Ints:
