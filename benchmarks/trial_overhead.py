@@ -113,11 +113,13 @@ def run(method: Method, trials: int, cluster: Cluster) -> None:
         model=str(folder), dataset=str(assets.dataset_path.resolve()), dtype="fp32", max_length=64, train_batch_size=2,
         method=method,
     )  # fmt: skip
+    shape = probe_config(folder / "config.json", name="demo")
     backend = RealBackend(WORK / "trials")
     try:
+        both = SideBySide(warm=backend, method=method)  # its clock runs
+        backend.start(cluster)
         run_study(
-            recipe=recipe, shape=probe_config(folder / "config.json", name="demo"), cluster=cluster,
-            model_path=str(folder), backend=SideBySide(warm=backend, method=method),
+            recipe=recipe, shape=shape, cluster=cluster, model_path=str(folder), backend=both,
             effort=Effort(n_trials=trials, timed_steps=2, least_gain=0.0),
             study_path=str(WORK / f"{method}.journal"), calibration_dir=WORK,
         )  # fmt: skip

@@ -18,6 +18,7 @@ from tests.oracle import TOY_RECIPE, toy_cluster
 from zplan.backends import launcher as launcher_module
 from zplan.backends.launcher import ColdLauncher, Limits
 from zplan.backends.real import RealBackend
+from zplan.backends.warm import WarmLauncher
 from zplan.errors import ConfigError, MachineError
 from zplan.trial import Outcome, TrialResult, TrialSpec
 from zplan.zero_config import Choice, ZeroConfig, batch_sizes
@@ -127,6 +128,38 @@ def _command(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except psutil.Error:
         return ""
+
+
+SERVER = """
+import json, os, sys
+for line in sys.stdin:
+    request = json.loads(line)
+    print(json.dumps({"out": request["out"], "exit": {"0": 0}, "ended_at": {"0": 0.1}, "ended_by_us": []}), flush=True)
+"""
+
+
+def test_a_server_that_was_started_early_runs_the_first_trial(tmp_path: Path) -> None:
+    launcher = WarmLauncher("cpu", (sys.executable, "-c", SERVER))
+    backend = RealBackend(tmp_path, launcher)
+    try:
+        backend.start(fake_spec().cluster)
+        started = launcher._server
+        assert started is not None
+        assert started.poll() is None
+        observed = launcher.launch(
+            tmp_path / "spec.json", tmp_path, ranks=1, env={}, limits=Limits(deadline_seconds=30.0)
+        )
+        assert [item.returncode for item in observed.exits] == [0]
+        assert launcher._server is started
+    finally:
+        backend.close()
+    assert started.poll() is not None
+
+
+def test_a_cold_launcher_has_nothing_to_start(tmp_path: Path) -> None:
+    backend = fake_backend(tmp_path, "ok")
+    backend.start(fake_spec().cluster)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_port_that_was_taken_is_tried_again(tmp_path: Path) -> None:

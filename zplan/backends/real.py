@@ -51,7 +51,7 @@ class RealBackend:
         files.save(spec, out_dir / SPEC_FILE)
         started = time.monotonic()
         for attempt in range(1, _PORT_ATTEMPTS + 1):
-            observed = self._launcher_for(spec).launch(
+            observed = self._launcher_for(spec.cluster).launch(
                 out_dir / SPEC_FILE,
                 out_dir,
                 ranks=spec.choice.batch.world_size,
@@ -65,14 +65,20 @@ class RealBackend:
         wall_seconds = time.monotonic() - started
         return self._answer(out_dir, observed, outcome, message, wall_seconds)
 
+    def start(self, cluster: Cluster) -> None:
+        """Start what the first trial would wait for, while the search looks for that trial."""
+        launcher = self._launcher_for(cluster)
+        if isinstance(launcher, WarmLauncher):
+            launcher.start(trial_environment(cluster))
+
     def close(self) -> None:
         """End what the launcher keeps between trials."""
         if self._launcher is not None:
             self._launcher.close()
 
-    def _launcher_for(self, spec: TrialSpec) -> Launcher:
+    def _launcher_for(self, cluster: Cluster) -> Launcher:
         if self._launcher is None:
-            self._launcher = WarmLauncher(spec.cluster.gpu.kind)
+            self._launcher = WarmLauncher(cluster.gpu.kind)
         return self._launcher
 
     def _new_folder(self) -> Path:

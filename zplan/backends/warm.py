@@ -30,6 +30,10 @@ class WarmLauncher:
         self._buffer = b""
         self._mark = ""
 
+    def start(self, env: Mapping[str, str]) -> None:
+        """Let the server import the stack now; the first trial finds it running."""
+        self._running_server(env)
+
     def launch(self, spec_path: Path, out_dir: Path, *, ranks: int, env: Mapping[str, str], limits: Limits) -> Observed:
         """Ask the server for one trial and watch it until the server says that all ranks are gone."""
         watch = Watch(out_dir, limits)

@@ -61,6 +61,9 @@ def tune(
         n_trials=trials, timeout_seconds=timeout_seconds, timed_steps=timed_steps, deadline_seconds=deadline_seconds
     )
     try:
+        start = getattr(runner, "start", None)
+        if start is not None:
+            start(job.cluster)
         outcome = run_study(
             recipe=job.recipe, shape=job.shape, cluster=job.cluster, model_path=model_path, backend=runner,
             effort=effort, study_path=study, plan_path=plan_path, fixed=job.fixed, observer=observer, seed=seed,
