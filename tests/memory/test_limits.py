@@ -14,6 +14,9 @@ from zplan.catalog.find import find_model
 from zplan.ds_config import read_ds_config
 from zplan.errors import ConfigError
 from zplan.memory.estimate import estimate_memory
+from zplan.memory.instances import instances
+from zplan.memory.shards import shard, update_bytes
+from zplan.memory.sub_groups import left_on_gpu
 from zplan.memory.terms import MemoryEstimate
 from zplan.memory.trainable import layout
 from zplan.model_shape import ModelShape
@@ -200,3 +203,14 @@ def test_dora_on_experts_is_refused_by_peft_and_never_fits_unless_only_other_mod
     assert experts.gpu.verdict != "fits"
     others = estimate(ZeroConfig(stage=3), shape=shape, method="lora", use_dora=True, lora_target=("q_proj",))
     assert not any("DoRA" in note for note in others.notes)
+
+
+def test_persistent_parameters_come_back_when_the_temporaries_of_an_update_on_the_gpu_are_gone() -> None:
+    items = instances(layout(SHAPE, Recipe(model="m", train_batch_size=8, max_length=128)))
+    persistent = ZeroConfig(stage=3, stage3_param_persistence_threshold=10**9, sub_group_size=1)
+    half = replace(persistent, offload_optimizer=OffloadOptimizer(device="cpu", ratio=0.5))
+    left = left_on_gpu(items, half, 8)
+    gathered = update_bytes(items, shard(items, half, 8), half, num_ranks=8)
+    norms = 512 * sum(1 for _ in SHAPE.parameters())
+    assert left
+    assert gathered == shard(items, half, 8).persistent_bytes - norms - 8 * max(left)

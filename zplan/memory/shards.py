@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from zplan.memory.instances import Instances
 from zplan.memory.runtime import ALLOCATOR_ROUNDING
-from zplan.memory.sub_groups import swapped_parameters, unswapped_bytes
+from zplan.memory.sub_groups import FP32, left_on_gpu, swapped_parameters, unswapped_bytes
 from zplan.values import dataclass
 from zplan.zero_config import ZeroConfig
 
@@ -83,8 +83,8 @@ def secondary_group(zero: ZeroConfig, num_ranks: int) -> int:
 
 def update_bytes(items: Instances, shards: Shards, zero: ZeroConfig, *, num_ranks: int) -> int:
     """Persistent parameters, partitioned before the update, are gathered again after it, out of copies on the GPU if
-    they are offloaded and cut; the norms of offloaded gradients (resident.py) are gone by then. Before it they lie
-    beside the gradients that are not swapped.
+    they are offloaded and cut; the norms of offloaded gradients and the temporaries of what a ratio leaves on the GPU
+    (resident.py) are gone by then. Before it they lie beside the gradients that are not swapped.
 
     Source: deepspeed 0.19.8, stage3.py (step: _partition_all_parameters, _post_step; step: norm_for_param_grads),
     partition_parameters.py (_allgather_params_coalesced: _no_gather_coalesced).
@@ -95,7 +95,8 @@ def update_bytes(items: Instances, shards: Shards, zero: ZeroConfig, *, num_rank
     if zero.offloads_optimizer:
         norms = ALLOCATOR_ROUNDING * sum(map(len, items.groups))
     before = _unswapped_bytes(items, swapped_parameters(items, zero, num_ranks), num_ranks)
-    return max(0, shards.persistent_bytes + max(staged - norms, before))
+    updating = 2 * FP32 * max(left_on_gpu(items, zero, num_ranks), default=0)
+    return max(0, shards.persistent_bytes + max(staged - norms, before) - updating)
 
 
 _unswapped_bytes = lru_cache(1024)(unswapped_bytes)
