@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.shapes import described_cluster, llama_like
 from zplan.model_shape import Block, ParameterShape
 from zplan.recipe import Recipe
-from zplan.speed.communication import COLLECTIVE_SECONDS, link_bytes_per_second, traffic
+from zplan.speed.communication import COLLECTIVE_SECONDS, gradient_bytes, link_bytes_per_second, traffic
 from zplan.speed.compute import ACHIEVABLE_SHARE, backward_flops, flops_per_token, forward_flops
 from zplan.speed.estimate import estimate_speed
 from zplan.speed.exchange import exchange_seconds, sum_seconds
@@ -126,6 +126,15 @@ def test_one_gpu_moves_nothing_and_an_unknown_link_gives_no_seconds() -> None:
 
 def test_an_unknown_gpu_has_no_speed() -> None:
     assert estimate_speed(SHAPE, RECIPE, choice(world=1), described_cluster(dense_flops=None)).step_seconds is None
+
+
+def test_gradients_are_quantised_between_nodes_only() -> None:
+    for nodes, is_less in ((1, False), (2, True)):
+        plain, quantised = (
+            gradient_bytes(work_of(SHAPE, RECIPE), RECIPE, choice(world=8 * nodes, stage=3, **more), num_nodes=nodes)
+            for more in ({}, {"zero_quantized_gradients": True})
+        )
+        assert quantised == (plain / 4 if is_less else plain)
 
 
 def test_a_ring_over_nodes_is_as_fast_as_its_slowest_link() -> None:

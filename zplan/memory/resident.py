@@ -192,7 +192,7 @@ def _initialising(
 ) -> list[Term]:
     """What comes and goes while the optimizer is built, beside parameters and masters.
 
-        max(4 * largest sub-group, gradients + bucket + largest parameter, adapters before they are cut)
+        max(4 * largest sub-group, gradients + bucket + largest parameter, weights before they are cut)
 
     Each trained parameter is gathered once. PEFT puts whole adapters beside the base weights; the engine cuts them. A
     quantised model is whole on every GPU until then.
@@ -208,7 +208,7 @@ def _initialising(
     if recipe.method == "qlora":
         whole, most = _not_yet_cut(instances(laid), shards, offloads_param=zero.offloads_param)
     masters = 0 if zero.offloads_optimizer else FP32 * numel
-    formula = "max(4 x largest sub-group, gradients + bucket + largest parameter, adapters not yet cut)"
+    formula = "max(4 x largest sub-group, gradients + bucket + largest parameter, weights not yet cut)"
     source = "deepspeed 0.19.8, runtime/zero/stage3.py (_setup_for_real_optimizer)"
     return [
         _term("buffers at initialize", max(buffers, uncut - masters, most - masters), ("init",), formula, source),

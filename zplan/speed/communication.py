@@ -55,19 +55,20 @@ def link_bytes_per_second(cluster: Cluster, world_size: int) -> float | None:
     return inter if inter is None or intra is None else min(intra, inter)
 
 
-def gradient_bytes(work: Work, recipe: Recipe, choice: Choice) -> float:
+def gradient_bytes(work: Work, recipe: Recipe, choice: Choice, *, num_nodes: int) -> float:
     """What each rank sends to reduce the gradients once.
 
     Stage 0 to 2: an all-reduce, twice the ring share (the reduce-scatter option of stages 1 and 2 is an all-reduce of
     the bucket and a copy: use_multi_rank_bucket_allreduce is on by default). Stage 3: a reduce-scatter, or 4-bit
-    values under zero_quantized_gradients.
+    values under zero_quantized_gradients between nodes.
 
     Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py:1695, runtime/zero/stage3.py (__avg_scatter_grads).
     """
     bytes_once = work.trainable_numel * recipe.weight_bytes * ring_share(choice.batch.zero_ranks)
     if choice.zero.stage < 3:
         return 2 * bytes_once
-    return bytes_once / (2 * recipe.weight_bytes) if choice.zero.zero_quantized_gradients else bytes_once
+    quantizes = choice.zero.zero_quantized_gradients and num_nodes > 1
+    return bytes_once / (2 * recipe.weight_bytes) if quantizes else bytes_once
 
 
 def reductions_per_step(choice: Choice) -> int:
@@ -87,7 +88,7 @@ def traffic(work: Work, recipe: Recipe, choice: Choice, cluster: Cluster) -> Tra
     link = link_bytes_per_second(cluster, world_size)
     if link is None:
         return None
-    once = gradient_bytes(work, recipe, choice)
+    once = gradient_bytes(work, recipe, choice, num_nodes=cluster.nodes)
     bucket = min(zero.reduce_bucket_size, work.trainable_numel) if zero.stage else work.trainable_numel
     num_buckets = max(work.trainable_numel / bucket, 1.0)
     reductions = reductions_per_step(choice)
