@@ -97,8 +97,8 @@ def render(rows: list[Row]) -> str:
         f" Goal: median 0.5 %, largest 3 %: {verdict(errors, 0.005, 0.03)}.",
         f"- All phases |error|: {summary(phases)}.",
         "",
-        "Errors are formula / real - 1. Not in the grid: AutoTP at stage 3, which an estimate says is not modelled (20 % too"
-        " high on two ranks) and never calls `fits`.",
+        "Errors are formula / real - 1. Not in the grid: AutoTP at stage 3, which an estimate says is not modelled and"
+        " never calls `fits`.",
         "",
         "| stage | method | model | ranks | case | formula | real | peak | init | forward | backward | step |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
