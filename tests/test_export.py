@@ -32,6 +32,17 @@ def plan(*, nodes: int = 1, stage: Any = 2, **recipe_values: Any) -> Plan:
     return Plan(model_path=recipe.model, recipe=recipe, choice=choice, deepspeed=config, cluster=cluster)
 
 
+@pytest.mark.parametrize("split", [{"sequence_parallel_size": 2}, {"autotp_size": 2}])
+def test_what_is_not_data_parallel_goes_to_deepspeed_only(split: dict[str, int]) -> None:
+    made = plan()
+    batch = batch_sizes(made.recipe, micro_batch=2, world_size=4, **split)
+    divided = replace(made, choice=replace(made.choice, batch=batch))
+    assert export_plan(divided, "deepspeed")
+    for target in set(TARGETS) - {"deepspeed"}:
+        with pytest.raises(ConfigError, match=f"{next(iter(split))} 2"):
+            export_plan(divided, target)
+
+
 def test_deepspeeds_own_parser_reads_the_exported_configuration() -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 

@@ -43,6 +43,13 @@ def export_plan(plan: Plan, to: str) -> Mapping[str, str]:
         raise ConfigError(
             f"--to is {to!r}", because=f"it is one of {', '.join(_WRITERS)}", fix=f"--to {next(iter(_WRITERS))}"
         )
+    batch = plan.choice.batch
+    if to != "deepspeed" and max(batch.sequence_parallel_size, batch.autotp_size) > 1:
+        raise ConfigError(
+            f"the plan has sequence_parallel_size {batch.sequence_parallel_size} and autotp_size {batch.autotp_size}",
+            because=f"a plan for {to} is data-parallel: every trainer switches the others on in its own way",
+            fix="--to deepspeed, whose file holds DeepSpeed's own keys",
+        )
     return _WRITERS[to](plan)
 
 
