@@ -44,6 +44,9 @@ CASES = {
             stage=3, reduce_bucket_size=200_000_000, stage3_prefetch_bucket_size=0, stage3_max_reuse_distance=0,
             offload_optimizer=OffloadOptimizer(device="cpu")),
         method="full", checkpointing=True, attention="sdpa", **{**ONE, "world_size": 2, "max_length": 512}),
+    "a micro-step of ZeRO-1 ahead of the last, which gives back what it reduces": Case(
+        model="falcon-7b", zero=ZeroConfig(stage=1, overlap_comm=True, reduce_bucket_size=200_000_000),
+        method="full", checkpointing=True, attention="sdpa", **{**ONE, "accumulation": 2, "loss": "full"}),
 }
 CASES |= {f"added case {number}": case for number, case in enumerate(added_cases())}
 with WorkerClient() as client:

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from tests.memory.choices import BATCH, FULL_ON_SMOLLM, LORA_ON_SMOLLM, SMOLLM, choices
 from zplan.memory.coordinator import Act, Coordinator
 from zplan.memory.course import course
-from zplan.memory.exchange import Exchange
+from zplan.memory.exchange import PLAIN, Exchange
 from zplan.memory.fetch_limits import Limits
 from zplan.memory.gather import Gathering
 from zplan.memory.instances import instances
 from zplan.memory.memo import Memo
 from zplan.memory.meter import Kind, Meter
-from zplan.memory.replay import Replay, replay_of
+from zplan.memory.replay import Replay, follow_gradients, replay_of
 from zplan.memory.script import STEP_PHASES, Course, Op
 from zplan.memory.shards import shard
 from zplan.memory.stage3 import Stage3Engine
@@ -177,3 +177,23 @@ def test_peaks_name_what_they_are_made_of() -> None:
     assert peaks["backward"][Kind.LOSS] > 0, "the loss is the largest moment of so short a model"
     assert peaks["step"][Kind.TEMPORARIES] > 0
     assert peaks["step"][Kind.LOSS] == peaks["step"][Kind.GATHERED_PARAMETERS] == 0
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+def test_zero_1_keeps_every_gradient_until_the_last_micro_step(accumulation: int) -> None:
+    """Under overlap_comm the last one gives back what its hooks reduce, into two buckets that are large enough."""
+    bucket, laid = 200_000_000, layout(SMOLLM, FULL_ON_SMOLLM)
+    zero = ZeroConfig(stage=1, overlap_comm=True, reduce_bucket_size=bucket)
+    choice = Choice(zero=zero, batch=replace(BATCH, gradient_accumulation_steps=accumulation))
+    recording = record(SMOLLM, FULL_ON_SMOLLM, laid, micro_batch=1, on_cpu=False)
+    reduction = course(recording, checkpointing=True, fetches=False).script.reduction
+    held = follow_gradients(Meter(), reduction, instances(laid), choice, itemsize=2, rank=0, exchange=PLAIN)
+    end = reduction.calls.index((Op.END_BACKWARD, 0))
+    last = 2 * instances(laid).numel[reduction.calls[end - 1][1]]
+    buckets, every = 2 * 2 * bucket, 2 * SMOLLM.num_parameters
+    at_last, before_epilogue = held.moments[2 * end - 1], held.moments[2 * end]
+    if accumulation == 1:
+        assert (at_last, before_epilogue) == (buckets + last, buckets)
+    else:
+        added = last if accumulation > 2 else 0  # beside the gradient of the micro-steps before
+        assert (at_last, before_epilogue) == (buckets + every + added, buckets + every)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import field
 from functools import cached_property
 from itertools import chain, pairwise
-from operator import add
+from operator import add, itemgetter
 from typing import Protocol
 
 from zplan.memory.bf16_optimizer import Bf16Engine, takes_bf16_optimizer
@@ -27,6 +27,7 @@ from zplan.memory.muon import Precision, precision
 from zplan.memory.script import STEP_PHASES, Course, Kinds, Op, Reduction, Script, StepPhase
 from zplan.memory.shards import shard
 from zplan.memory.stage0 import Stage0Engine
+from zplan.memory.stage1_earlier import Stage1Earlier
 from zplan.memory.stage2_fp32 import Stage2InFp32
 from zplan.memory.stage3 import Stage3Engine
 from zplan.memory.stage12 import Stage12Engine, partition
@@ -172,9 +173,26 @@ def follow_gradients(
     meter: Meter, reduction: Reduction, items: Instances, choice: Choice, *, itemsize: int, rank: int | None,
     exchange: Exchange,
 ) -> Held:  # fmt: skip
-    """Run the engine through the gradients of a step."""
+    """Run the engine through the gradients of a step: of its last micro-step, or of one before it where that holds
+    more."""
     of_muon = precision(itemsize, in_fp16=items.in_fp16, on_cpu=reduction.on_cpu)
     engine = _engine(meter, items, choice, of_muon, rank=rank, exchange=exchange)
+    held = _follow(engine, meter, reduction)
+    if not (isinstance(engine, Stage12Engine) and engine.partial and engine.stage == 1 and engine.zero.overlaps_comm):
+        return held
+    meter = type(meter)()
+    earlier = _engine(meter, items, choice, of_muon, rank=rank, exchange=exchange, is_earlier=True)
+    return _larger(held, _follow(earlier, meter, reduction))
+
+
+def _larger(one: Held, other: Held) -> Held:
+    """Moment by moment."""
+    pairs = zip(zip(one.moments, one.kinds, strict=True), zip(other.moments, other.kinds, strict=True), strict=True)
+    moments, kinds = zip(*(max(pair, key=itemgetter(0)) for pair in pairs), strict=True)
+    return Held(moments, kinds)
+
+
+def _follow(engine: Engine, meter: Meter, reduction: Reduction) -> Held:
     act: dict[int, Callable[[int], None]] = {
         Op.NOTHING: lambda _: None,
         Op.BEGIN: lambda _: engine.begin_micro_step(),
@@ -195,13 +213,19 @@ def follow_gradients(
 
 
 def _engine(
-    meter: Meter, items: Instances, choice: Choice, of_muon: Precision, *, rank: int | None, exchange: Exchange
-) -> Engine:
-    """The engine of the configured stage; its gradients have the dtype of Muon's."""
+    meter: Meter, items: Instances, choice: Choice, of_muon: Precision, *, rank: int | None, exchange: Exchange,
+    is_earlier: bool = False,
+) -> Engine:  # fmt: skip
+    """The engine of the configured stage; its gradients have the dtype of Muon's.
+
+    Args:
+        is_earlier: in the micro-step before the last, at stage 1.
+    """
     itemsize = of_muon.gradient
     zero, ranks = choice.zero, choice.batch.zero_ranks
     exchange = exchange.for_batch(choice.batch, itemsize)
-    partial, reduced = choice.batch.gradient_accumulation_steps > 1, exchange.communicated_bytes(itemsize)
+    partial = choice.batch.gradient_accumulation_steps > 1 + is_earlier
+    reduced = exchange.communicated_bytes(itemsize)
     if zero.stage == 3:
         # gradients are cut alike whether their parameter persists or not
         shards = shard(items, ZeroConfig(), ranks)
@@ -214,7 +238,8 @@ def _engine(
         if takes_bf16_optimizer(zero, exchange, itemsize):
             return Bf16Engine(meter, items, cut, itemsize=itemsize, reduced=reduced, partial=partial)
         in_fp32 = zero.stage == 2 and exchange.accumulated == "fp32" and not zero.offloads_optimizer and not items.muon
-        return (Stage2InFp32 if in_fp32 else Stage12Engine)(
+        of_stage = Stage1Earlier if is_earlier else Stage2InFp32 if in_fp32 else Stage12Engine
+        return of_stage(
             meter, items, cut, zero, itemsize=itemsize, reduced=reduced, partial=partial, num_ranks=ranks,
             of_muon=of_muon, exchange=exchange,
         )  # fmt: skip
