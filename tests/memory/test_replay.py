@@ -17,14 +17,15 @@ from zplan.memory.gather import Gathering
 from zplan.memory.instances import instances
 from zplan.memory.memo import Memo
 from zplan.memory.meter import Kind, Meter
-from zplan.memory.replay import Replay, follow_gradients, replay_of
+from zplan.memory.replay import Gradients, Replay, replay_of
 from zplan.memory.script import STEP_PHASES, Course, Op
 from zplan.memory.shards import shard
 from zplan.memory.stage3 import Stage3Engine
+from zplan.memory.sub_groups import swapped_parameters
 from zplan.memory.timeline import record
 from zplan.memory.trainable import layout
 from zplan.recipe import Recipe
-from zplan.zero_config import Choice, ZeroConfig
+from zplan.zero_config import Choice, OffloadDevice, OffloadOptimizer, ZeroConfig
 
 
 def whole_engine_peaks(walked: Course, recipe: Recipe, choice: Choice) -> dict[str, int]:
@@ -45,6 +46,7 @@ def whole_engine_peaks(walked: Course, recipe: Recipe, choice: Choice) -> dict[s
     exchange = Exchange.of(recipe).for_batch(choice.batch, recipe.weight_bytes)
     engine = Stage3Engine(
         meter, items, shards, choice.zero, num_ranks=ranks, itemsize=recipe.weight_bytes, exchange=exchange,
+        swapped=swapped_parameters(items, choice.zero, ranks),
     )  # fmt: skip
     act = {
         Op.NOTHING: lambda _: None,
@@ -187,7 +189,7 @@ def test_zero_1_keeps_every_gradient_until_the_last_micro_step(accumulation: int
     choice = Choice(zero=zero, batch=replace(BATCH, gradient_accumulation_steps=accumulation))
     recording = record(SMOLLM, FULL_ON_SMOLLM, laid, micro_batch=1, on_cpu=False)
     reduction = course(recording, checkpointing=True, fetches=False).script.reduction
-    held = follow_gradients(Meter(), reduction, instances(laid), choice, itemsize=2, rank=0, exchange=PLAIN)
+    held = Gradients(reduction, instances(laid), 2, 0, PLAIN).held(choice)
     end = reduction.calls.index((Op.END_BACKWARD, 0))
     last = 2 * instances(laid).numel[reduction.calls[end - 1][1]]
     buckets, every = 2 * 2 * bucket, 2 * SMOLLM.num_parameters
@@ -197,3 +199,27 @@ def test_zero_1_keeps_every_gradient_until_the_last_micro_step(accumulation: int
     else:
         added = last if accumulation > 2 else 0  # beside the gradient of the micro-steps before
         assert (at_last, before_epilogue) == (buckets + every + added, buckets + every)
+
+
+@pytest.mark.parametrize("device", ["none", "cpu", "nvme"])
+def test_a_backward_of_zero_3_is_shared_by_sub_groups_that_swap_the_same(
+    device: OffloadDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked together or each alone, every size of sub-groups has its own update."""
+    laid = layout(SMOLLM, FULL_ON_SMOLLM)
+    recording = record(SMOLLM, FULL_ON_SMOLLM, laid, micro_batch=1, on_cpu=False)
+    script = course(recording, checkpointing=True, fetches=True).script
+    reductions: list[int] = []
+    reduce = Stage3Engine.end_backward
+    monkeypatch.setattr(Stage3Engine, "end_backward", lambda engine: reductions.append(1) or reduce(engine))
+    sizes = (1, 30_000_000, 1_000_000_000)
+    zeros = [ZeroConfig(stage=3, offload_optimizer=OffloadOptimizer(device=device), sub_group_size=n) for n in sizes]
+    asked = [Choice(zero=zero, batch=BATCH) for zero in zeros]
+    together = Gradients(script.reduction, instances(laid), 2, None, PLAIN)
+    held = [together.held(choice) for choice in asked]
+    swaps = {swapped_parameters(instances(laid), zero, BATCH.world_size) for zero in zeros}
+    assert len(reductions) == len(swaps) == (2 if device == "nvme" else 1)
+    alone = [Gradients(script.reduction, instances(laid), 2, None, PLAIN).held(choice) for choice in asked]
+    assert [(one.moments, one.kinds) for one in held] == [(one.moments, one.kinds) for one in alone]
+    assert all(len(one.moments) == 2 * len(script.reduction.calls) for one in held)
+    assert len({one.moments for one in held}) == {"none": 3, "cpu": 1, "nvme": 2}[device]

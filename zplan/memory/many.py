@@ -33,7 +33,7 @@ from zplan.memory.instances import instances
 from zplan.memory.limits import not_modelled
 from zplan.memory.memo import Memo
 from zplan.memory.meter import Gauge
-from zplan.memory.replay import Replay, follow_gradients, replay_of
+from zplan.memory.replay import Gradients, Replay, replay_of
 from zplan.memory.script import STEP_PHASES, UPDATED, UPDATED_IN_REDUCTION, Course, Reduction, StepPhase
 from zplan.memory.shards import shard, update_bytes
 from zplan.memory.terms import PHASES, VERDICTS, ByteRange, Phase
@@ -212,12 +212,12 @@ class Estimator:
             known = self._sums[key] = (course, parts, np.maximum.reduceat(totals, replay.cuts[:-1]))
         return known[2]
 
-    def _held_by(self, replay: Replay, choice: Choice) -> Ints:
-        held = follow_gradients(
-            Gauge(), replay.script.reduction, replay.items, choice, itemsize=replay.itemsize, rank=self.rank,
-            exchange=self.exchange,
-        )  # fmt: skip
-        return np.array(held.moments, dtype=np.int64)
+    def _held_by(self, replay: Replay) -> _Table[Choice, Ints]:
+        reduction = replay.script.reduction
+        if reduction not in self._held:
+            gradients = Gradients(reduction, replay.items, replay.itemsize, self.rank, self.exchange, Gauge)
+            self._held[reduction] = _Table(lambda choice: np.array(gradients.held(choice).moments, dtype=np.int64))
+        return self._held[reduction]
 
     def _array(self, source: Course | Parts) -> Ints:
         known = self._arrays.get(id(source))
@@ -242,7 +242,7 @@ class Estimator:
     def _peaks_of(self, bases: npt.NDArray[np.intp], choices: Sequence[Choice]) -> dict[StepPhase, Ints]:
         """Peaks of choices with the same gradients in the same order; every pair of tables is added once."""
         replay = self._bases.rows[bases[0]].replay
-        held = self._held.setdefault(replay.script.reduction, _Table(lambda choice: self._held_by(replay, choice)))
+        held = self._held_by(replay)
         pairs, pair_of = np.unique(np.stack([bases, held.numbers(choices)]), axis=1, return_inverse=True)
         peaks: dict[StepPhase, list[Ints]] = {phase: [] for phase in STEP_PHASES}
         at_update: list[Ints] = []

@@ -24,13 +24,14 @@ from zplan.memory.instances import Instances
 from zplan.memory.memo import Memo
 from zplan.memory.meter import Kind, Meter
 from zplan.memory.muon import Precision, precision
-from zplan.memory.script import STEP_PHASES, Course, Kinds, Op, Reduction, Script, StepPhase
+from zplan.memory.script import STEP_PHASES, Call, Course, Kinds, Op, Reduction, Script, StepPhase
 from zplan.memory.shards import shard
 from zplan.memory.stage0 import Stage0Engine
 from zplan.memory.stage1_earlier import Stage1Earlier
 from zplan.memory.stage2_fp32 import Stage2InFp32
 from zplan.memory.stage3 import Stage3Engine
 from zplan.memory.stage12 import Stage12Engine, partition
+from zplan.memory.sub_groups import swapped_parameters
 from zplan.values import dataclass
 from zplan.zero_config import Choice, ZeroConfig
 
@@ -156,33 +157,121 @@ def held_by(
     reduction: Reduction, items: Instances, itemsize: int, rank: int | None, exchange: Exchange
 ) -> Memo[Choice, Held]:
     """What the engine holds for gradients, by what it reads of a choice."""
-
-    def follow(choice: Choice) -> Held:
-        return follow_gradients(Meter(), reduction, items, choice, itemsize=itemsize, rank=rank, exchange=exchange)
-
     key = (id(reduction), itemsize, rank, exchange)
     known = _HELD.get(key)
     if known is None or known[0] is not reduction:
         if len(_HELD) >= MOST_KEPT:
             _HELD.clear()
-        known = _HELD[key] = (reduction, Memo(follow, most_kept=MOST_KEPT))
+        gradients = Gradients(reduction, items, itemsize, rank, exchange)
+        known = _HELD[key] = (reduction, Memo(gradients.held, most_kept=MOST_KEPT))
     return known[1]
 
 
-def follow_gradients(
-    meter: Meter, reduction: Reduction, items: Instances, choice: Choice, *, itemsize: int, rank: int | None,
-    exchange: Exchange,
-) -> Held:  # fmt: skip
-    """Run the engine through the gradients of a step: of its last micro-step, or of one before it where that holds
-    more."""
-    of_muon = precision(itemsize, in_fp16=items.in_fp16, on_cpu=reduction.on_cpu)
-    engine = _engine(meter, items, choice, of_muon, rank=rank, exchange=exchange)
-    held = _follow(engine, meter, reduction)
-    if not (isinstance(engine, Stage12Engine) and engine.partial and engine.stage == 1 and engine.zero.overlaps_comm):
-        return held
-    meter = type(meter)()
-    earlier = _engine(meter, items, choice, of_muon, rank=rank, exchange=exchange, is_earlier=True)
-    return _larger(held, _follow(earlier, meter, reduction))
+@dataclass(frozen=True, slots=True)
+class _Swapping:
+    """A choice of ZeRO-3 as its backward sees it: sub-groups matter by what they swap, the update reads the rest."""
+
+    choice: Choice
+    swapped: frozenset[int]
+
+
+@dataclass(eq=False)
+class Gradients:
+    """The engine, run through the gradients of a step.
+
+    Args:
+        rank: whose bytes to count; None is the rank that holds most.
+        meter: what counts them.
+    """
+
+    reduction: Reduction
+    items: Instances
+    itemsize: int
+    rank: int | None
+    exchange: Exchange
+    meter: Callable[[], Meter] = Meter
+    _backward: Memo[_Swapping, tuple[Held, Kinds]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._backward = Memo(self._until_update, most_kept=MOST_KEPT)
+
+    def held(self, choice: Choice) -> Held:
+        """What a choice holds. All that ZeRO-3's update needs of its backward is what that leaves behind."""
+        if choice.zero.stage != 3:
+            return self._below_3(choice)
+        swapped = swapped_parameters(self.items, choice.zero, choice.batch.zero_ranks)
+        before, left = self._backward(_Swapping(choice, swapped))
+        meter = self.meter()
+        for kind, num_bytes in enumerate(left):
+            meter.add(kind, num_bytes)
+        update = _follow(meter, self._stage3(meter, choice, swapped), self.reduction.calls[self._update :])
+        return Held(before.moments + update.moments, before.kinds + update.kinds)
+
+    def _below_3(self, choice: Choice) -> Held:
+        """Of the last micro-step, or of one before it where that holds more."""
+        meter, calls = self.meter(), self.reduction.calls
+        engine = self._engine(meter, choice)
+        held = _follow(meter, engine, calls)
+        is_stage_1 = isinstance(engine, Stage12Engine) and engine.partial and engine.stage == 1
+        if not (is_stage_1 and choice.zero.overlaps_comm):
+            return held
+        meter = self.meter()
+        return _larger(held, _follow(meter, self._engine(meter, choice, is_earlier=True), calls))
+
+    @property
+    def _update(self) -> int:
+        """Number of the first call of the update."""
+        return self.reduction.phases[STEP_PHASES.index("step")]
+
+    def _until_update(self, asked: _Swapping) -> tuple[Held, Kinds]:
+        """What is held, and what is left of it at the end."""
+        meter = self.meter()
+        engine = self._stage3(meter, asked.choice, asked.swapped)
+        return _follow(meter, engine, self.reduction.calls[: self._update]), tuple(meter.by_kind)
+
+    @cached_property
+    def _of_muon(self) -> Precision:
+        """The gradients of every engine have the dtype of Muon's."""
+        return precision(self.itemsize, in_fp16=self.items.in_fp16, on_cpu=self.reduction.on_cpu)
+
+    def _exchanged(self, choice: Choice) -> tuple[Exchange, int]:
+        """How this batch exchanges gradients, and bytes of an element that is communicated."""
+        exchange = self.exchange.for_batch(choice.batch, self._of_muon.gradient)
+        return exchange, exchange.communicated_bytes(self._of_muon.gradient)
+
+    def _stage3(self, meter: Meter, choice: Choice, swapped: frozenset[int]) -> Stage3Engine:
+        ranks, (exchange, reduced) = choice.batch.zero_ranks, self._exchanged(choice)
+        # gradients are cut alike whether their parameter persists or not
+        shards = shard(self.items, ZeroConfig(), ranks)
+        return Stage3Engine(
+            meter, self.items, shards, choice.zero, num_ranks=ranks, itemsize=self._of_muon.gradient, reduced=reduced,
+            exchange=exchange, of_muon=self._of_muon, swapped=swapped,
+        )  # fmt: skip
+
+    def _engine(self, meter: Meter, choice: Choice, *, is_earlier: bool = False) -> Engine:
+        """The engine of the configured stage below 3.
+
+        Args:
+            is_earlier: in the micro-step before the last, at stage 1.
+        """
+        items, zero, ranks, of_muon = self.items, choice.zero, choice.batch.zero_ranks, self._of_muon
+        itemsize, (exchange, reduced) = of_muon.gradient, self._exchanged(choice)
+        partial = choice.batch.gradient_accumulation_steps > 1 + is_earlier
+        if zero.stage:
+            cut = partition(items, ranks, self.rank)
+            if takes_bf16_optimizer(zero, exchange, itemsize):
+                return Bf16Engine(meter, items, cut, itemsize=itemsize, reduced=reduced, partial=partial)
+            offloads = zero.offloads_optimizer
+            in_fp32 = zero.stage == 2 and exchange.accumulated == "fp32" and not offloads and not items.muon
+            of_stage = Stage1Earlier if is_earlier else Stage2InFp32 if in_fp32 else Stage12Engine
+            return of_stage(
+                meter, items, cut, zero, itemsize=itemsize, reduced=reduced, partial=partial, num_ranks=ranks,
+                of_muon=of_muon, exchange=exchange,
+            )  # fmt: skip
+        return Stage0Engine(
+            meter, items, itemsize=itemsize, reduced=reduced, num_ranks=ranks, partial=partial, of_muon=of_muon,
+            exchange=exchange,
+        )  # fmt: skip
 
 
 def _larger(one: Held, other: Held) -> Held:
@@ -192,7 +281,8 @@ def _larger(one: Held, other: Held) -> Held:
     return Held(moments, kinds)
 
 
-def _follow(engine: Engine, meter: Meter, reduction: Reduction) -> Held:
+def _follow(meter: Meter, engine: Engine, calls: Sequence[Call]) -> Held:
+    """Run the engine through calls in a row."""
     act: dict[int, Callable[[int], None]] = {
         Op.NOTHING: lambda _: None,
         Op.BEGIN: lambda _: engine.begin_micro_step(),
@@ -202,7 +292,7 @@ def _follow(engine: Engine, meter: Meter, reduction: Reduction) -> Held:
     }
     moments: list[int] = []
     kinds: list[Kinds] = []
-    for op, number in reduction.calls:
+    for op, number in calls:
         meter.mark()
         moments.append(meter.peak_bytes)
         kinds.append(meter.peak_by_kind)
@@ -210,40 +300,3 @@ def _follow(engine: Engine, meter: Meter, reduction: Reduction) -> Held:
         moments.append(meter.peak_bytes)
         kinds.append(meter.peak_by_kind)
     return Held(tuple(moments), tuple(kinds))
-
-
-def _engine(
-    meter: Meter, items: Instances, choice: Choice, of_muon: Precision, *, rank: int | None, exchange: Exchange,
-    is_earlier: bool = False,
-) -> Engine:  # fmt: skip
-    """The engine of the configured stage; its gradients have the dtype of Muon's.
-
-    Args:
-        is_earlier: in the micro-step before the last, at stage 1.
-    """
-    itemsize = of_muon.gradient
-    zero, ranks = choice.zero, choice.batch.zero_ranks
-    exchange = exchange.for_batch(choice.batch, itemsize)
-    partial = choice.batch.gradient_accumulation_steps > 1 + is_earlier
-    reduced = exchange.communicated_bytes(itemsize)
-    if zero.stage == 3:
-        # gradients are cut alike whether their parameter persists or not
-        shards = shard(items, ZeroConfig(), ranks)
-        return Stage3Engine(
-            meter, items, shards, zero, num_ranks=ranks, itemsize=itemsize, reduced=reduced, exchange=exchange,
-            of_muon=of_muon,
-        )  # fmt: skip
-    if zero.stage:
-        cut = partition(items, ranks, rank)
-        if takes_bf16_optimizer(zero, exchange, itemsize):
-            return Bf16Engine(meter, items, cut, itemsize=itemsize, reduced=reduced, partial=partial)
-        in_fp32 = zero.stage == 2 and exchange.accumulated == "fp32" and not zero.offloads_optimizer and not items.muon
-        of_stage = Stage1Earlier if is_earlier else Stage2InFp32 if in_fp32 else Stage12Engine
-        return of_stage(
-            meter, items, cut, zero, itemsize=itemsize, reduced=reduced, partial=partial, num_ranks=ranks,
-            of_muon=of_muon, exchange=exchange,
-        )  # fmt: skip
-    return Stage0Engine(
-        meter, items, itemsize=itemsize, reduced=reduced, num_ranks=ranks, partial=partial, of_muon=of_muon,
-        exchange=exchange,
-    )  # fmt: skip

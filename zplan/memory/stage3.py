@@ -16,14 +16,18 @@ from zplan.memory.meter import Kind, Meter
 from zplan.memory.muon import BF16, Precision
 from zplan.memory.quantized import FP16, Given, QuantizedGather, gather_alone, gather_together, scatter_bytes
 from zplan.memory.shards import Shards, padded_bytes, secondary_group, update_bytes, whole_bytes
-from zplan.memory.sub_groups import muon_bytes, staging_bytes, sub_groups, swapped_parameters, unswapped_bytes
+from zplan.memory.sub_groups import muon_bytes, staging_bytes, sub_groups, unswapped_bytes
 from zplan.zero_config import ZeroConfig
 
 FP32 = 4
 
 
 class Stage3Engine:
-    """The bytes of what the parameter coordinator does, and the gradient path of one micro-step."""
+    """The bytes of what the parameter coordinator does, and the gradient path of one micro-step.
+
+    Args:
+        swapped: parameters whose gradients go to the NVMe (sub_groups.py).
+    """
 
     def __init__(
         self,
@@ -37,8 +41,9 @@ class Stage3Engine:
         reduced: int | None = None,
         exchange: Exchange = PLAIN,
         of_muon: Precision = BF16,
+        swapped: frozenset[int] = frozenset(),
     ) -> None:
-        self.of_muon = of_muon
+        self.of_muon, self.swapped = of_muon, swapped
         self.meter, self.items, self.shards, self.zero = meter, items, shards, zero
         self.num_ranks, self.itemsize, self.exchange = num_ranks, itemsize, exchange
         self.reduced = reduced or exchange.communicated_bytes(itemsize)
@@ -299,10 +304,6 @@ class Stage3Engine:
     @cached_property
     def num_nodes(self) -> int:
         return self.num_ranks // (self.exchange.gpus_per_node or self.num_ranks)
-
-    @cached_property
-    def swapped(self) -> frozenset[int]:
-        return swapped_parameters(self.items, self.zero, self.num_ranks)
 
     def step(self) -> None:
         """Per sub-group: fp32 gradients of its partitions (and a flat copy first if it has several parameters).
