@@ -47,6 +47,9 @@ CASES = {
     "a micro-step of ZeRO-1 ahead of the last, which gives back what it reduces": Case(
         model="falcon-7b", zero=ZeroConfig(stage=1, overlap_comm=True, reduce_bucket_size=200_000_000),
         method="full", checkpointing=True, attention="sdpa", **{**ONE, "accumulation": 2, "loss": "full"}),
+    "grouped queries in fp32, for which sdpa has no fused kernel": Case(
+        model="phi-4", zero=ZeroConfig(stage=1, reduce_bucket_size=1_000_000), method="full", checkpointing=False,
+        attention="sdpa", adapter={"dtype": "fp32"}, **{**ONE, "max_length": 2048}),
 }
 CASES |= {f"added case {number}": case for number, case in enumerate(added_cases())}
 with WorkerClient() as client:

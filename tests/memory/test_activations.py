@@ -77,6 +77,23 @@ def test_flash_attention_s_backward_takes_rows_of_128_and_heads_of_32() -> None:
     assert scores._flash_scratch(SIZES, num_heads=3, head_dim=40) == 4 * 128 * 3 * (1 + 64)
 
 
+def grouped_attention(tape: Tape, x: Value) -> Value:
+    q, k, v = (tape.apply(None, [(x, None)]) for _ in range(3))
+    out = scores.fused_attention(tape, replace(SIZES, itemsize=4), q, k, v, 4, 64, 32, 32, masked=False)
+    tape.drop(q, k, v)
+    return out
+
+
+def test_grouped_queries_in_fp32_take_the_math_kernel() -> None:
+    wide, square = 4 * 100 * 64, 100 * 100
+    # q and keys scaled, values of every head, the weights
+    assert saved_by(grouped_attention) == 3 * wide + 4 * 4 * square
+    tape = Tape()
+    grouped_attention(tape, Value(Tensor(0, foreign=True)))
+    # the repeated keys as well, a mask; scores and softmax of four heads, a byte for every score
+    assert tape._peak == 4 * wide + 4 * square + 2 * 4 * 4 * square + 4 * square
+
+
 def windowed(length: int) -> int:
     batch = BatchSizes(train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=1, world_size=1)
     found = estimate_memory(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from zplan.simulate.tracker import Tracker
 SIDE = 256
 MATRIX_BYTES = 4 * SIDE * SIDE
 Loss = Callable[[torch.Tensor, list[torch.Tensor]], torch.Tensor]
+Run = Callable[[Callable[[], None]], None]
+"""Calls its argument where watching begins."""
 LOSSES: dict[str, Loss] = {
     "one input of three products": lambda y, w: y * w[0] + y * w[1] + y * w[2],
     "a residual": lambda y, w: y + (y * w[0]) * w[1] + y * w[2],
@@ -41,29 +44,43 @@ def backward(loss: Loss, watch: Callable[[], None] = lambda: None) -> None:
     value.backward()  # type: ignore[no-untyped-call]
 
 
-def unwatched_peak(loss: Loss) -> int:
-    """Highest sum of torch's own record of allocations and frees, from the backward's start."""
+def math_softmax(watch: Callable[[], None] = lambda: None) -> None:
+    scores = torch.ones(SIDE, SIDE)
+    watch()
+    torch._safe_softmax(scores, -1)
+
+
+def unwatched_peak(run: Run) -> int:
+    """Highest sum of torch's own record of allocations and frees, from where it is watched."""
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
-        backward(loss, lambda: torch.profiler.record_function("backward starts").__enter__())
+        run(lambda: torch.profiler.record_function("watched from here").__enter__())
     current = peak = 0
     started = False
     for event in sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns()):  # type: ignore[union-attr]
-        started = started or event.name() == "backward starts"
+        started = started or event.name() == "watched from here"
         if event.name() == "[memory]":
             current += event.nbytes()
             peak = max(peak, current) if started else 0
     return peak
 
 
-def watched_peak(loss: Loss, fake_mode: FakeTensorMode | None) -> int:
+def watched_peak(run: Run, fake_mode: FakeTensorMode | None) -> int:
     tracker = Tracker({"cpu": "gpu"}, fake_mode=fake_mode)
     with fake_mode or contextlib.nullcontext(), tracker:
-        backward(loss, lambda: tracker.enter_phase("backward"))
+        run(lambda: tracker.enter_phase("backward"))
     return find_peaks(tracker).phases["gpu"]["backward"]
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 def test_gradients_are_added_in_place_where_torch_does_it_unwatched(loss: Loss) -> None:
-    matrices = unwatched_peak(loss) // MATRIX_BYTES
-    assert watched_peak(loss, None) // MATRIX_BYTES == matrices
-    assert watched_peak(loss, FakeTensorMode()) // MATRIX_BYTES == matrices
+    run = partial(backward, loss)
+    matrices = unwatched_peak(run) // MATRIX_BYTES
+    assert watched_peak(run, None) // MATRIX_BYTES == matrices
+    assert watched_peak(run, FakeTensorMode()) // MATRIX_BYTES == matrices
+
+
+def test_the_math_kernel_s_softmax_takes_what_it_takes_unwatched() -> None:
+    """Scores, softmax, a byte for each."""
+    quarters = unwatched_peak(math_softmax) // SIDE**2
+    assert quarters == 4 + 4 + 1
+    assert watched_peak(math_softmax, FakeTensorMode()) // SIDE**2 == quarters

@@ -45,8 +45,7 @@ def attend(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: V
     else:
         q, k, v, *locals_ = _plain(tape, layer, sizes, modules, x)
     mixed = _mix(tape, shape, sizes, q, k, v, widths)
-    alone = sizes.sequence_parallel_size == 1
-    if alone and shape.model_type in JOINED_ROTARY and sizes.attention != "eager" and not is_masked(shape, sizes):
+    if follows_queries(shape, sizes, grouped=widths[1] != widths[2]):
         joined = tape.apply(sizes.bytes(widths[1]), [(mixed, sizes.bytes(widths[1]))])
         tape.drop(mixed)
         mixed = joined
@@ -54,6 +53,14 @@ def attend(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: V
     tape.drop(q, k, v, mixed, *locals_)
     tape.exit(container)
     return ops.dropout(tape, sizes, out, shape.hidden_size, sizes.residual_dropout)
+
+
+def follows_queries(shape: ModelShape, sizes: Sizes, *, grouped: bool) -> bool:
+    """Whether a fused kernel's output has heads before positions, as a joined q has them."""
+    if sizes.sequence_parallel_size > 1 or sizes.attention == "eager" or shape.model_type not in JOINED_ROTARY:
+        return False
+    masked = is_masked(shape, sizes)
+    return not masked and not scores.takes_math_kernel(sizes, grouped=grouped, masked=masked)
 
 
 def attention_widths(shape: ModelShape) -> tuple[int, int, int, int]:
@@ -80,7 +87,9 @@ def _mix(
     if sizes.sequence_parallel_size > 1:
         return shared_attention(tape, sizes, q, k, v, *widths[:3])
     if sizes.attention != "eager":
-        return scores.fused_attention(tape, sizes, q, k, v, *widths, masked=is_masked(shape, sizes))
+        return scores.fused_attention(
+            tape, sizes, q, k, v, *widths, masked=is_masked(shape, sizes), joined=shape.model_type in JOINED_ROTARY
+        )
     if shape.model_type == "falcon":
         return scores.falcon_attention(tape, sizes, q, k, v, *widths)
     if shape.model_type == "bloom":

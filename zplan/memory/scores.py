@@ -12,13 +12,16 @@ from zplan.memory.tape import Tape, Value
 
 def fused_attention(
     tape: Tape, sizes: Sizes, q: Value, k: Value, v: Value, num_heads: int, q_width: int, k_width: int, v_width: int,
-    *, masked: bool,
+    *, masked: bool, joined: bool = False,
 ) -> Value:  # fmt: skip
     """sdpa and flash attention: keep q, k, v, the output and one fp32 logsumexp per token and head.
 
     A mask (a sliding window shorter than the batch under sdpa) rules out grouped queries: keys and values are repeated
     first. Flash attention's backward takes one fp32 number per token and head, and dq in fp32; grouped queries get dk
     and dv of every head.
+
+    Args:
+        joined: q and k are new tensors with heads before positions (attention.JOINED_ROTARY).
 
     Source: torch 2.13.0, derivatives.yaml (_scaled_dot_product_flash_attention),
     aten/native/transformers/cuda/flash_attn/flash_api.cpp (mha_bwd); transformers 5.23.0,
@@ -30,6 +33,8 @@ def fused_attention(
         out = fused_attention(tape, sizes, q, k, v, num_heads, q_width, q_width, q_width, masked=True)
         tape.drop(k, v)
         return out
+    if takes_math_kernel(sizes, grouped=grouped, masked=masked):
+        return _math_attention(tape, sizes, q, k, v, num_heads, q_width, k_width, joined=joined)
     out_width = num_heads * (v_width // max(k_width // max(q_width // num_heads, 1), 1)) if v_width else q_width
     head_dim = q_width // num_heads
     fast = out_width == q_width and head_dim <= 256 and head_dim % 8 == 0
@@ -43,6 +48,55 @@ def fused_attention(
         extra_saved=sizes.fp32_bytes(num_heads),
         temporary=scratch,
     )
+
+
+def takes_math_kernel(sizes: Sizes, *, grouped: bool, masked: bool) -> bool:
+    """Whether sdpa on a GPU has no fused kernel: flash attention takes half precision alone, the memory-efficient one
+    no grouped queries.
+
+    Source: torch 2.13.0, ATen/native/transformers/sdp_utils_cpp.h (check_batch_size_and_num_heads_dense: supports_gqa);
+    transformers 5.23.0, integrations/sdpa_attention.py (use_gqa_in_sdpa).
+    Limits: later versions of torch give the memory-efficient kernel grouped queries.
+    """
+    return grouped and not masked and sizes.attention == "sdpa" and sizes.itemsize == FP32 and not sizes.on_cpu
+
+
+def _math_attention(
+    tape: Tape, sizes: Sizes, q: Value, k: Value, v: Value, num_heads: int, q_width: int, k_width: int, *, joined: bool
+) -> Value:
+    """Attention with the S x S matrix in fp32, causal, keys and values repeated.
+
+    q and the repeated keys are scaled, each a copy; a mask of S x S is made of one in bytes. The softmax looks for rows
+    without a key: beside its result stands a byte for every score. The result has heads before positions and is copied
+    for the output projection.
+
+    Args:
+        joined: q has heads before positions; otherwise a product of several sequences copies it.
+
+    Source: torch 2.13.0, aten/native/transformers/attention.cpp (_scaled_dot_product_attention_math, _safe_softmax).
+    """
+    square = sizes.length * sizes.length
+    num_scores = sizes.micro_batch * num_heads * square
+    wide, narrow, scores, batched = sizes.bytes(q_width), sizes.bytes(k_width), FP32 * num_scores, sizes.micro_batch > 1
+    queries = tape.apply(wide, [(q, wide)])
+    mask = tape.new(FP32 * square)
+    tape.touch(square)
+    keys, values = (tape.apply(wide, [(x, narrow)]) for x in (k, v))
+    scaled = tape.apply(wide, [(keys, wide)])
+    flat_queries = tape.apply(wide if batched and not joined else None, [(queries, None)])
+    product = tape.apply(scores, [(flat_queries, wide), (scaled, wide)], saves=(flat_queries, scaled))
+    tape.drop(flat_queries, scaled)
+    masked = tape.apply(scores, [(product, None)])
+    tape.drop(product)
+    weights = tape.apply(scores, [(masked, scores)], saves_output=True, forward_temporary=num_scores)
+    tape.drop(masked)
+    weights = _attention_dropout(tape, sizes, weights, scores, num_scores)
+    out = tape.apply(wide, [(weights, scores), (values, wide)], saves=(weights, values))
+    tape.drop(weights, values, keys, queries, mask)
+    viewed = tape.apply(None, [(out, wide if batched else None)])
+    flat = tape.apply(wide, [(viewed, None)])
+    tape.drop(out, viewed)
+    return flat
 
 
 def _repeat_heads(tape: Tape, sizes: Sizes, x: Value, narrow: int, wide: int, num_heads: int) -> Value:

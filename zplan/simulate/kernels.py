@@ -106,6 +106,18 @@ def flash_backward(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
     return out
 
 
+def safe_softmax(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
+    """The math kernel's softmax looks for rows that see no key: a byte for each score.
+
+    Source: torch 2.13, aten/native/transformers/attention.cpp (_safe_softmax, which no device has a kernel for). Held
+    to torch's own peak by a test.
+    """
+    out = tracker.run(func, args, kwargs)
+    if tracker.kinds.get(out.device.type) == "gpu":
+        tracker.scratch([out.numel()])
+    return out
+
+
 def _attention_flops(query: torch.Tensor, key: torch.Tensor, *, products: int) -> int:
     """Causal attention: half of each of the `products` square matrix products is skipped."""
     batch, heads, tokens, dim = query.shape
@@ -180,6 +192,7 @@ SPECIAL: dict[Any, Handler] = {
     aten.index_put_.default: index_put,
     aten._index_put_impl_.default: index_put,
     aten.masked_scatter_backward.default: masked_scatter_backward,
+    aten._safe_softmax.default: safe_softmax,
     aten._scaled_dot_product_flash_attention.default: flash_forward,
     aten._scaled_dot_product_flash_attention_backward.default: flash_backward,
     aten.mm.default: matmul,
