@@ -1,12 +1,14 @@
 """How long a dry run takes, cold and warm, and how many a minute; writes reports/simulate_speed.md.
 
-    python -m benchmarks.simulate_speed
+    python -m benchmarks.simulate_speed                           # meant to end within 10 minutes; the report says
+    python -m benchmarks.simulate_speed --only "7b 3" --series 8  # rows whose `model stage method` contains this
 
 Cold is `zplan simulate` as typed: a new process, all imports, two optimizer steps, the answer. Warm is a worker that
-has imported everything and is asked about one model as a tuner asks: SERIES configurations in a row, no two alike. It
-builds the model for the first one, builds it once more to keep it, and answers the others from there; all of that
+has imported everything and is asked about one model as a tuner asks: a series of configurations in a row, no two alike.
+It builds the model for the first one, builds it once more to keep it, and answers the others from there; all of that
 counts. Seconds of CPU stand beside those of the clock: on a machine that does other work as well, only they can be
-compared. One core, micro-batch 1, 2048 tokens, 8 GPUs (64 for 70 B).
+compared. One core, micro-batch 1, 2048 tokens, 8 GPUs (64 for 70 B). Rows are kept short: one cold command each,
+offload at stages 2 and 3 alone, and what of a run is ours for the rows of FLOOR_MODEL at those stages without offload.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 
 from benchmarks.simulate_floor import Floor, measure_floor
 from zplan.catalog import find_model
@@ -33,8 +35,10 @@ from zplan.zero_config import BatchSizes, Choice, OffloadOptimizer, OffloadParam
 REPORT = Path(__file__).parents[1] / "reports" / "simulate_speed.md"
 GIB = 1 << 30
 TOKENS = 2048
-SERIES = 8
-"""Configurations in a row; a tuner asks dozens, so the two that build the model weigh more here."""
+SERIES = 4
+"""Configurations in a row, unless told; a tuner asks dozens, so the two that build the model weigh more here."""
+FLOOR_MODEL = "mistral-7b"
+"""Three more runs for each row of it that has_floor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,14 +52,20 @@ class Case:
     world_size: int = 8
     goal_seconds: float = 15.0
 
+    @property
+    def has_floor(self) -> bool:
+        return self.model == FLOOR_MODEL and self.stage >= 2 and not self.offload
 
+
+STARTER = Case(model="smollm2-135m", stage=1, world_size=64)
+"""Asked to start a worker: a model that is none of the rows', for the first of a series finds nothing built."""
 CASES = (
     *(
         Case(model="mistral-7b", stage=stage, method=method, offload=offload)
         for stage in (0, 1, 2, 3)
         for method in ("full", "lora")
         for offload in (False, True)
-        if stage or not offload
+        if stage >= 2 or not offload
     ),
     Case(model="llama-3.1-70b", stage=3, world_size=64, goal_seconds=45.0),
     Case(model="llama-3.1-70b", stage=3, method="lora", world_size=64, goal_seconds=45.0),
@@ -78,7 +88,7 @@ class Row:
     series_cpu: float
     """Of the whole series, by the worker and all of its forks, over the number of configurations."""
     rss_bytes: int
-    floor: Floor
+    floor: Floor | None
 
     @property
     def ratio(self) -> float:
@@ -86,9 +96,18 @@ class Row:
         return self.cold_cpu / self.series_cpu
 
 
+def shape_of(case: Case) -> ModelShape:
+    shape = find_model(case.model)
+    assert isinstance(shape, ModelShape)
+    return shape
+
+
 def sizes(case: Case, number: int) -> dict[str, int]:
-    """What the configurations of a series differ in: a bucket, and ZeRO-3's two limits, halved each time."""
-    changed = {"reduce_bucket_size": 500_000_000 >> number}
+    """What the configurations of a series differ in: a bucket, and ZeRO-3's two limits, halved each time.
+
+    The bucket starts at DeepSpeed's own, or at the model's size: `zplan simulate` refuses one that cannot be filled.
+    """
+    changed = {"reduce_bucket_size": min(500_000_000, shape_of(case).num_parameters) >> number}
     if case.stage == 3:
         changed |= {
             "stage3_prefetch_bucket_size": 50_000_000 >> number,
@@ -99,8 +118,7 @@ def sizes(case: Case, number: int) -> dict[str, int]:
 
 def question(case: Case, number: int = 0) -> SimulationRequest:
     """One configuration of the series."""
-    shape = find_model(case.model)
-    assert isinstance(shape, ModelShape)
+    shape = shape_of(case)
     batch = BatchSizes(
         train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, world_size=case.world_size
     )  # fmt: skip
@@ -123,27 +141,27 @@ def question(case: Case, number: int = 0) -> SimulationRequest:
     )
 
 
-def measure(case: Case) -> Row:
-    """The series by a worker of its own, and the first and the last of it as commands."""
-    commands = [cold(case, number) for number in (0, SERIES - 1)]
+def measure(case: Case, series: int) -> Row:
+    """The series by a worker of its own, and the first of it as a command."""
+    cold_wall, cold_cpu = cold(case)
     with WorkerClient() as worker:
-        worker.ask(question(CASES[-1]))  # starts it
+        worker.ask(question(STARTER))
         assert worker.pid is not None
         before, started = tree_cpu_seconds(worker.pid), time.monotonic()
         first = worker.ask(question(case))
         first_wall = time.monotonic() - started
-        others = [worker.ask(question(case, number)) for number in range(1, SERIES)]
+        others = [worker.ask(question(case, number)) for number in range(1, series)]
         spent = tree_cpu_seconds(worker.pid) - before
     return Row(
         case=case,
-        cold_wall=mean(wall for wall, _ in commands),
-        cold_cpu=mean(cpu for _, cpu in commands),
+        cold_wall=cold_wall,
+        cold_cpu=cold_cpu,
         first_wall=first_wall,
         first_cpu=first.cpu_seconds,
         next_cpu=others[-1].cpu_seconds,
-        series_cpu=spent / SERIES,
+        series_cpu=spent / series,
         rss_bytes=max(report.worker_rss_bytes for report in (first, *others)),
-        floor=measure_floor(question(case)),
+        floor=measure_floor(question(case)) if case.has_floor else None,
     )
 
 
@@ -155,7 +173,7 @@ def tree_cpu_seconds(pid: int) -> float:
     return own + sum(tree_cpu_seconds(int(child)) for child in children)
 
 
-def cold(case: Case, number: int = 0) -> tuple[float, float]:
+def cold(case: Case) -> tuple[float, float]:
     """Wall and CPU seconds of the command, with all of its processes, on one core."""
     command = [
         sys.executable, "-m", "zplan.cli", "simulate", "--model", case.model, "--stage", str(case.stage),
@@ -164,7 +182,7 @@ def cold(case: Case, number: int = 0) -> tuple[float, float]:
         "--train-batch-size", str(case.world_size),
         *(("--offload-optimizer", "cpu") if case.offload else ()),
         *(("--offload-param", "cpu") if case.offload and case.stage == 3 else ()),
-        *(word for name, value in sizes(case, number).items() for word in ("--set", f"{name}={value}")),
+        *(word for name, value in sizes(case, 0).items() for word in ("--set", f"{name}={value}")),
     ]  # fmt: skip
     core = min(os.sched_getaffinity(0))
     before, started = os.times(), time.monotonic()
@@ -178,7 +196,7 @@ def cold(case: Case, number: int = 0) -> tuple[float, float]:
     return wall, spent
 
 
-def render(rows: list[Row]) -> str:
+def render(rows: list[Row], *, series: int, minutes: float) -> str:
     """What was reached, then the tables."""
     late = [row for row in rows if row.cold_cpu > row.case.goal_seconds]
     heavy = max(row.rss_bytes for row in rows)
@@ -187,10 +205,10 @@ def render(rows: list[Row]) -> str:
     return "\n".join([
         "# How long a dry run takes, and how many a minute",
         "",
-        f"`python -m benchmarks.simulate_speed`, {time.strftime('%Y-%m-%d')}, load average {os.getloadavg()[0]:.1f} at"
-        " the end. Cold: `zplan simulate` as typed on one core, imports included (mean of the first and the last"
-        f" configuration of the series). Warm: {SERIES} configurations of one model in a row, no two alike, by one"
-        f" worker that has imported everything. Two optimizer steps, micro-batch 1, {TOKENS} tokens.",
+        f"`python -m benchmarks.simulate_speed`, {time.strftime('%Y-%m-%d')}, {minutes:.1f} minutes, load average"
+        f" {os.getloadavg()[0]:.1f} at the end. Cold: `zplan simulate` as typed on one core, imports included (first of"
+        f" the series). Warm: {series} configurations of one model in a row, no two alike, by one worker that has"
+        f" imported everything. Two optimizer steps, micro-batch 1, {TOKENS} tokens.",
         "",
         f"{len(rows) - len(late)} of {len(rows)} cold rows are within their goal in CPU seconds (15 s; 45 s for 70 B);"
         f" the largest resident size of a run is {heavy / (1 << 20):.0f} MiB. Warm over cold, in configurations a"
@@ -209,11 +227,12 @@ def render(rows: list[Row]) -> str:
         "",
         "CPU seconds of one run whose model was built: in the tracker, its dispatch and the report, and in libraries"
         " (DeepSpeed, PEFT, transformers, autograd, torch's own dispatcher). The last column is cold over the"
-        " libraries' seconds alone: no simulation that runs them operation by operation gets beyond it here.",
+        " libraries' seconds alone: no simulation that runs them operation by operation gets beyond it here. Rows of"
+        f" {FLOOR_MODEL} at stages 2 and 3 without offload.",
         "",
         "| model | stage | method | offload | run | ours | libraries | ratio without ours |",
         "|---|---|---|---|---|---|---|---|",
-        *(floor_line(row) for row in rows),
+        *(floor_line(row.case, row.cold_cpu, row.floor) for row in rows if row.floor),
         "",
     ])  # fmt: skip
 
@@ -228,18 +247,17 @@ def line(row: Row) -> str:
     )
 
 
-def floor_line(row: Row) -> str:
-    case, floor = row.case, row.floor
+def floor_line(case: Case, cold_cpu: float, floor: Floor) -> str:
     return (
         f"| {case.model} | {case.stage} | {case.method} | {'cpu' if case.offload else 'none'} | {floor.total:.1f} "
-        f"| {floor.ours:.1f} | {floor.libraries:.1f} | {row.cold_cpu / floor.libraries:.1f} |"
+        f"| {floor.ours:.1f} | {floor.libraries:.1f} | {cold_cpu / floor.libraries:.1f} |"
     )
 
 
-def measured(cases: tuple[Case, ...]) -> Iterator[Row]:
+def measured(cases: tuple[Case, ...], series: int) -> Iterator[Row]:
     for case in cases:
-        row = measure(case)
-        print(line(row), floor_line(row), sep="\n", file=sys.stderr, flush=True)
+        row = measure(case, series)
+        print(line(row), file=sys.stderr, flush=True)
         yield row
 
 
@@ -247,11 +265,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=REPORT)
     parser.add_argument("--only", default="", help="cases whose `model stage method` contains this")
-    arguments = parser.parse_args()
+    parser.add_argument("--series", type=int, default=SERIES, choices=range(2, 9), help="configurations in a row")
+    arguments, started = parser.parse_args(), time.monotonic()
     asked = [case for case in CASES if arguments.only in f"{case.model} {case.stage} {case.method}"]
-    rows = list(measured(tuple(asked)))
+    rows = list(measured(tuple(asked), arguments.series))
     arguments.out.parent.mkdir(exist_ok=True)
-    arguments.out.write_text(render(rows), encoding="utf-8")
+    minutes = (time.monotonic() - started) / 60
+    arguments.out.write_text(render(rows, series=arguments.series, minutes=minutes), encoding="utf-8")
 
 
 if __name__ == "__main__":
