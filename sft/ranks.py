@@ -19,10 +19,10 @@ _PR_SET_PDEATHSIG = 1
 CPU_ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
 }
 """DeepSpeed's CPU accelerator; one thread until a rank knows how many share the cores (`num_threads`), since spinning
-threads of several ranks starve each other."""
+threads of several ranks starve each other. With no more threads than cores, libgomp's own way to wait, a short spin, is
+the faster one: threads that always sleep (OMP_WAIT_POLICY=PASSIVE) must be woken for every operator."""
 
 COMMON_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",

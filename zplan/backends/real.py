@@ -108,8 +108,7 @@ def trial_environment(cluster: Cluster) -> Mapping[str, str]:
     env = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     if cluster.gpu.kind == "cpu":
         threads = max(1, cluster.host.num_cpus // cluster.gpus_per_node)
-        # Ranks that wait for each other must not spin on the cores that the others compute on.
-        env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
     return env
 
 
