@@ -12,8 +12,7 @@ import torch
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 
 from sft import release
-
-METHOD = f"{release._PRIVATE}params_to_release"
+from zplan.zero3_trace import METHOD, PREFIX
 
 
 @pytest.fixture
@@ -32,12 +31,12 @@ class Traced:
         chance = random.Random(seed)
         self.modules = [self._module(chance, index) for index in range(12)]
         order = (*self.modules, *self.modules[::-1], *chance.choices(self.modules, k=6))
-        setattr(self, f"{release._PRIVATE}submodule_order", order)
-        setattr(self, f"{release._PRIVATE}max_reuse_dist_in_numel", chance.choice((0, 30, 300, 10**9)))
+        setattr(self, f"{PREFIX}submodule_order", order)
+        setattr(self, f"{PREFIX}max_reuse_dist_in_numel", chance.choice((0, 30, 300, 10**9)))
         fetched: Any = defaultdict(lambda: -(10**10))
         for module in chance.sample(self.modules, 3):
             fetched.update(dict.fromkeys(module.parameters(recurse=False), chance.randrange(30)))
-        setattr(self, f"{release._PRIVATE}most_recent_step_id_param_fetched_for", fetched)
+        setattr(self, f"{PREFIX}most_recent_step_id_param_fetched_for", fetched)
         self.order = order
 
     def _module(self, chance: random.Random, index: int) -> torch.nn.Module:

@@ -13,10 +13,10 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import (
     iter_params,
 )
 
-from zplan.simulate.release import listed_parameters, params_to_release
+from zplan.simulate.listing import listed_parameters
+from zplan.zero3_trace import METHOD, PREFIX, params_to_release
 
-PREFIX = "_PartitionedParameterCoordinator__"
-ORIGINAL = vars(PartitionedParameterCoordinator)[f"{PREFIX}params_to_release"]
+ORIGINAL = vars(PartitionedParameterCoordinator)[METHOD]
 
 
 def modules() -> list[torch.nn.Module]:

@@ -30,10 +30,11 @@ from zplan.simulate.fake_tensors import (
     tensor_constructor,
     tracked_resize,
 )
+from zplan.simulate.listing import listed_parameters
 from zplan.simulate.ops import StandInBuilder, StandInOp
 from zplan.simulate.optimizer_process import OptimizerProcesses, spawned
-from zplan.simulate.release import listed_parameters, params_to_release
 from zplan.simulate.tracker import Tracker
+from zplan.zero3_trace import METHOD, params_to_release
 
 aten = torch.ops.aten
 MISSING = object()
@@ -168,8 +169,8 @@ def install_deepspeed_patches(patches: Patches, recorder: CollectiveRecorder) ->
         # asked as often; nn.Module answers hasattr by an exception
         patches.set(owner, "z3_leaf_module", lambda module: module.__dict__.get("_z3_leaf", False))
     # what a module may release is looked up among all modules of the reuse distance, for each module anew
-    owner, name = coordinator.PartitionedParameterCoordinator, "_PartitionedParameterCoordinator__params_to_release"
-    patches.set(owner, name, params_to_release(vars(owner)[name], listed))
+    owner = coordinator.PartitionedParameterCoordinator
+    patches.set(owner, METHOD, params_to_release(vars(owner)[METHOD], listed))
     # torch reads the signature of an autograd function anew at each of its calls
     patches.set(torch.autograd.function, "inspect", SimpleNamespace(signature=functools.cache(PositionalSignature)))
     # fake tensors run the exchange's rule of shapes, which communicates nothing
