@@ -177,9 +177,9 @@ def test_second_copies_of_two_and_of_four_ranks_are_not_taken_for_each_other() -
     script = course(recording, checkpointing=True, fetches=True).script
     few, many = (Choice(zero=zero, batch=replace(BATCH, world_size=ranks)) for ranks in (2, 8))
     asked_before = Gathering(script, recording.items, 2)
-    asked_before.of_later_steps(few)
+    asked_before.steps_of(few)[0][0]
     assert (
-        asked_before.of_later_steps(many).moments == Gathering(script, recording.items, 2).of_later_steps(many).moments
+        asked_before.steps_of(many)[0][0].moments == Gathering(script, recording.items, 2).steps_of(many)[0][0].moments
     )
 
 
@@ -194,9 +194,9 @@ def test_an_update_on_the_nvme_is_not_taken_for_one_on_the_host() -> None:
         for device in ("cpu", "nvme")
     )
     asked_before = Gathering(script, recording.items, 2)
-    host = asked_before.of_later_steps(on_host).moments
-    nvme = asked_before.of_later_steps(on_nvme).moments
-    assert nvme == Gathering(script, recording.items, 2).of_later_steps(on_nvme).moments
+    host = asked_before.steps_of(on_host)[0][0].moments
+    nvme = asked_before.steps_of(on_nvme)[0][0].moments
+    assert nvme == Gathering(script, recording.items, 2).steps_of(on_nvme)[0][0].moments
     assert nvme[UPDATED] > host[UPDATED]
 
 

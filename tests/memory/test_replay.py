@@ -90,7 +90,7 @@ def test_gathered_parameters_and_gradients_followed_apart_add_up_to_one_engine(r
     walked = course(recording, checkpointing=choice.gradient_checkpointing, fetches=True)
     replay = Replay(walked.script, recording.items, recipe.weight_bytes, None)
     gathering = Gathering(walked.script, recording.items, recipe.weight_bytes)
-    replay.gathered = lambda choice: ((gathering.of_later_steps(choice), 0),)
+    replay.gathered = lambda choice: ((gathering.steps_of(choice)[0][0], 0),)
     apart = replay.peaks(walked, choice)
     whole = whole_engine_peaks(walked, recipe, choice)
     assert {phase: sum(kinds) for phase, kinds in apart.items()} == whole

@@ -121,7 +121,7 @@ def items() -> Instances:
 
 def test_stage_0_casts_the_flat_gradients() -> None:
     meter = Meter()
-    engine = Stage0Engine(meter, items(), itemsize=2, reduced=4, num_ranks=4, partial=False, of_muon=BF16)
+    engine = Stage0Engine(meter, items(), itemsize=2, reduced=4, partial=False, of_muon=BF16)
     engine.end_backward()
     flat = [number for group in items().groups for number in group]
     filled = largest = 0

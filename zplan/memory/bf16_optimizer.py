@@ -10,7 +10,7 @@ from __future__ import annotations
 from zplan.memory.exchange import Exchange
 from zplan.memory.instances import Instances
 from zplan.memory.meter import Kind, Meter
-from zplan.memory.stage0 import ALLREDUCE_BUCKET_NUMEL, FP32
+from zplan.memory.stage0 import ALLREDUCE_BUCKET_NUMEL, FP32, WholeGradients
 from zplan.memory.stage12 import Partitions
 from zplan.zero_config import ZeroConfig
 
@@ -26,37 +26,20 @@ def accumulated_bytes(cut: Partitions) -> int:
     return FP32 * sum(cut.padded)
 
 
-class Bf16Engine:
-    """Gradients as autograd makes them, until zero_grad; they are added to the flat ones behind each backward, and
-    those are reduced behind the last one.
+class Bf16Engine(WholeGradients):
+    """Gradients stay until zero_grad, as zeros for the next micro-step (clear_lp_grads); they are added to the flat
+    ones behind each backward, and those are reduced behind the last one.
 
     Args:
         reduced: bytes of an element while ranks add gradients.
-        partial: gradients of earlier micro-steps are already there.
     """
 
     def __init__(
         self, meter: Meter, items: Instances, cut: Partitions, *, itemsize: int, reduced: int, partial: bool
     ) -> None:
-        self.meter, self.items, self.cut = meter, items, cut
-        self.itemsize, self.partial = itemsize, partial
+        super().__init__(meter, items, itemsize=itemsize, partial=partial)
+        self.cut = cut
         self.cast = reduced if reduced != FP32 else 0
-        self.own: set[int] = set()
-
-    def begin_micro_step(self) -> None:
-        """Gradients of earlier micro-steps are there, as zeros (clear_lp_grads)."""
-        if self.partial:
-            for group in self.items.groups:
-                for number in group:
-                    self.gradient(number)
-
-    def gradient(self, number: int) -> None:
-        num_bytes = self.itemsize * self.items.numel[number]
-        if number in self.own:
-            self.meter.touch(Kind.GRADIENTS, num_bytes)
-        else:
-            self.own.add(number)
-            self.meter.add(Kind.GRADIENTS, num_bytes)
 
     def end_backward(self) -> None:
         """Each gradient in fp32 once (_update_hp_grad); then groups are joined until they exceed 5e8 elements, a copy

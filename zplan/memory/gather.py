@@ -171,10 +171,6 @@ class Gathering:
             number for module in modules for number in script.fetches.modules.get(module, ()) if not trains[number]
         )
 
-    def of_later_steps(self, choice: Choice) -> Gathered:
-        """When the trace is known."""
-        return self._with_update(self._later(choice), self.updated_bytes(choice))
-
     def _with_update(self, parts: Parts, updated: int) -> Gathered:
         known = self._gathered.get((id(parts), updated))
         if known is None or known.parts is not parts:

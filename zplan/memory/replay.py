@@ -269,9 +269,8 @@ class Gradients:
                 of_muon=of_muon, exchange=exchange,
             )  # fmt: skip
         return Stage0Engine(
-            meter, items, itemsize=itemsize, reduced=reduced, num_ranks=ranks, partial=partial, of_muon=of_muon,
-            exchange=exchange,
-        )  # fmt: skip
+            meter, items, itemsize=itemsize, reduced=reduced, partial=partial, of_muon=of_muon, exchange=exchange
+        )
 
 
 def _larger(one: Held, other: Held) -> Held:

@@ -19,21 +19,15 @@ ALLREDUCE_BUCKET_NUMEL = 500_000_000
 """engine.py (buffered_allreduce_fallback, elements_per_buffer default)."""
 
 
-class Stage0Engine:
-    """Gradients of the training dtype until the step; the step holds fp32 copies of all of them below fp32.
+class WholeGradients:
+    """Gradients of the whole model, as autograd makes them, on every rank.
 
     Args:
-        reduced: bytes of an element while ranks add gradients.
+        partial: gradients of earlier micro-steps are already there.
     """
 
-    def __init__(
-        self, meter: Meter, items: Instances, *, itemsize: int, reduced: int, num_ranks: int, partial: bool,
-        of_muon: Precision, exchange: Exchange = PLAIN,
-    ) -> None:  # fmt: skip
-        self.of_muon = replace(of_muon, gradient=FP32, normalised=FP32)
-        self.meter, self.items, self.itemsize = meter, items, itemsize
-        self.cast = reduced if reduced != itemsize or exchange.communicated else 0
-        self.num_ranks, self.partial = num_ranks, partial
+    def __init__(self, meter: Meter, items: Instances, *, itemsize: int, partial: bool) -> None:
+        self.meter, self.items, self.itemsize, self.partial = meter, items, itemsize, partial
         self.own: set[int] = set()
 
     def begin_micro_step(self) -> None:
@@ -50,6 +44,22 @@ class Stage0Engine:
             return
         self.own.add(number)
         self.meter.add(Kind.GRADIENTS, num_bytes)
+
+
+class Stage0Engine(WholeGradients):
+    """Gradients of the training dtype until the step; the step holds fp32 copies of all of them below fp32.
+
+    Args:
+        reduced: bytes of an element while ranks add gradients.
+    """
+
+    def __init__(
+        self, meter: Meter, items: Instances, *, itemsize: int, reduced: int, partial: bool,
+        of_muon: Precision, exchange: Exchange = PLAIN,
+    ) -> None:  # fmt: skip
+        super().__init__(meter, items, itemsize=itemsize, partial=partial)
+        self.of_muon = replace(of_muon, gradient=FP32, normalised=FP32)
+        self.cast = reduced if reduced != itemsize or exchange.communicated else 0
 
     def end_backward(self) -> None:
         """All-reduce: gradients are flattened until the buffer holds at least 5e8 elements; by one rank as well. What
