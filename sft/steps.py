@@ -26,11 +26,6 @@ class Steps:
     def total(self) -> int:
         return self.untimed + self.timed
 
-    @property
-    def longest(self) -> int:
-        """On worst-case sequences; the rest is drawn from the data."""
-        return self.metered - self.short
-
 
 def plan_steps(spec: TrialSpec, drawn: Sequence[data.Example]) -> Steps:
     """The spec's steps. The one with the peak warms nothing up behind the first: where the sequences drawn from the

@@ -35,7 +35,7 @@ def extensions_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def with_versions(monkeypatch: pytest.MonkeyPatch, changes: Mapping[str, str | None]) -> None:
     versions: dict[str, str | None] = {**TESTED_VERSIONS, "ninja": "1.13.2", **changes}
-    monkeypatch.setattr(doctor, "_version", versions.get)
+    monkeypatch.setattr(doctor, "installed_version", versions.get)
 
 
 def about(word: str, findings: tuple[Finding, ...]) -> Finding:

@@ -10,13 +10,13 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 from zplan.hardware import Cluster
 from zplan.units import GIB, MIB, format_bytes
 from zplan.values import dataclass
+from zplan.versions import installed_version
 
 Severity = Literal["ok", "warning", "broken"]
 TESTED_VERSIONS = {
@@ -57,14 +57,7 @@ def diagnose(cluster: Cluster) -> tuple[Finding, ...]:
 
 def installed_versions() -> dict[str, str | None]:
     """Installed version of each tested package; None where it is missing."""
-    return {name: _version(name) for name in TESTED_VERSIONS}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    return {name: installed_version(name) for name in TESTED_VERSIONS}
 
 
 def _packages() -> Iterator[Finding]:
@@ -91,7 +84,7 @@ def _cuda(cluster: Cluster) -> Iterator[Finding]:
 
     Source: deepspeed 0.19.8, ops/op_builder/builder.py:107 (assert_no_cuda_mismatch).
     """
-    if cluster.gpu.kind != "cuda" or _version("torch") is None:
+    if cluster.gpu.kind != "cuda" or installed_version("torch") is None:
         return
     torch_cuda = torch_cuda_version()
     if torch_cuda is None:
@@ -141,7 +134,7 @@ def _compiler(cluster: Cluster) -> Iterator[Finding]:
         )  # fmt: skip
     else:
         yield Finding(severity="ok", what=f"C++ compiler {compiler}")
-    if _version("ninja") is None and shutil.which("ninja") is None:
+    if installed_version("ninja") is None and shutil.which("ninja") is None:
         yield Finding(
             severity="warning", what="ninja is not installed", because="torch builds extensions with it",
             fix="pip install ninja",

@@ -107,8 +107,7 @@ def trial_environment(cluster: Cluster) -> Mapping[str, str]:
     """What every rank of a trial has in its environment besides torch's own variables."""
     env = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     if cluster.gpu.kind == "cpu":
-        threads = max(1, cluster.host.num_cpus // cluster.gpus_per_node)
-        env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
+        env["DS_ACCELERATOR"] = "cpu"
     return env
 
 

@@ -1,4 +1,4 @@
-"""simulate_run: one configuration, start to end, in this process. The worker calls it in a forked child."""
+"""simulate_run: one configuration, start to end, in this process. The worker does the parts of it (DryRun) in forks."""
 
 from __future__ import annotations
 
