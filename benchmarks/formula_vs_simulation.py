@@ -16,7 +16,8 @@ import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from benchmarks.formula_cases import GIB, SEED, Case, cases, cut_layers, request_of
+from benchmarks.formula_case import GIB, Case, cut_layers, request_of
+from benchmarks.formula_cases import SEED, cases
 from benchmarks.measured import Measured, summary
 from zplan.catalog.find import find_model
 from zplan.errors import ZplanError

@@ -13,7 +13,8 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.formula_cases import MODELS, Case, draw
+from benchmarks.formula_case import Case
+from benchmarks.formula_cases import MODELS, draw
 from benchmarks.formula_vs_simulation import PHASES, Row, compare, table_line
 from benchmarks.measured import Measured, summary
 from zplan.errors import ZplanError

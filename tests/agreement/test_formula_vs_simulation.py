@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CODE = """
 import json
-from benchmarks.formula_cases import Case, added_cases
+from benchmarks.added_cases import added_cases
+from benchmarks.formula_case import Case
 from benchmarks.formula_vs_simulation import compare
 from benchmarks.measured import Measured
 from zplan.errors import ZplanError

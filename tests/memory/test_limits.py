@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.formula_cases import cut_layers
+from benchmarks.formula_case import cut_layers
 from tests.memory.test_estimate import cluster
 from tests.shapes import llama_like
 from zplan.catalog.find import find_model
