@@ -19,6 +19,7 @@ def added_cases() -> list[Case]:
         *_of_muon(),
         *_of_limits(),
         *_of_gradient_types(),
+        *_of_accumulation_in_fp32(),
         *_of_gradient_types_at_3(),
         *_of_quantised_weights(),
         *_of_quantised_exchange(),
@@ -129,6 +130,31 @@ def _of_gradient_types() -> list[Case]:
                adapter={"grad_accum_dtype": "fp32"}),
         _added("mistral-7b", "lora", 1, accumulation=2, adapter={"grad_accum_dtype": "fp32"}),
         _added("smollm2-135m", "full", 1, world_size=64, overlap_comm=True, adapter={"grad_accum_dtype": "fp32"}),
+    ]  # fmt: skip
+
+
+def _of_accumulation_in_fp32() -> list[Case]:
+    """In buffers of their own below stage 3, also offloaded; and gradients larger than the bucket."""
+    return [
+        *(
+            _added("llama-3.2-1b", "full", stage, world_size=2, loss="full", max_length=64, offload_optimizer=CPU,
+                   adapter={"grad_accum_dtype": "fp32"}) for stage in (1, 2)
+        ),
+        _added("mistral-7b", "full", 2, world_size=1, accumulation=3, loss="full", max_length=64, offload_optimizer=CPU,
+               reduce_bucket_size=5_000_000, adapter={"grad_accum_dtype": "fp32"}),
+        _added("mistral-7b", "full", 2, world_size=1, accumulation=2, loss="full", max_length=64,
+               reduce_bucket_size=5_000_000, adapter={"grad_accum_dtype": "fp32"}),
+        _added("mistral-7b", "full", 1, world_size=4, overlap_comm=True, loss="full", max_length=64,
+               reduce_bucket_size=5_000_000, offload_optimizer=CPU, adapter={"grad_accum_dtype": "fp32"}),
+        _added("mistral-7b", "lora", 1, accumulation=2, offload_optimizer=CPU,
+               adapter={"grad_accum_dtype": "fp32", "dtype": "fp16"}),
+        _added("llama-3.2-1b", "full", 1, accumulation=2, loss="full", max_length=64, contiguous_gradients=False,
+               reduce_bucket_size=50_000_000, adapter={"grad_accum_dtype": "fp32", "dtype": "fp16"}),
+        _added("llama-3.2-1b", "full", 1, accumulation=2, overlap_comm=True, loss="full", max_length=64,
+               reduce_scatter=False, reduce_bucket_size=50_000_000,
+               adapter={"grad_accum_dtype": "fp32", "dtype": "fp16", "communication_data_type": "fp32"}),
+        _added("mistral-7b", "full", 2, world_size=1, accumulation=2, loss="full", max_length=64,
+               reduce_bucket_size=5_000_000, offload_optimizer=CPU),
     ]  # fmt: skip
 
 

@@ -64,6 +64,7 @@ class Case:
     optimizer: str = "adamw"
     sequence_parallel_size: int = 1
     autotp_size: int = 1
+    grad_accum_dtype: str | None = None
 
 
 def cases() -> Iterator[Case]:
@@ -88,6 +89,7 @@ def cases() -> Iterator[Case]:
         yield Case(name="micro-batch 4", family="mistral", micro_batch=4, zero=ZeroConfig(**zero))
     for stage in (0, 1, 2, 3):
         yield Case(name="Muon", optimizer="muon", zero=ZeroConfig(stage=stage, **SMALL))
+    yield from gradient_type_cases()
     yield Case(name="full logits", loss="full", zero=ZeroConfig(stage=2, **SMALL))
     yield Case(name="round_robin_gradients", zero=ZeroConfig(stage=2, round_robin_gradients=True, **SMALL))
     yield Case(name="no reduce_scatter", zero=ZeroConfig(stage=2, reduce_scatter=False, **SMALL))
@@ -95,6 +97,24 @@ def cases() -> Iterator[Case]:
     yield from stage3_cases()
     yield from sequence_parallel_cases()
     yield from tensor_parallel_cases()
+
+
+def gradient_type_cases() -> Iterator[Case]:
+    """Gradients accumulated in fp32 below stage 3, on the device and offloaded."""
+    for stage in (1, 2):
+        base: dict[str, Any] = {"stage": stage, **SMALL}
+        of_fp32: dict[str, Any] = {"grad_accum_dtype": "fp32"}
+        yield Case(name="fp32 accumulation 2", accumulation=2, zero=ZeroConfig(**base), **of_fp32)
+        offloaded = ZeroConfig(**base, offload_optimizer=CPU_OPTIMIZER)
+        yield Case(name="fp32 accumulation 2, offload_optimizer", accumulation=2, zero=offloaded, **of_fp32)
+        yield Case(
+            name="fp32 accumulation 2, offload_optimizer, bucket 2000", accumulation=2, **of_fp32,
+            zero=ZeroConfig(stage=stage, reduce_bucket_size=2000, overlap_comm=True, offload_optimizer=CPU_OPTIMIZER),
+        )  # fmt: skip
+    yield Case(
+        name="offload_optimizer, accumulation 2, bucket 2000", accumulation=2,
+        zero=ZeroConfig(stage=2, reduce_bucket_size=2000, offload_optimizer=CPU_OPTIMIZER),
+    )  # fmt: skip
 
 
 def stage3_cases() -> Iterator[Case]:
@@ -159,6 +179,7 @@ def request_of(case: Case) -> SimulationRequest:
         recipe=Recipe(
             model=case.family, method=case.method, max_length=64, loss=case.loss,  # type: ignore[arg-type]
             train_batch_size=batch.train_batch_size, optimizer=case.optimizer,  # type: ignore[arg-type]
+            grad_accum_dtype=case.grad_accum_dtype,  # type: ignore[arg-type]
         ),
         choice=Choice(zero=case.zero, batch=batch, gradient_checkpointing=case.checkpointing),
         cluster=Cluster(

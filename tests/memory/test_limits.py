@@ -26,10 +26,14 @@ from zplan.zero_config import BatchSizes, Choice, OffloadOptimizer, ZeroConfig
 SHAPE = llama_like()
 
 
-def estimate(zero: ZeroConfig, shape: ModelShape = SHAPE, **recipe: Any) -> MemoryEstimate:
-    batch = BatchSizes(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, world_size=8)
-    values = {"model": "any", "train_batch_size": 8, "max_length": 128, **recipe}
-    return estimate_memory(shape, Recipe(**values), Choice(zero=zero, batch=batch), cluster(8))
+def estimate(
+    zero: ZeroConfig, shape: ModelShape = SHAPE, world_size: int = 8, accumulation: int = 1, **recipe: Any
+) -> MemoryEstimate:
+    batch = BatchSizes(
+        train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=accumulation, world_size=world_size
+    )
+    values = {"model": "any", "train_batch_size": batch.train_batch_size, "max_length": 128, **recipe}
+    return estimate_memory(shape, Recipe(**values), Choice(zero=zero, batch=batch), cluster(world_size))
 
 
 @pytest.mark.parametrize("key", ["zero_quantized_weights", "zero_quantized_gradients"])
@@ -110,7 +114,7 @@ def test_gradients_of_their_own_dtypes_at_stage_3() -> None:
     assert estimate(ZeroConfig(stage=3), grad_accum_dtype="bf16", communication_data_type="bf16").gpu == plain.gpu
 
 
-def test_stage_2_holds_one_fp32_partition_between_backward_and_step_and_others_are_named() -> None:
+def test_stage_2_holds_one_fp32_partition_between_backward_and_step() -> None:
     """Between them four bytes for each element of a rank's partition, whatever parameters it cuts."""
     found = estimate(ZeroConfig(stage=2), grad_accum_dtype="fp32")
     laid = layout(SHAPE, Recipe(model="any"))
@@ -118,11 +122,46 @@ def test_stage_2_holds_one_fp32_partition_between_backward_and_step_and_others_a
     gradients = {term.phases: term.bytes for term in found.gpu.terms if term.name == "gradients"}
     assert gradients[("step",)] == 4 * sizes
     assert found.gpu.verdict == "fits"
-    offloaded = ZeroConfig(stage=2, offload_optimizer=OffloadOptimizer(device="cpu"))
-    for zero in (replace(offloaded, stage=1), offloaded):
-        other = estimate(zero, grad_accum_dtype="fp32")
+
+
+def test_offload_keeps_the_fp32_partition_on_the_gpu_and_stage_1_a_bucket_of_what_others_own() -> None:
+    """Of two micro-steps. Stage 1 copies every gradient to fp32 buckets, and other ranks' stay views of them."""
+    laid = layout(SHAPE, Recipe(model="any"))
+    partition = sum(-(-numel // (2 * 8)) * 2 for numel in laid.group_numel)
+    offload = OffloadOptimizer(device="cpu")
+    for stage, bucket in ((1, 4 * 10**8), (2, 0)):
+        zero = ZeroConfig(stage=stage, offload_optimizer=offload, reduce_bucket_size=10**8)  # type: ignore[arg-type]
+        found = estimate(zero, accumulation=2, grad_accum_dtype="fp32")
+        in_step = {term.name: term.bytes for term in found.gpu.terms if term.phases == ("step",)}
+        assert (in_step["gradients"], in_step.get("reduce buckets", 0)) == (4 * partition, bucket)
+        assert not any(term.name == "offloaded gradient accumulation" for term in found.host.terms)
+        assert found.gpu.verdict == "fits"
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_offload_keeps_gradients_larger_than_the_bucket_until_the_end_of_a_micro_step_before_the_last(
+    dtype: str,
+) -> None:
+    """A bucket of one element: they all are. The last micro-step gives each back as it is copied to the host."""
+    zero = ZeroConfig(stage=2, offload_optimizer=OffloadOptimizer(device="cpu"), reduce_bucket_size=1)
+    shape = find_model("mistral-7b")
+    assert isinstance(shape, ModelShape)
+    shape, held = cut_layers(shape, 2), []
+    for accumulation in (1, 2):
+        found = estimate(zero, shape, 1, accumulation, grad_accum_dtype=dtype, max_length=8)
+        terms = (term for term in found.gpu.terms if "backward" in term.phases)
+        held.append(sum(term.bytes for term in terms if term.name == "gradients"))
+    numel = layout(shape, Recipe(model="any")).trainable_numel
+    partition = 4 * numel if dtype == "fp32" else 0
+    assert held[0] - partition < numel
+    assert held[1] - partition >= 2 * numel
+
+
+def test_gradients_of_a_dtype_that_neither_is_the_models_nor_fp32_are_named() -> None:
+    for stage in (1, 2):
+        other = estimate(ZeroConfig(stage=stage), grad_accum_dtype="fp16")  # type: ignore[arg-type]
         assert other.gpu.verdict == "tight"
-        assert any(note.startswith("not modelled: gradients accumulated in fp32") for note in other.notes)
+        assert any(note.startswith("not modelled: gradients of bf16 accumulated in fp16") for note in other.notes)
 
 
 def test_bf16_at_stage_1_holds_fp32_gradients_of_the_whole_model() -> None:
@@ -133,7 +172,8 @@ def test_bf16_at_stage_1_holds_fp32_gradients_of_the_whole_model() -> None:
     assert (plain.gpu.verdict, found.gpu.verdict) == ("fits", "fits")
     assert not any(term.name == "reduce buckets" for term in found.gpu.terms)
     half = estimate(ZeroConfig(stage=1), grad_accum_dtype="fp32", dtype="fp16")
-    assert half.gpu.verdict == "tight"
+    assert not any(term.name == "fp32 gradients" for term in half.gpu.terms)  # ZeRO's own engine
+    assert half.gpu.verdict == "fits"
 
 
 def test_qlora_is_modelled_at_every_stage_of_gpus_and_its_scales_are_whole_at_stage_3() -> None:

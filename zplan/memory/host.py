@@ -120,7 +120,8 @@ def host_bytes(
     if zero.offloads_optimizer and not rank_bytes:
         states, pins, disk = _optimizer(layout, recipe, choice, ranks, partition_numel, on_cpu)
         terms.extend(states)
-        if zero.stage == 2 and choice.batch.gradient_accumulation_steps > 1:
+        in_fp32 = Exchange.of(recipe).accumulated == "fp32"  # in buffers of the GPU (stage12_fp32.py)
+        if zero.stage == 2 and choice.batch.gradient_accumulation_steps > 1 and not in_fp32:
             terms.append(_accumulation(b, touched_numel))
             pins += terms[-1].bytes if zero.offload_optimizer.pin_memory else 0
         pinned, nvme = pinned + pins, nvme + disk

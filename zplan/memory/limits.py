@@ -65,11 +65,12 @@ def _of_gradient_types(recipe: Recipe, choice: Choice) -> list[str]:
     accumulated, stage = recipe.grad_accum_dtype or recipe.dtype, choice.zero.stage
     communicated = recipe.communication_data_type or recipe.dtype
     lines = []
-    plain = accumulated == "fp32" and not choice.zero.offloads_optimizer and (stage == 2 or recipe.dtype == "bf16")
-    if accumulated != recipe.dtype and stage < 3 and not plain:
+    if accumulated != recipe.dtype and stage == 0:
+        lines.append(f"gradients of {recipe.dtype} accumulated in {accumulated} at stage 0: DeepSpeed refuses them")
+    elif accumulated not in (recipe.dtype, "fp32") and stage < 3:
         lines.append(
-            f"gradients accumulated in {accumulated} at stage {stage}, in buffers of their own (stage_1_and_2.py,"
-            " fill_grad_accum_attribute; bf16_optimizer.py)"
+            f"gradients of {recipe.dtype} accumulated in {accumulated} at stage {stage}: each beside the other, and"
+            " what takes them for its own dtype (stage_1_and_2.py, get_all_grad_tensors)"
         )
     if recipe.optimizer == "muon" and (accumulated, communicated) != (recipe.dtype, recipe.dtype):
         lines.append("Muon's gathers of gradients that are accumulated or reduced in another dtype")

@@ -18,6 +18,7 @@ from operator import add, itemgetter
 from typing import Protocol
 
 from zplan.memory.bf16_optimizer import Bf16Engine, takes_bf16_optimizer
+from zplan.memory.earlier import Earlier, can_hold_more
 from zplan.memory.exchange import PLAIN, Exchange
 from zplan.memory.gather import Gathering, Steps, most_of
 from zplan.memory.instances import Instances
@@ -27,10 +28,9 @@ from zplan.memory.muon import Precision, precision
 from zplan.memory.script import STEP_PHASES, Call, Course, Kinds, Op, Reduction, Script, StepPhase
 from zplan.memory.shards import shard
 from zplan.memory.stage0 import Stage0Engine
-from zplan.memory.stage1_earlier import Stage1Earlier
-from zplan.memory.stage2_fp32 import Stage2InFp32
 from zplan.memory.stage3 import Stage3Engine
 from zplan.memory.stage12 import Stage12Engine, partition
+from zplan.memory.stage12_fp32 import Stage1InFp32, Stage2InFp32
 from zplan.memory.sub_groups import swapped_parameters
 from zplan.values import dataclass
 from zplan.zero_config import Choice, ZeroConfig
@@ -210,13 +210,12 @@ class Gradients:
     def _below_3(self, choice: Choice) -> Held:
         """Of the last micro-step, or of one before it where that holds more."""
         meter, calls = self.meter(), self.reduction.calls
-        engine = self._engine(meter, choice)
-        held = _follow(meter, engine, calls)
-        is_stage_1 = isinstance(engine, Stage12Engine) and engine.partial and engine.stage == 1
-        if not (is_stage_1 and choice.zero.overlaps_comm):
+        held = _follow(meter, self._engine(meter, choice), calls)
+        if choice.batch.gradient_accumulation_steps == 1 or not can_hold_more(choice.zero):
             return held
         meter = self.meter()
-        return _larger(held, _follow(meter, self._engine(meter, choice, is_earlier=True), calls))
+        engine = self._engine(meter, choice, is_last=False)
+        return _larger(held, _follow(meter, Earlier(engine), calls)) if isinstance(engine, Stage12Engine) else held
 
     @property
     def _update(self) -> int:
@@ -248,25 +247,24 @@ class Gradients:
             exchange=exchange, of_muon=self._of_muon, swapped=swapped,
         )  # fmt: skip
 
-    def _engine(self, meter: Meter, choice: Choice, *, is_earlier: bool = False) -> Engine:
+    def _engine(self, meter: Meter, choice: Choice, *, is_last: bool = True) -> Engine:
         """The engine of the configured stage below 3.
 
         Args:
-            is_earlier: in the micro-step before the last, at stage 1.
+            is_last: in the last micro-step, not in the one before it.
         """
         items, zero, ranks, of_muon = self.items, choice.zero, choice.batch.zero_ranks, self._of_muon
         itemsize, (exchange, reduced) = of_muon.gradient, self._exchanged(choice)
-        partial = choice.batch.gradient_accumulation_steps > 1 + is_earlier
+        partial = choice.batch.gradient_accumulation_steps > 1 + (not is_last)
         if zero.stage:
             cut = partition(items, ranks, self.rank)
             if takes_bf16_optimizer(zero, exchange, itemsize):
                 return Bf16Engine(meter, items, cut, itemsize=itemsize, reduced=reduced, partial=partial)
-            offloads = zero.offloads_optimizer
-            in_fp32 = zero.stage == 2 and exchange.accumulated == "fp32" and not offloads and not items.muon
-            of_stage = Stage1Earlier if is_earlier else Stage2InFp32 if in_fp32 else Stage12Engine
+            in_fp32 = Stage1InFp32 if zero.stage == 1 else Stage2InFp32
+            of_stage = in_fp32 if exchange.accumulated == "fp32" and not items.muon else Stage12Engine
             return of_stage(
                 meter, items, cut, zero, itemsize=itemsize, reduced=reduced, partial=partial, num_ranks=ranks,
-                of_muon=of_muon, exchange=exchange,
+                of_muon=of_muon, exchange=exchange, is_last=is_last,
             )  # fmt: skip
         return Stage0Engine(
             meter, items, itemsize=itemsize, reduced=reduced, partial=partial, of_muon=of_muon, exchange=exchange

@@ -121,20 +121,20 @@ class Stage12Engine:
     Args:
         reduced: bytes of an element while ranks add gradients.
         partial: gradients of earlier micro-steps are already there (gradient accumulation, last micro-step).
-        synchronous: the accelerator is synchronous (CPU ranks): two buckets are kept under overlap_comm all the same.
+        is_last: it is the micro-step that steps.
     """
 
     def __init__(
         self, meter: Meter, items: Instances, cut: Partitions, zero: ZeroConfig, *, itemsize: int, reduced: int,
-        partial: bool, num_ranks: int, of_muon: Precision, exchange: Exchange = PLAIN,
+        partial: bool, num_ranks: int, of_muon: Precision, exchange: Exchange = PLAIN, is_last: bool = True,
     ) -> None:  # fmt: skip
         self.num_ranks, self.of_muon = num_ranks, of_muon
         self.meter, self.items, self.cut, self.zero = meter, items, cut, zero
-        self.itemsize, self.partial = itemsize, partial
+        self.itemsize, self.partial, self.is_last = itemsize, partial, is_last
         self.cast = reduced if reduced != itemsize or exchange.communicated else 0
         self.stage = zero.stage
         self.contiguous = zero.contiguous_gradients or zero.offloads_optimizer
-        self.reduces_in_hooks = self.stage == 2 or zero.overlaps_comm
+        self.reduces_in_hooks = self.stage == 2 or (zero.overlaps_comm and is_last)
         self.bucket: list[int] = []
         self.bucket_numel = 0
         self.own: dict[int, int] = {}
@@ -321,6 +321,8 @@ class Stage12Engine:
                 self._free(number)
         elif self.contiguous and number in self.cut.mine:
             if self.zero.offloads_optimizer:
+                if not self.is_last:
+                    return  # one that is larger than the bucket stays until the epilogue (copy_grads_in_partition)
                 self.meter.touch(Kind.TEMPORARIES, 2 * FP32 * self.cut.mine[number])
             elif not self.has_partition_buffer:
                 self.meter.add(Kind.GRADIENTS, self.itemsize * self.cut.touched_numel)
