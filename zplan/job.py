@@ -16,6 +16,7 @@ from zplan.catalog.config_file import SIZES
 from zplan.errors import ConfigError
 from zplan.hardware import DESCRIBED_NVME, Cluster
 from zplan.memory.estimate import BucketRule
+from zplan.memory.families import default_attention
 from zplan.model_shape import ModelShape
 from zplan.options import Flags
 from zplan.overrides import fixed_by_file, over_file, over_plan
@@ -99,6 +100,8 @@ def make_job(
     shape = resolve_shape(flags.model, flags.set_model, probe_shape)
     cluster = resolve_cluster(flags, probe_cluster)
     recipe = resolve_recipe(flags, cluster)
+    if flags.attention is None:
+        recipe = replace(recipe, attention=default_attention(shape.model_type))
     job = Job(shape=shape, recipe=recipe, cluster=cluster, fixed=resolve_fixed(flags), bucket_rule=_bucket_rule(flags))
     refuse_more_ranks_than_gpus(cluster, job.fixed)
     single = [text for text in flags.set_ if gives_one_value(text) and not is_choice_setting(text)]

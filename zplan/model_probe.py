@@ -5,6 +5,7 @@ The one slow import of the planner (torch and transformers); its answers are cac
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
@@ -22,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from zplan.catalog.cache import save_shape
 from zplan.catalog.config_file import check_config, load_config
-from zplan.catalog.shapes import make_shape
+from zplan.catalog.shapes import KEPT_DEFAULTS, make_shape
 from zplan.errors import ConfigError
 from zplan.model_shape import Block, BlockRole, ModelShape, ParameterKind, ParameterShape
 
@@ -57,7 +58,7 @@ def shape_of_config(data: Mapping[str, Any], *, name: str) -> ModelShape:
         name=name,
         architecture=type(model).__name__,
         blocks=blocks,
-        config={**data, "model_type": model.config.model_type},
+        config=_own_config(data, model.config),
         resolved=_text_config(model.config).to_dict(),
         source=f"transformers {transformers.__version__}, {type(model).__name__} on the meta device",
     )
@@ -109,6 +110,17 @@ def _refuse_unknown_keys(data: Mapping[str, Any], model_type: str) -> None:
         wrong.append(f"{key}: a {model_type} has no such key" + (f"; did you mean {near[0]}?" if near else ""))
     if wrong:
         raise ConfigError("--set-model cannot be applied", problems=tuple(wrong), fix="--set-model hidden_size=4096")
+
+
+def _own_config(data: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """What builds this very model again: config.json as it was, or what a wrapper's says of the text tower; with the
+    defaults that the formulas read."""
+    resolved = config.to_dict()
+    defaults = {key: resolved[key] for key in KEPT_DEFAULTS if resolved.get(key) is not None}
+    if config.model_type == data["model_type"]:
+        return {**defaults, **data}
+    tower = json.loads(config.to_json_string(use_diff=True))
+    return {**defaults, **{key: value for key, value in tower.items() if key != "transformers_version"}}
 
 
 def _text_config(config: Any) -> Any:
@@ -163,8 +175,8 @@ def _kind(owner: nn.Module, local: str, dim: int) -> ParameterKind:
         return "norm"
     if local == "bias" or local.endswith("_bias"):
         return "bias"
+    if isinstance(owner, nn.Conv1d | nn.Conv2d):
+        return "conv"
     if dim == 3:
         return "experts"
-    if isinstance(owner, nn.Linear | Conv1D) or (dim == 2 and local == "weight"):
-        return "linear"
-    return "conv" if isinstance(owner, nn.Conv1d | nn.Conv2d) else "other"
+    return "linear" if isinstance(owner, nn.Linear | Conv1D) else "other"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from zplan.candidates import Fixed
 from zplan.errors import ConfigError
 from zplan.hardware import Cluster
-from zplan.memory.trainable import experts_refused, layout
+from zplan.memory.families import adapters_refused
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.settings import setting_value, split_setting
@@ -33,7 +33,7 @@ def refuse_nvme_without_drive(cluster: Cluster, fixed: Fixed, choice: Choice | N
 
 def refuse_adapters_of_experts(shape: ModelShape, recipe: Recipe) -> None:
     """Raises ConfigError where PEFT does."""
-    refused = experts_refused(layout(shape, recipe), recipe)
+    refused = adapters_refused(shape, recipe)
     if refused:
         what, _, why = refused.partition(": ")
         raise ConfigError(what, because=why, fix="--lora-target q_proj --lora-target v_proj")

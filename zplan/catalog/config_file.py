@@ -19,6 +19,8 @@ SIZES = (
     "num_decoder_layers", *_EXPERTS,
 )  # fmt: skip
 """Keys of config.json that are whole numbers from 1 up, or absent."""
+_OF_EACH_LAYER = ("intermediate_size", "num_experts_per_tok", "num_key_value_heads", "moe_intermediate_size")
+"""Sizes that some families give as a list, a number for each layer (Gemma 3n, Hunyuan MoE)."""
 
 
 def load_config(path: Path) -> dict[str, Any]:
@@ -58,9 +60,10 @@ def _impossible(tower: Any) -> Iterator[str]:
     for key in SIZES:
         least, most = (0 if key in _EXPERTS else 1), (_MOST_LAYERS if "layer" in key else _MOST)
         value = tower.get(key)
-        if value is not None and (type(value) is not int or not least <= value <= most):
+        each = value if isinstance(value, list) and value and key in _OF_EACH_LAYER else [value]
+        if any(one is not None and (type(one) is not int or not least <= one <= most) for one in each):
             whole = False
             yield f"{key} is {value!r}, not a whole number between {least} and {most:,}"
     heads, groups = tower.get("num_attention_heads"), tower.get("num_key_value_heads")
-    if whole and heads and groups and heads % groups:
+    if whole and heads and isinstance(groups, int) and groups and heads % groups:
         yield f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"

@@ -10,24 +10,30 @@ from zplan.model_shape import Block, ModelShape, ParameterShape
 
 _ALIASES: dict[str, tuple[str, ...]] = {
     "hidden_size": ("hidden_size", "n_embd", "d_model"),
-    "num_hidden_layers": ("num_hidden_layers", "n_layer", "num_layers"),
-    "num_attention_heads": ("num_attention_heads", "n_head", "num_heads"),
+    "num_hidden_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "n_heads"),
     "intermediate_size": ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size"),
     "max_position_embeddings": ("max_position_embeddings", "n_positions", "seq_length"),
-    "num_local_experts": ("num_local_experts", "num_experts", "n_routed_experts"),
-    "num_experts_per_tok": ("num_experts_per_tok",),
+    "num_local_experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+    "num_experts_per_tok": ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k"),
     "num_shared_experts": ("n_shared_experts",),
     "hidden_act": ("hidden_act", "hidden_activation", "activation_function", "feed_forward_proj"),
 }
 """Our field (Llama's spelling) <- the spellings of older families."""
+KEPT_DEFAULTS = (
+    "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "new_decoder_architecture",
+    "parallel_attn", "use_parallel_residual", "alibi", "attn_logit_softcapping", "final_logit_softcapping",
+)  # fmt: skip
+"""Keys that the formulas read in a model's config; a config.json that leaves one out means transformers' default."""
 _HEADS = ("lm_head.weight", "output.weight", "transformer.output_layer.weight")
 """The output projection, where it is a tensor of its own: transformers, InternLM2, ChatGLM3."""
 
 
 def _first(values: Mapping[str, Any], field: str, default: Any) -> Any:
     for key in _ALIASES.get(field, (field,)):
-        if values.get(key) is not None:
-            return values[key]
+        value = values.get(key)
+        if value is not None:
+            return max(value) if isinstance(value, list) else value  # one for each layer
     return default
 
 
@@ -71,7 +77,7 @@ def make_shape(
         layer_types=tuple(resolved.get("layer_types") or ()),
         num_local_experts=_first(resolved, "num_local_experts", 0),
         num_experts_per_tok=_first(resolved, "num_experts_per_tok", 0),
-        moe_intermediate_size=_expert_size(blocks),
+        moe_intermediate_size=_expert_size(blocks, hidden),
         num_shared_experts=_first(resolved, "num_shared_experts", 0),
         kv_lora_rank=resolved.get("kv_lora_rank") or 0,
         hidden_act=str(_first(resolved, "hidden_act", "silu")),
@@ -93,12 +99,13 @@ def _outside(blocks: Iterable[Block]) -> Iterable[ParameterShape]:
     return (parameter for block in blocks if not block.path for parameter in block.parameters)
 
 
-def _expert_size(blocks: Iterable[Block]) -> int:
-    """Width of one expert, from its down projection's tensor (experts, hidden, width)."""
+def _expert_size(blocks: Iterable[Block], hidden_size: int) -> int:
+    """Width of one expert, from its down projection's tensor: (experts, hidden, width), or the other way round."""
     for block in blocks:
         for parameter in block.parameters:
             if parameter.kind == "experts" and "down" in parameter.name:
-                return int(parameter.shape[-1])
+                *_, rows, columns = parameter.shape
+                return rows if columns == hidden_size else columns
     return 0
 
 

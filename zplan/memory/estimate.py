@@ -72,7 +72,7 @@ def estimate_memory(
         gpu=_gpu(terms, phases, shape, recipe, choice, cluster, bucket_rule, is_whole=not missing),
         host=host,
         nvme=nvme,
-        notes=(*missing, *unchecked(shape, recipe), *_notes(recipe, choice, cluster), *limit_notes(host.limits)),
+        notes=(*missing, *unchecked(recipe), *_notes(recipe, choice, cluster), *limit_notes(host.limits)),
     )
 
 

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from zplan.autotp import cannot_cut
+from zplan.memory.families import refused, unknown_layers
 from zplan.memory.quantized import num_groups
-from zplan.memory.trainable import experts_refused, layout
+from zplan.memory.trainable import layout
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.zero_config import Choice, offload_refused
 
-CHECKED_FAMILIES = frozenset(
-    {
-        "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "starcoder2",
-        "gpt2", "gpt_neox", "opt", "bloom", "falcon", "qwen3_moe", "deepseek_v2",
-    }
-)  # fmt: skip
-"""Families of reports/formula_vs_simulation.md that stay within 4 % there."""
 CHECKED_OPTIMIZERS = frozenset({"adamw", "sgd", "muon"})
 """Muon where `_of_muon` says nothing."""
 
@@ -31,24 +25,22 @@ def not_modelled(shape: ModelShape, recipe: Recipe, choice: Choice, *, on_cpu: b
     found += _of_quantizer(shape, recipe, choice)
     uncut = cannot_cut(shape, recipe, choice.batch.autotp_size, stage=choice.zero.stage)
     found += [uncut] if uncut else []
-    refused = offload_refused(choice.zero, recipe.optimizer, on_cpu=on_cpu)
-    found += [refused] if refused else []
+    unoffloaded = offload_refused(choice.zero, recipe.optimizer, on_cpu=on_cpu)
+    found += [unoffloaded] if unoffloaded else []
     found += _of_muon(choice) if recipe.optimizer == "muon" else []
     return tuple(f"not modelled: {line}" for line in found)
 
 
 def _of_model(shape: ModelShape, recipe: Recipe) -> list[str]:
-    lines = []
-    if shape.model_type == "bloom" and recipe.attention != "eager":
-        lines.append(f"{recipe.attention} attention of Bloom: transformers 5.23.0 has the eager one only and refuses")
+    lines = list(refused(shape, recipe))
+    unknown = unknown_layers(shape)
+    lines += [unknown] if unknown else []
     if shape.model_type == "mpt" or shape.config.get("alibi"):
         lines.append("ALiBi's scores")
     if recipe.use_dora and recipe.method == "qlora":
         lines.append("DoRA on quantised weights, which are dequantised for the norm (peft, lora/dora.py)")
     if recipe.use_dora and shape.model_type == "gpt2":
         lines.append("DoRA on GPT-2's transposed matrices: products with the whole weight (peft, lora/dora.py)")
-    refused = experts_refused(layout(shape, recipe), recipe)
-    lines += [refused] if refused else []
     return lines
 
 
@@ -124,11 +116,9 @@ def _of_quantizer(shape: ModelShape, recipe: Recipe, choice: Choice) -> list[str
     return []
 
 
-def unchecked(shape: ModelShape, recipe: Recipe) -> tuple[str, ...]:
+def unchecked(recipe: Recipe) -> tuple[str, ...]:
     """Terms written from the libraries' source that no simulation has confirmed; each one line, `unchecked: ...`."""
     lines = []
-    if shape.model_type not in CHECKED_FAMILIES:
-        lines.append(f"activations of {shape.model_type} layers")
     if recipe.optimizer not in CHECKED_OPTIMIZERS:
         lines.append(f"states and temporaries of {recipe.optimizer}")
     if recipe.load_in_8bit:

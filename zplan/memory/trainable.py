@@ -154,10 +154,12 @@ def _lay(block: Block, recipe: Recipe, model_type: str) -> LaidBlock:
         quantised = recipe.method == "qlora" and not saved and is_quantised(parameter, block, model_type)
         trains = recipe.method == "full" or saved
         weights.append(_weight(parameter, recipe, trains=trains, quantised=quantised))
-        converted = is_converted_target(parameter, model_type, recipe.lora_target)
-        if recipe.method != "full" and not saved and is_lora_target(parameter, block, recipe.lora_target, converted):
+        if recipe.method == "full" or saved:
+            continue
+        wraps = adapts_parameter(parameter, model_type, recipe.lora_target)
+        if is_lora_target(parameter, block, recipe.lora_target, model_type) or (wraps and len(parameter.shape) == 2):
             weights.extend(_adapter(parameter, recipe))
-        elif recipe.method != "full" and not saved and adapts_experts(parameter, model_type, recipe.lora_target):
+        elif wraps:
             weights.extend(_expert_adapter(parameter, recipe))
     return LaidBlock(block=block, weights=tuple(weights), repeat=block.repeat)
 
@@ -223,45 +225,57 @@ def nf4_bytes(numel: int) -> int:
     return -(-numel // 2) + blocks + 4 * -(-blocks // NF4_NESTED_BLOCK)
 
 
-def is_lora_target(parameter: ParameterShape, block: Block, targets: tuple[str, ...], converted: bool = False) -> bool:
+def is_lora_target(parameter: ParameterShape, block: Block, targets: tuple[str, ...], model_type: str) -> bool:
     """Whether PEFT puts an adapter on the module of this weight.
 
-    `all-linear` takes every linear module but the output head; experts kept as one 3-D parameter are no modules.
+    `all-linear` takes every linear module but the output head; a router or experts that hold their weight themselves
+    are no linear modules.
 
     Source: peft 0.21.2, tuners/tuners_utils.py (_maybe_include_all_linear_layers).
     """
-    if converted or parameter.kind != "linear" or len(parameter.shape) != 2 or not parameter.name.endswith("weight"):
+    last = parameter.module.rpartition(".")[2]
+    is_matrix = parameter.kind == "linear" and len(parameter.shape) == 2 and parameter.name.endswith("weight")
+    if not is_matrix or last in _renamed(model_type):
         return False
     if targets == ("all-linear",):
         return block.role in ("layer", "encoder_layer")
-    return parameter.module.rpartition(".")[2] in targets
+    return last in targets
 
 
-ADAPTED_EXPERTS = frozenset(
+_LIKE_MIXTRAL = frozenset({"mixtral", "minimax", "minimax_m2"})
+_LIKE_QWEN2_MOE = frozenset(
     {
-        "mixtral", "minimax", "minimax_m2", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe",
-        "olmoe", "ernie4_5_moe", "dots1", "flex_olmo", "hunyuan_v1_moe", "qwen3_next",
+        "qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite",
+        "glm_moe_dsa", "olmoe", "flex_olmo", "ernie4_5_moe", "dots1", "hunyuan_v1_moe", "exaone_moe", "cohere2_moe",
+        "solar_open", "longcat_flash", "afmoe", "mellum", "beam",
     }
 )  # fmt: skip
-"""Families whose experts PEFT adapts under `all-linear`.
+"""Families of which PEFT adapts router and experts by what their modules were called in transformers 4; Qwen 2 MoE
+itself is not among them.
 
-Source: peft 0.21.2, utils/transformers_weight_conversion.py (_convert_peft_config_moe); transformers 5.23.0,
-conversion_mapping.py (_MODEL_TO_CONVERSION_PATTERN: mixtral and qwen2_moe)."""
+Source: transformers 5.23.0, conversion_mapping.py (_MODEL_TO_CONVERSION_PATTERN: mixtral, qwen2_moe); peft 0.21.2,
+utils/transformers_weight_conversion.py (_convert_peft_config_moe)."""
 
 
-def is_converted_target(parameter: ParameterShape, model_type: str, targets: tuple[str, ...]) -> bool:
-    """A dense or shared MLP of a family whose experts are adapted: PEFT turns the names of its modules into those of
-    the stacked weights, and adapts these alone.
+def _renamed(model_type: str) -> dict[str, str]:
+    """Earlier name of a module -> the parameter that PEFT adapts instead; a dense or shared MLP of that name is passed
+    over.
 
-    Source: peft 0.21.2, utils/transformers_weight_conversion.py (_convert_peft_config_moe, _MOE_TARGET_MODULE_MAPPING).
+    Source: peft 0.21.2, utils/transformers_weight_conversion.py (_MOE_TARGET_MODULE_MAPPING).
     """
-    of_experts = parameter.module.rpartition(".")[2] in ("gate_proj", "up_proj", "down_proj")
-    return targets == ("all-linear",) and model_type in ADAPTED_EXPERTS and of_experts
+    if model_type in _LIKE_MIXTRAL:
+        return {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}
+    if model_type in _LIKE_QWEN2_MOE:
+        names = ("gate_proj", "gate_up_proj"), ("up_proj", "gate_up_proj"), ("down_proj", "down_proj")
+        return {"gate": "gate.weight", **dict(names)}
+    return {}
 
 
-def adapts_experts(parameter: ParameterShape, model_type: str, targets: tuple[str, ...]) -> bool:
-    """Whether PEFT wraps the stacked weight of a layer's experts (ParamWrapper)."""
-    return targets == ("all-linear",) and len(parameter.shape) == 3 and model_type in ADAPTED_EXPERTS
+def adapts_parameter(parameter: ParameterShape, model_type: str, targets: tuple[str, ...]) -> bool:
+    """Whether PEFT wraps this weight of a router or of stacked experts (ParamWrapper)."""
+    renamed = _renamed(model_type)
+    asked = renamed if targets == ("all-linear",) else targets
+    return any(f".{parameter.name}".endswith(f".{renamed[name]}") for name in asked if name in renamed)
 
 
 def _expert_adapter(parameter: ParameterShape, recipe: Recipe) -> tuple[Weight, Weight]:

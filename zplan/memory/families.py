@@ -1,0 +1,92 @@
+"""What the libraries lack or refuse for a family, and which families' layers the formulas know. No arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from zplan.memory.trainable import experts_refused, layout
+from zplan.model_shape import ModelShape
+from zplan.recipe import Attention, Recipe
+
+CHECKED_FAMILIES = frozenset(
+    {
+        "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "starcoder2",
+        "gpt2", "gpt_neox", "opt", "bloom", "falcon", "qwen3_moe", "deepseek_v2",
+    }
+)  # fmt: skip
+"""Families of reports/formula_vs_simulation.md and reports/families.md that stay within 4 % there."""
+WITHOUT_FUSED = frozenset({"bloom", "codegen", "gpt_neox_japanese", "mpt", "xglm", "mamba", "mamba2", "falcon_mamba"})
+"""Families that have the eager attention only.
+
+Source: transformers 5.23.0, models/*/modeling_*.py (_supports_sdpa, _supports_flash_attn)."""
+WITHOUT_SDPA = WITHOUT_FUSED | frozenset({"gemma2", "gpt_neo", "gpt_oss", "gptj", "vaultgemma", "mimo_v2_flash"})
+"""Families without sdpa; these have flash attention."""
+ATTENTIONS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""Kinds of layers, of config.json's `layer_types`, that attend to tokens before."""
+_ROUTER_RETURNS_TUPLE = frozenset({"llama4_text", "phimoe"})
+_MAMBA = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
+
+
+def default_attention(model_type: str) -> Attention:
+    """What transformers takes by itself: sdpa where the family has it."""
+    return "eager" if model_type in WITHOUT_SDPA else "sdpa"
+
+
+def refused(shape: ModelShape, recipe: Recipe) -> Iterator[str]:
+    """What cannot run with the installed libraries, one line each: `what: why`."""
+    family = shape.model_type
+    if recipe.attention != "eager" and family in (WITHOUT_SDPA if recipe.attention == "sdpa" else WITHOUT_FUSED):
+        yield f"{recipe.attention} attention of {family}: transformers 5.23.0 refuses it; try --attention eager"
+    if family == "llama4_text" and recipe.loss in ("nll", "chunked_nll"):
+        yield (
+            "TRL's tiled loss on llama4_text: its fused head takes the whole model for the decoder (trl 1.16.0,"
+            " add_fused_lm_head; Llama4ForCausalLM.base_model_prefix) and raises; try --loss full"
+        )
+    why = adapters_refused(shape, recipe)
+    if why is not None:
+        yield why
+
+
+def adapters_refused(shape: ModelShape, recipe: Recipe) -> str | None:
+    """Why PEFT refuses the recipe's adapters on this model, if it does: `what: why`.
+
+    Source: peft 0.21.2, tuners/lora/layer.py (Linear.forward reads result.dtype), tuners/tuners_utils.py
+    (_check_lora_target_modules_mamba); transformers 5.23.0, models/llama4/modeling_llama4.py (Llama4Router),
+    models/phimoe/modeling_phimoe.py (PhimoeTopKRouter).
+    """
+    if recipe.method == "full":
+        return None
+    family, everywhere = shape.model_type, recipe.lora_target == ("all-linear",)
+    if everywhere and family in _ROUTER_RETURNS_TUPLE:
+        return f"an adapter on the router of {family}: the router returns a tuple, which peft's Linear cannot add to"
+    if family in _MAMBA and (everywhere or not {"out_proj", "conv1d"}.isdisjoint(recipe.lora_target)):
+        return (
+            f"an adapter on out_proj of {family}: peft refuses it on Mamba's layers (_check_lora_target_modules_mamba)"
+        )
+    return experts_refused(layout(shape, recipe), recipe)
+
+
+def unknown_layers(shape: ModelShape) -> str | None:
+    """Why the formula does not know this model's layers, if it does not: its activations are those of attention and MLP
+    then, and may be far too low."""
+    family = shape.model_type
+    if shape.is_encoder_decoder:
+        return f"layers of {family}, an encoder-decoder: the trainer trains decoders only; try --model qwen3-0.6b"
+    if is_recurrent(shape):
+        return (
+            f"state-space or linear-attention layers of {family}: the formula knows attention and MLP, and is too low;"
+            " zplan simulate runs the real ones"
+        )
+    if family not in CHECKED_FAMILIES:
+        return (
+            f"layers of {family}: taken for attention and MLP as elsewhere, and held against no simulation; zplan"
+            " simulate runs the real ones"
+        )
+    return None
+
+
+def is_recurrent(shape: ModelShape) -> bool:
+    """Whether some layer carries a state along the sequence instead of attending to it."""
+    if any(kind not in ATTENTIONS for kind in shape.layer_types):
+        return True
+    return any(parameter.kind == "conv" for block in shape.blocks for parameter in block.parameters)
