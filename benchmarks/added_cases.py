@@ -208,6 +208,11 @@ def _of_quantised_exchange() -> list[Case]:
         _added("llama-3.1-8b", "full", 3, world_size=64, accumulation=2, zero_quantized_weights=True,
                zero_quantized_gradients=True, zero_hpz_partition_size=8, reduce_bucket_size=50_000_000),
         _added("smollm2-135m", "lora", 3, zero_quantized_nontrainable_weights=True),
+        _added("llama-3.2-1b", "full", 3, zero_hpz_partition_size=4, offload_param=PARAMETERS_ON_CPU),
+        _added("mistral-7b", "lora", 3, accumulation=2, checkpointing=False, zero_hpz_partition_size=2,
+               stage3_max_reuse_distance=0, offload_param=PARAMETERS_ON_CPU),
+        _added("llama-3.2-1b", "full", 3, zero_hpz_partition_size=4, zero_quantized_weights=True,
+               offload_param=PARAMETERS_ON_CPU, offload_optimizer=CPU),
     ]  # fmt: skip
 
 

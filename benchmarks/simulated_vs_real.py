@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,9 @@ def stage3_cases() -> Iterator[Case]:
         name="offload both", family="qwen2",
         zero=ZeroConfig(**base, offload_param=CPU_PARAM, offload_optimizer=CPU_OPTIMIZER),
     )  # fmt: skip
+    hpz = ZeroConfig(**base, zero_hpz_partition_size=2)
+    yield Case(name="hpZ over pairs", world_size=4, zero=hpz)
+    yield Case(name="hpZ over pairs, offload_param", world_size=4, zero=replace(hpz, offload_param=CPU_PARAM))
     yield Case(name="max_live 0", zero=ZeroConfig(**base, stage3_max_live_parameters=0))
     yield Case(name="max_live 50 000", family="qwen2", zero=ZeroConfig(**base, stage3_max_live_parameters=50_000))
     yield Case(name="max_reuse 0", zero=ZeroConfig(**base, stage3_max_reuse_distance=0))

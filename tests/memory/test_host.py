@@ -14,7 +14,7 @@ from zplan.memory.sub_groups import swapped_parameters, unswapped_bytes
 from zplan.memory.terms import MemoryEstimate
 from zplan.memory.trainable import layout
 from zplan.recipe import Recipe
-from zplan.zero_config import BatchSizes, Choice, OffloadOptimizer, ZeroConfig
+from zplan.zero_config import BatchSizes, Choice, OffloadOptimizer, OffloadParam, ZeroConfig
 
 MATRICES = sum(parameter.numel for _, parameter in SHAPE.parameters() if parameter.kind != "norm")
 """The group with weight decay: one sub-group unless it is cut."""
@@ -104,3 +104,31 @@ def test_a_cpu_rank_flattens_before_it_makes_what_it_offloads(stage: Any) -> Non
     states_and_gradients = 10 * SHAPE.num_parameters
     more = 4 * MATRICES - weights if stage == 3 else 2 * 2 * largest
     assert found.gpu.phases["init"] == weights + states_and_gradients + more
+
+
+def test_offloaded_parameters_are_flattened_in_pinned_memory_beside_themselves_and_are_there_from_loading_on() -> None:
+    """The buffer and what is pinned into it, less what comes later: masters and gradients of the optimizer."""
+    zero = ZeroConfig(stage=3, offload_param=OffloadParam(device="cpu", pin_memory=False))
+    alone = estimate(zero, world_size=1)
+    both = estimate(replace(zero, offload_optimizer=OffloadOptimizer(device="cpu")), world_size=1)
+    weights = 2 * SHAPE.num_parameters
+    assert host_term(alone, "copies while parameters are flattened") == 2 * weights
+    assert host_term(both, "copies while parameters are flattened") == 0
+    assert alone.host.pinned_bytes == weights
+    assert {"load", "save"} <= {p for t in alone.host.terms if t.name == "offloaded parameters" for p in t.phases}
+
+
+def test_second_copies_of_offloaded_parameters_lie_in_host_memory() -> None:
+    """hpZ over pairs of eight ranks: half of every parameter on each rank, padded to a multiple of eight."""
+    zero = ZeroConfig(stage=3, zero_hpz_partition_size=2, offload_param=OffloadParam(device="cpu"))
+    found, name = estimate(zero, world_size=8), "secondary partitions (hpZ)"
+    copy = 2 * sum(-(-parameter.numel // 8) * 8 // 2 for _, parameter in SHAPE.parameters())
+    assert host_term(found, name) == 8 * copy
+    assert not any(term.name == name for term in found.gpu.terms)
+    assert found.gpu.verdict == "fits"
+    on_nvme = replace(zero, offload_param=OffloadParam(device="nvme", nvme_path="/nvme"))
+    refused = estimate(on_nvme, world_size=8)
+    assert refused.gpu.verdict == "tight"
+    assert any(
+        note.startswith("not modelled: zero_hpz_partition_size with offload_param on NVMe") for note in refused.notes
+    )

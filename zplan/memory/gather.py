@@ -188,7 +188,7 @@ class Gathering:
     def _bytes(self, choice: Choice, shards: Shards, schedule: Schedule, *, has_copies: bool) -> Parts:
         """What a schedule holds. Choices whose schedules turn out alike share it, all but the end of the update."""
         zero, ranks = choice.zero, choice.batch.zero_ranks
-        copies = 1 if zero.offloads_param else secondary_group(zero, ranks)
+        copies = secondary_group(zero, ranks)
         key = (
             id(schedule), zero.stage3_allgather_sequential, zero.offloads_param,
             ranks == 1, copies, copies > 1 and has_copies, zero.zero_quantized_weights,
@@ -271,7 +271,7 @@ def follow_hooks(of: Gathering, choice: Choice, shards: Shards, schedule: Schedu
     meter = Gauge()
     engine = Stage3Engine(
         meter, of.items, shards, choice.zero, num_ranks=choice.batch.zero_ranks, itemsize=of.itemsize,
-        exchange=of.exchange,
+        exchange=of.exchange, on_cpu=of.script.reduction.on_cpu,
     )  # fmt: skip
     if has_copies:
         engine.cut_all_again()

@@ -13,6 +13,7 @@ from zplan.memory.exchange import Exchange
 from zplan.memory.host_limits import host_limits, verdict_of
 from zplan.memory.instances import instances
 from zplan.memory.muon import ADAM_STATES
+from zplan.memory.shards import second_copies_bytes, secondary_group
 from zplan.memory.stage12 import partition
 from zplan.memory.states import optimizer_state_bytes
 from zplan.memory.sub_groups import is_swapped, left_on_gpu, sub_groups
@@ -35,6 +36,7 @@ LOCKED = ("NVMe swap buffers", "parameter swap buffers")
 ZERO_GRADIENTS = "offloaded gradients of zeros at initialize"
 STEPS: tuple[Phase, ...] = ("forward", "backward", "step", "save")
 STEADY: tuple[Phase, ...] = ("init", "forward", "backward", "step", "save")
+UPDATED: tuple[Phase, ...] = ("init", "forward", "backward", "step")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +128,8 @@ def host_bytes(
             pins += terms[-1].bytes if zero.offload_optimizer.pin_memory else 0
         pinned, nvme = pinned + pins, nvme + disk
     if zero.offloads_param and not rank_bytes:
-        states, pins, disk = _parameters(layout, choice, ranks, b)
+        made = sum(term.bytes for term in terms if term.name not in ("processes", *LOCKED) and "init" in term.phases)
+        states, pins, disk = _parameters(layout, recipe, choice, ranks, partition_numel, made)
         terms.extend(states)
         pinned, nvme = pinned + pins, nvme + disk
     terms.append(_saving(layout, recipe, choice, ranks, partition_numel, on_cpu))
@@ -296,32 +299,61 @@ def _optimizer_on_nvme(
     return terms, swap + (ranks * low if config.pin_memory else 0), ranks * disk
 
 
-def _parameters(layout: Layout, choice: Choice, ranks: int, b: int) -> tuple[list[Term], int, int]:
-    """Partitions of all parameters on the host, or the swap buffers in front of the NVMe.
+def _parameters(
+    layout: Layout, recipe: Recipe, choice: Choice, ranks: int, numel: int, made: int
+) -> tuple[list[Term], int, int]:
+    """Partitions of all parameters on the host, hpZ's second copies of them, or the swap buffers in front of the NVMe.
+
+    Args:
+        numel: trainable elements of one rank.
+        made: what initialize makes after these.
 
     Source: deepspeed 0.19.8, partition_parameters.py (_partition_param), swap_tensor/partitioned_param_swapper.py.
     """
-    config = choice.zero.offload_param
-    shard = ceil(layout.stored_bytes / choice.batch.zero_ranks)
+    config, world = choice.zero.offload_param, choice.batch.zero_ranks
+    shard = ceil(layout.stored_bytes / world)
     source = "deepspeed 0.19.8, partition_parameters.py"
     if config.device == "nvme":
-        swap = ranks * config.buffer_count * config.buffer_size * b
-        kept = ranks * min(shard, config.max_in_cpu * b)
-        terms = [
-            _term(
-                "parameter swap buffers",
-                swap,
-                STEADY,
-                f"{ranks} x {config.buffer_count} x {config.buffer_size} x {b}",
-                source,
-            ),
-            _term("parameters kept on the host", kept, STEADY, "max_in_cpu", source),
-            _term("second copy while pinning", swap, ("load",), "partitioned_param_swapper.py:131", source),
-        ]
-        return terms, swap + (kept if config.pin_memory else 0), ranks * shard
-    total = ranks * shard
-    term = _term("offloaded parameters", total, STEADY, f"{ranks} ranks x {shard}", source)
-    return [term], total if config.pin_memory else 0, 0
+        return _parameters_on_nvme(choice, ranks, shard, recipe.weight_bytes)
+    total, flat = ranks * shard, ranks * recipe.weight_bytes * numel
+    phases = STEADY if recipe.method == "qlora" else ("load", *STEADY)  # which is cut when it is loaded
+    copies = second_copies_bytes(instances(layout), world, secondary_group(choice.zero, world))
+    of_trained, of_frozen = (ranks * copy for copy in copies)
+    formula = f"a second copy cut over {choice.zero.zero_hpz_partition_size} ranks"
+    terms = [
+        _term("offloaded parameters", total, phases, f"{ranks} ranks x {shard}", source),
+        _term("secondary partitions (hpZ)", of_frozen, phases, f"{formula}, of frozen parameters", source),
+        _term("secondary partitions (hpZ)", of_trained, ("load", *UPDATED), f"{formula}, of trained", source),
+        _flattening(flat, made),
+    ]
+    return terms, total + of_trained + of_frozen if config.pin_memory else flat, 0
+
+
+def _flattening(flat: int, made: int) -> Term:
+    """Trained parameters while they are made one flat buffer, which is always pinned: zeros that are about to be, the
+    buffer, and the parameters. What offloads the optimizer makes comes later.
+
+        max(0, 2 b S - that)
+
+    Source: deepspeed 0.19.8, runtime/zero/stage3.py:888 (_create_param_groups_fp16_flat_cpu_memory), :978
+    (_move_to_flat_buffer).
+    """
+    formula, source = f"max(0, 2 x {flat} - {made})", "deepspeed 0.19.8, runtime/zero/stage3.py"
+    return _term("copies while parameters are flattened", max(0, 2 * flat - made), ("init",), formula, source)
+
+
+def _parameters_on_nvme(choice: Choice, ranks: int, shard: int, b: int) -> tuple[list[Term], int, int]:
+    """Source: deepspeed 0.19.8, swap_tensor/partitioned_param_swapper.py."""
+    config, source = choice.zero.offload_param, "deepspeed 0.19.8, swap_tensor/partitioned_param_swapper.py"
+    swap = ranks * config.buffer_count * config.buffer_size * b
+    kept = ranks * min(shard, config.max_in_cpu * b)
+    made = f"{ranks} x {config.buffer_count} x {config.buffer_size} x {b}"
+    terms = [
+        _term("parameter swap buffers", swap, STEADY, made, source),
+        _term("parameters kept on the host", kept, STEADY, "max_in_cpu", source),
+        _term("second copy while pinning", swap, ("load",), "partitioned_param_swapper.py:131", source),
+    ]
+    return terms, swap + (kept if config.pin_memory else 0), ranks * shard
 
 
 def _saving(layout: Layout, recipe: Recipe, choice: Choice, ranks: int, numel: int, on_cpu: bool) -> Term:

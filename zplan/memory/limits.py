@@ -88,8 +88,11 @@ def _of_zero(choice: Choice) -> list[str]:
             f"offload_optimizer.ratio {zero.offload_optimizer.ratio} with NVMe: which states of the first sub-groups "
             "stay on the GPU (stage3.py, subgroup_to_device)"
         )
-    if zero.zero_hpz_partition_size > 1 and zero.offloads_param:
-        lines.append("hpZ's second copy in host memory (offload_param)")
+    if zero.zero_hpz_partition_size > 1 and zero.offload_param.device == "nvme":
+        lines.append(
+            "zero_hpz_partition_size with offload_param on NVMe: DeepSpeed makes hpZ's copies on a device 'nvme', which"
+            " torch refuses (partition_parameters.py:1917)"
+        )
     if zero.zero_quantized_gradients and choice.batch.sequence_parallel_size > 1:
         lines.append("zero_quantized_gradients of shared sequences, which are cast to fp32 before (stage3.py:1920)")
     return lines

@@ -12,7 +12,7 @@ from zplan.memory.exchange import Exchange
 from zplan.memory.instances import Instances, instances
 from zplan.memory.muon import ADAM_STATES, first_updates_bytes, precision
 from zplan.memory.runtime import ALLOCATOR_ROUNDING
-from zplan.memory.shards import Shards, secondary_group
+from zplan.memory.shards import Shards, second_copies_bytes, secondary_group
 from zplan.memory.stage12 import Partitions, muon_offload_bytes
 from zplan.memory.states import FP32, optimizer_state_bytes, step_temporary_bytes
 from zplan.memory.sub_groups import left_on_gpu, muon_bytes, sub_groups
@@ -44,7 +44,7 @@ def resident(
 ) -> Resident:
     """The permanent terms of the configured stage."""
     if shards is not None:
-        found = _stage3(laid, recipe, choice, shards)
+        found = _stage3(laid, recipe, choice, shards, on_cpu=on_cpu)
     elif cut is not None:
         found = _stage12(laid, recipe, choice, cut)
     else:
@@ -216,29 +216,18 @@ def _initialising(
     ]
 
 
-def _secondary(laid: Layout, choice: Choice) -> list[Term]:
-    """hpZ's second copy, cut over fewer ranks: of frozen parameters for good, of trained ones from their release
-    (Stage3Engine) to the end of the update, and from loading to the first update.
-
-        b * ceil(n / N) * N / group     per parameter
-
-    Limits: with offload_param the copies lie in host memory and are not counted.
-    Source: deepspeed 0.19.8, runtime/zero/partition_parameters.py (_partition_param_sec).
+def _secondary(laid: Layout, choice: Choice, *, on_cpu: bool) -> list[Term]:
+    """hpZ's second copy: of frozen parameters for good, of trained ones from their release (Stage3Engine) to the end of
+    the update, and from loading to the first update. With offload_param a GPU's lies in host memory (host.py).
     """
     ranks = choice.batch.zero_ranks
-    group = secondary_group(choice.zero, ranks)
-    if group == 1 or choice.zero.offloads_param:
-        return []
-    copies = {True: 0, False: 0}
-    for block in laid.blocks:
-        for weight in block.weights:
-            numel, itemsize = weight.held
-            copies[weight.trainable] += block.repeat * itemsize * -(-numel // ranks) * ranks // group
+    group = 1 if choice.zero.offloads_param and not on_cpu else secondary_group(choice.zero, ranks)
+    trained, frozen = second_copies_bytes(instances(laid), ranks, group)
     name, formula = "secondary partitions (hpZ)", f"a second copy cut over {group} ranks"
     source = "deepspeed 0.19.8, runtime/zero/partition_parameters.py (ds_secondary_tensor)"
     return [
-        _term(name, copies[False], ("load", *AFTER_LOAD), f"{formula}, of frozen parameters", source),
-        _term(name, copies[True], ("load", "init", "step"), f"{formula}, of trained parameters", source),
+        _term(name, frozen, ("load", *AFTER_LOAD), f"{formula}, of frozen parameters", source),
+        _term(name, trained, ("load", "init", "step"), f"{formula}, of trained parameters", source),
     ]
 
 
@@ -318,7 +307,7 @@ def _kept_by_muon(kept: int) -> Term:
     return _term("Muon's gather buffers", kept, STEPS, "kept from step to step, 256 MiB at most", source)
 
 
-def _stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards) -> Resident:
+def _stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards, *, on_cpu: bool) -> Resident:
     """b P + 4 P + states(P) + b P gradients + the bucket + persistent parameters, less what is offloaded.
 
     Source: deepspeed 0.19.8, stage3.py (_create_fp16_partitions, _create_fp32_partitions, grad_partitions_flat_buffer,
@@ -348,7 +337,7 @@ def _stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards) -> Res
     terms += _initialising(laid, recipe, choice, shards, bucket, max(groups))
     if bucket:
         terms.append(_term("reduce bucket", bucket, STEPS, f"{reduced} x {zero.reduce_bucket_size}", source))
-    terms += _secondary(laid, choice)
+    terms += _secondary(laid, choice, on_cpu=on_cpu)
     terms += _left_on_gpu(laid, choice)
     kept = "gathered for good, but for the update itself (Stage3Engine.end_step)"
     terms.append(_term("persistent parameters", shards.persistent_bytes, ("forward", "backward", "save"), kept, source))

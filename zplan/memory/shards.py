@@ -81,6 +81,21 @@ def secondary_group(zero: ZeroConfig, num_ranks: int) -> int:
     return max(1, min(zero.zero_hpz_partition_size, num_ranks))
 
 
+@lru_cache(1024)
+def second_copies_bytes(items: Instances, num_ranks: int, group: int) -> tuple[int, int]:
+    """One rank's part of hpZ's second copies, of trained and of frozen parameters, cut over fewer ranks.
+
+        b * ceil(n / N) * N / group     per parameter
+
+    Source: deepspeed 0.19.8, runtime/zero/partition_parameters.py:1901 (_partition_param_sec).
+    """
+    if group == 1:
+        return 0, 0
+    parts = [num_bytes // group for num_bytes in padded_bytes(items, num_ranks)]
+    trained = sum(part for part, trains in zip(parts, items.trainable, strict=True) if trains)
+    return trained, sum(parts) - trained
+
+
 def update_bytes(items: Instances, shards: Shards, zero: ZeroConfig, *, num_ranks: int) -> int:
     """Persistent parameters, partitioned before the update, are gathered again after it, out of copies on the GPU if
     they are offloaded and cut; the norms of offloaded gradients and the temporaries of what a ratio leaves on the GPU

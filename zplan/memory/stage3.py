@@ -42,7 +42,9 @@ class Stage3Engine:
         exchange: Exchange = PLAIN,
         of_muon: Precision = BF16,
         swapped: frozenset[int] = frozenset(),
+        on_cpu: bool = False,
     ) -> None:
+        self.copies_here = on_cpu or not zero.offloads_param
         self.of_muon, self.swapped = of_muon, swapped
         self.meter, self.items, self.shards, self.zero = meter, items, shards, zero
         self.num_ranks, self.itemsize, self.exchange = num_ranks, itemsize, exchange
@@ -76,8 +78,8 @@ class Stage3Engine:
 
     @cached_property
     def second_copies(self) -> int:
-        """Ranks that share hpZ's second copy on the GPU."""
-        return 1 if self.zero.offloads_param else secondary_group(self.zero, self.num_ranks)
+        """Ranks that share hpZ's second copy."""
+        return secondary_group(self.zero, self.num_ranks)
 
     @cached_property
     def gathers_together(self) -> bool:
@@ -94,7 +96,7 @@ class Stage3Engine:
     def _quantized(self, numbers: tuple[int, ...]) -> QuantizedGather:
         """qwZ; out of hpZ's second copies where all of them have one."""
         group = self.second_copies
-        copied = group > 1 and all(self.secondary[number] or not self.items.trainable[number] for number in numbers)
+        copied = all(map(self._has_second_copy, numbers))
         scale, ranks = (self.num_ranks // group, group) if copied else (1, self.num_ranks)
         parts = self.shards.partition
         given = tuple(
@@ -140,10 +142,16 @@ class Stage3Engine:
         return self.bytes[number] if self.zero.offloads_param else 0
 
     def _staged_bytes(self, numbers: Sequence[int]) -> int:
-        """Partitions copied from the host before the gather."""
+        """Partitions copied from the host before the gather; hpZ's larger ones where there are any."""
         return sum(
-            self.items.itemsize[p] * self.shards.partition[p] for p in numbers if p not in self.shards.persistent
+            self.padded_bytes[p] // (self.second_copies if self._has_second_copy(p) else self.num_ranks)
+            for p in numbers
+            if p not in self.shards.persistent
         )
+
+    def _has_second_copy(self, number: int) -> bool:
+        """A frozen parameter has its own from loading on."""
+        return self.second_copies > 1 and bool(self.secondary[number] or not self.items.trainable[number])
 
     def _hold(self, numbers: Sequence[int], each_bytes: Sequence[int]) -> None:
         for number, num_bytes in zip(numbers, each_bytes, strict=True):
@@ -182,7 +190,7 @@ class Stage3Engine:
         for number in numbers:
             if self.items.trainable[number] and not self.secondary[number]:
                 self.secondary[number] = 1
-                self.meter.add(Kind.GATHERED_PARAMETERS, self.padded_bytes[number] // group)
+                self.meter.add(Kind.GATHERED_PARAMETERS, self.padded_bytes[number] // group if self.copies_here else 0)
 
     def _release(self, numbers: tuple[int, ...]) -> None:
         self._cut_again(numbers)
