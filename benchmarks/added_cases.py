@@ -26,6 +26,7 @@ def added_cases() -> list[Case]:
         *_of_muon_elsewhere(),
         *_of_parallel_ranks(),
         *_of_super_offload(),
+        *_of_wide_draws(),
     ]
 
 
@@ -271,4 +272,14 @@ def _of_super_offload() -> list[Case]:
                offload_param=PARAMETERS_ON_CPU, sub_group_size=20_000_000),
         _added("qwen2.5-7b", "lora", 3, adapter={"max_grad_norm": 0.0},
                offload_optimizer=OffloadOptimizer(device="cpu", super_offload=True, pin_memory=False)),
+    ]  # fmt: skip
+
+
+def _of_wide_draws() -> list[Case]:
+    """On which the formula was wrong when more knobs were drawn."""
+    return [
+        _added("mistral-7b", "lora", 2, accumulation=2, reduce_bucket_size=50_000_000,
+               adapter={"modules_to_save": ("embed_tokens", "lm_head")}),
+        _added("llama-3.2-1b", "lora", 3, adapter={"modules_to_save": ("lm_head",)}),
+        _added("qwen3-4b", "lora", 1, checkpointing=False, adapter={"modules_to_save": ("embed_tokens", "norm")}),
     ]  # fmt: skip

@@ -15,7 +15,8 @@ from typing import Any, Literal
 from zplan.values import dataclass
 
 ParameterKind = Literal["embedding", "linear", "experts", "norm", "bias", "conv", "other"]
-BlockRole = Literal["embedding", "layer", "encoder_layer", "final", "head"]
+BlockRole = Literal["embedding", "layer", "encoder_layer", "final", "head", "original"]
+"""original: of modules that a run has replaced by copies; held, and read by no step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

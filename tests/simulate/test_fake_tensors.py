@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 
@@ -46,6 +47,21 @@ def test_a_view_is_the_dispatchers_and_counts_as_one_operation(
     assert ours == theirs
     assert first.num_operations == second.num_operations
     assert [event[0] for event in first.events] == [event[0] for event in second.events]
+
+
+def test_a_copied_parameter_keeps_nothing_of_what_hangs_on_the_original() -> None:
+    """As torch.nn.Parameter.__deepcopy__: PEFT copies modules_to_save, whose parameters DeepSpeed has marked."""
+
+    def code() -> None:
+        layer = torch.nn.Linear(4, 4)
+        layer.weight.ds_id = (number for number in (1,))  # type: ignore[assignment]  # nothing that can be copied
+        both = copy.deepcopy([layer, layer.weight])
+        assert both[0].weight is both[1]
+        assert isinstance(both[1], torch.nn.Parameter)
+        assert not hasattr(both[1], "ds_id")
+        assert both[1].data_ptr() != layer.weight.data_ptr()
+
+    run(code)
 
 
 def test_a_part_that_needs_a_gradient_has_one() -> None:

@@ -84,14 +84,16 @@ class _Walk:
 
     def _input_bytes(self) -> int:
         """Adapters under checkpointing make the embedding's output a leaf: it and its gradient stay with the loss,
-        which lives until the engine has stepped; so do mask and positions, arguments of the checkpointed layers.
+        which lives until the engine has stepped; so do mask and positions, arguments of the checkpointed layers. Where
+        the embedding itself trains, its output is no leaf.
 
         Source: transformers 5.23.0, modeling_utils.py (enable_input_require_grads); accelerate 1.15.0,
         utils/deepspeed.py (DeepSpeedEngineWrapper.backward: backward and step in one call).
         """
         r = self.recording
         arguments = r.arguments_bytes if self.fetches else 0
-        return 2 * r.hidden_bytes + arguments if r.reentrant and self.checkpointing else 0
+        leaf = 0 if r.embedding_trains else 2 * r.hidden_bytes
+        return leaf + arguments if r.reentrant and self.checkpointing else 0
 
     def call(self, op: int, number: int = 0) -> None:
         """Note the bytes up to here; the engine acts here."""
@@ -174,7 +176,7 @@ class _Walk:
             self.pre(module)  # its post does nothing: it owns nothing
         meter.add(Kind.ACTIVATIONS, r.embedded_bytes)
         if r.adds_to_embedding:
-            is_leaf = r.reentrant and self.checkpointing
+            is_leaf = r.reentrant and self.checkpointing and not r.embedding_trains
             self.locals = 0 if is_leaf else r.hidden_bytes
             meter.add(Kind.ACTIVATIONS, r.hidden_bytes)
 

@@ -75,6 +75,7 @@ class Recording:
     head_bytes: int
     """Output weight in the training dtype."""
     head_trains: bool
+    embedding_trains: bool
     reentrant: bool
     """Adapters under ZeRO-3 force reentrant checkpointing (trl 1.16.0, sft_trainer.py:872)."""
     runs_head: bool
@@ -132,7 +133,8 @@ def _record(shape: ModelShape, recipe: Recipe, layout: Layout, sizes: Sizes) -> 
     outputs = heads or [laid.weights[0] for laid in embeddings]
     head_trains = any(weight.trainable for weight in outputs)
     apart = None
-    if not any(weight.trainable for laid in embeddings for weight in laid.weights):
+    embedding_trains = any(weight.trainable for laid in embeddings for weight in laid.weights)
+    if not embedding_trains:
         apart = next((laid for laid in layout.blocks if laid.block.role == "layer"), None)
     return Recording(
         shape=shape,
@@ -157,6 +159,7 @@ def _record(shape: ModelShape, recipe: Recipe, layout: Layout, sizes: Sizes) -> 
         returned_bytes=returned_bytes(shape, sizes),
         head_bytes=shape.vocab_size * shape.hidden_size * sizes.itemsize,
         head_trains=head_trains,
+        embedding_trains=embedding_trains,
         reentrant=recipe.method != "full",
         runs_head=recipe.loss == "full",
         head_is_embedding=not heads,

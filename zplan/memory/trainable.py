@@ -9,6 +9,7 @@ from typing import Any
 from zplan.errors import ConfigError
 from zplan.model_shape import Block, ModelShape, ParameterShape
 from zplan.recipe import Recipe
+from zplan.saved_modules import copied_blocks, is_saved
 from zplan.values import dataclass
 
 NF4_BLOCK = 64
@@ -134,7 +135,7 @@ def layout(shape: ModelShape, recipe: Recipe) -> Layout:
     if known is not None and known[0] is shape:
         return known[1]
     laid = Layout(
-        blocks=tuple(_lay(block, recipe, shape.model_type) for block in shape.blocks), muon=key[-1],
+        blocks=tuple(_lay(block, recipe, shape.model_type) for block in copied_blocks(shape, recipe)), muon=key[-1],
         in_fp16=recipe.dtype == "fp16",
     )  # fmt: skip
     if laid.trainable_numel == 0:
@@ -150,9 +151,9 @@ def layout(shape: ModelShape, recipe: Recipe) -> Layout:
 def _lay(block: Block, recipe: Recipe, model_type: str) -> LaidBlock:
     weights: list[Weight] = []
     for parameter in block.parameters:
-        saved = any(parameter.module.rpartition(".")[2] == name for name in recipe.modules_to_save)
+        saved = is_saved(parameter, recipe)
         quantised = recipe.method == "qlora" and not saved and is_quantised(parameter, block, model_type)
-        trains = recipe.method == "full" or saved
+        trains = recipe.method == "full" or (saved and block.role != "original")
         weights.append(_weight(parameter, recipe, trains=trains, quantised=quantised))
         if recipe.method == "full" or saved:
             continue

@@ -132,6 +132,15 @@ def module_apply(self: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tenso
     return self
 
 
+def copied_parameter(self: torch.Tensor, memo: dict[int, Any]) -> Any:
+    """torch.nn.Parameter.__deepcopy__, for parameters that are fake tensors by type."""
+    if not getattr(self, "_is_param", False):
+        return torch.Tensor.__deepcopy__(self, memo)  # type: ignore[no-untyped-call]
+    if id(self) not in memo:
+        memo[id(self)] = torch.nn.Parameter(self.data.clone(memory_format=torch.preserve_format), self.requires_grad)
+    return memo[id(self)]
+
+
 def _on_simulated_device(device: Any) -> bool:
     return device is not None and torch.device(device).type == DEVICE
 

@@ -17,6 +17,7 @@ from zplan.simulate.collectives import COLLECTIVES, Agreement, CollectiveRecorde
 from zplan.simulate.device import DEVICE
 from zplan.simulate.fake_tensors import (
     PositionalSignature,
+    copied_parameter,
     data_property,
     detach_of,
     distinct_data_ptr,
@@ -86,6 +87,8 @@ def install_fake_tensor_patches(patches: Patches, tracker: Tracker) -> None:
     patches.set(torch.Tensor, "is_pinned", is_pinned_of(tracker))
     # torch refuses `.data =` and swap_tensors on fake parameters, where real ones keep their identity
     patches.set(torch.nn.Module, "_apply", module_apply)
+    # torch copies any other tensor with all that hangs on it, of a parameter the values alone (PEFT: modules_to_save)
+    patches.set(FakeTensor, "__deepcopy__", copied_parameter)
     # data from Python goes through a real CPU tensor, which a device without kernels cannot take
     constructor = tensor_constructor(torch.tensor)
     patches.set(torch, "tensor", constructor)

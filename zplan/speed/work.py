@@ -7,6 +7,7 @@ from typing import Any
 
 from zplan.model_shape import Block, ModelShape, ParameterShape
 from zplan.recipe import Recipe
+from zplan.saved_modules import copied_blocks, is_saved
 from zplan.values import dataclass
 
 
@@ -56,7 +57,7 @@ def part_of(work: Work, autotp_size: int) -> Work:
 
 def _count(shape: ModelShape, recipe: Recipe) -> Work:
     layers = head = adapters = saved = 0
-    for block in shape.blocks:
+    for block in copied_blocks(shape, recipe):
         for parameter in block.parameters:
             numel = _active_numel(parameter, shape) * block.repeat
             if block.role in ("layer", "encoder_layer"):
@@ -65,7 +66,7 @@ def _count(shape: ModelShape, recipe: Recipe) -> Work:
                 head += numel
             if recipe.method != "full":
                 adapters += _adapter_numel(parameter, block, recipe) * block.repeat
-                if parameter.module.rpartition(".")[2] in recipe.modules_to_save:
+                if is_saved(parameter, recipe) and block.role != "original":
                     saved += parameter.numel * block.repeat
     head = head or shape.vocab_size * shape.hidden_size
     trainable = shape.num_parameters if recipe.method == "full" else adapters + saved
