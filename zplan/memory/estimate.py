@@ -19,12 +19,12 @@ from zplan.memory.instances import instances
 from zplan.memory.limits import not_modelled, unchecked
 from zplan.memory.loss import FP32, TOKEN_TILE, VOCAB_TILE
 from zplan.memory.meter import KIND_NAMES, Kind
+from zplan.memory.outside import outside_allocator
 from zplan.memory.replay import replay_of
 from zplan.memory.resident import Resident, resident
 from zplan.memory.script import STEP_PHASES, Course, Kinds, StepPhase
 from zplan.memory.shards import shard
 from zplan.memory.stage12 import partition
-from zplan.memory.super_offload import contexts_on_first_gpu
 from zplan.memory.terms import PHASES, VERDICTS, ByteRange, GpuEstimate, MemoryEstimate, Phase, Term
 from zplan.memory.timeline import record
 from zplan.memory.trainable import Layout, layout
@@ -269,21 +269,6 @@ def gpu_ranges(peak: int, largest_block: int, outside: ByteRange, *, on_cpu: boo
         high=reserved.high + outside.high,
     )
     return Ranges(allocated=allocated, reserved=reserved, used=used)
-
-
-def outside_allocator(choice: Choice, cluster: Cluster) -> ByteRange:
-    """CUDA contexts and NCCL."""
-    extra = runtime.overheads(
-        on_cpu=cluster.gpu.kind == "cpu",
-        num_ranks=cluster.world_size,
-        num_communicators=2 if choice.zero.zero_hpz_partition_size > 1 else 1,
-        num_contexts=contexts_on_first_gpu(choice, ranks_of_node(choice, cluster)),
-    )
-    return ByteRange(
-        low=extra.context.low + extra.nccl.low,
-        expected=extra.context.expected + extra.nccl.expected,
-        high=extra.context.high + extra.nccl.high,
-    )
 
 
 def largest_of_engine(laid: Layout, recipe: Recipe, choice: Choice) -> int:

@@ -22,7 +22,6 @@ from zplan.memory.estimate import (
     gpu_ranges,
     largest_of_engine,
     largest_of_model,
-    outside_allocator,
     phase_bytes,
     standing,
 )
@@ -33,6 +32,7 @@ from zplan.memory.instances import instances
 from zplan.memory.limits import not_modelled
 from zplan.memory.memo import Memo
 from zplan.memory.meter import Gauge
+from zplan.memory.outside import outside_allocator
 from zplan.memory.replay import Gradients, Replay, replay_of
 from zplan.memory.script import STEP_PHASES, UPDATED, UPDATED_IN_REDUCTION, Course, Reduction, StepPhase
 from zplan.memory.shards import shard, update_bytes

@@ -37,7 +37,7 @@ class Overheads:
 NOTHING = ByteRange(low=0, expected=0, high=0)
 
 
-def overheads(*, on_cpu: bool, num_ranks: int, num_communicators: int, num_contexts: int = 1) -> Overheads:
+def overheads(*, on_cpu: bool, num_communicators: int, num_contexts: int = 1) -> Overheads:
     """Context and NCCL of one rank; CPU ranks have neither.
 
     Args:
@@ -45,11 +45,10 @@ def overheads(*, on_cpu: bool, num_ranks: int, num_communicators: int, num_conte
     """
     if on_cpu:
         return Overheads(NOTHING, NOTHING)
-    count = num_communicators if num_ranks > 1 else 0
     nccl = ByteRange(
-        low=NCCL_COMMUNICATOR.low * min(count, 1),
-        expected=NCCL_COMMUNICATOR.expected * count,
-        high=NCCL_COMMUNICATOR.high * count,
+        low=NCCL_COMMUNICATOR.low * min(num_communicators, 1),
+        expected=NCCL_COMMUNICATOR.expected * num_communicators,
+        high=NCCL_COMMUNICATOR.high * num_communicators,
     )
     context = ByteRange(
         low=CUDA_CONTEXT.low, expected=num_contexts * CUDA_CONTEXT.expected, high=num_contexts * CUDA_CONTEXT.high

@@ -19,8 +19,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator, set_accelerator
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from zplan.memory.runtime import overheads
-from zplan.memory.super_offload import contexts_on_first_gpu
+from zplan.memory.outside import outside_allocator
 from zplan.simulate import analysis, trainer
 from zplan.simulate.accelerator import SimulatedCpuAccelerator, SimulatedGpuAccelerator
 from zplan.simulate.allocator import CachingAllocator, parse_options
@@ -201,11 +200,7 @@ def leave_group() -> None:
 
 def bytes_beside_tensors(request: SimulationRequest) -> int:
     """CUDA contexts and NCCL buffers of one rank: the formula's, since nothing simulates them."""
-    ranks = request.choice.batch.world_size
-    contexts = contexts_on_first_gpu(request.choice, min(request.cluster.gpus_per_node, ranks))
-    on_cpu = request.cluster.gpu.kind != "cuda"
-    extra = overheads(on_cpu=on_cpu, num_ranks=ranks, num_communicators=1, num_contexts=contexts)
-    return extra.context.expected + extra.nccl.expected
+    return outside_allocator(request.choice, request.cluster).expected
 
 
 def reserved_bytes_of(
