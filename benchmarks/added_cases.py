@@ -282,4 +282,8 @@ def _of_wide_draws() -> list[Case]:
                adapter={"modules_to_save": ("embed_tokens", "lm_head")}),
         _added("llama-3.2-1b", "lora", 3, adapter={"modules_to_save": ("lm_head",)}),
         _added("qwen3-4b", "lora", 1, checkpointing=False, adapter={"modules_to_save": ("embed_tokens", "norm")}),
+        _added("phi-3-mini", "lora", 3, world_size=2, checkpointing=False),
+        _added("phi-4", "lora", 3, checkpointing=False, adapter={"lora_target": ("o_proj",)}),
+        _added("qwen2.5-1.5b", "full", 3, world_size=6, zero_hpz_partition_size=2, adapter={"optimizer": "sgd"}),
+        _added("llama-3.2-1b", "full", 3, adapter={"optimizer": "sgd"}),
     ]  # fmt: skip

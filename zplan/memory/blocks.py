@@ -17,7 +17,7 @@ from zplan.memory.trainable import LaidBlock
 from zplan.model_shape import ModelShape
 
 _POST_NORM_FAMILIES = ("olmo2", "olmo3")
-_PARALLEL = ("falcon", "gptj", "gpt_neox", "phi", "cohere")
+_PARALLEL = frozenset({"falcon", "gptj", "gpt_neox", "phi", "cohere", "cohere2"})
 
 
 def build_layer(laid: LaidBlock, shape: ModelShape, sizes: Sizes, modules: Modules) -> Build:
@@ -63,7 +63,7 @@ def is_parallel(shape: ModelShape) -> bool:
     modeling_falcon.py (FalconDecoderLayer.forward).
     """
     parallel = shape.config.get("use_parallel_residual", True) and shape.config.get("parallel_attn", True)
-    return bool(parallel) and shape.model_type.startswith(_PARALLEL)
+    return bool(parallel) and shape.model_type in _PARALLEL
 
 
 def _parallel(

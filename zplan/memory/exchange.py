@@ -1,10 +1,11 @@
-"""What recipe and cluster say about how ranks exchange weights and gradients, beside the choice."""
+"""What recipe and cluster say to a replay, beside the choice: how ranks exchange weights and gradients, and states."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from zplan.hardware import Cluster
+from zplan.memory.states import first_state_bytes
 from zplan.recipe import DTYPE_BYTES, DType, Recipe
 from zplan.values import dataclass
 from zplan.zero_config import BatchSizes
@@ -22,6 +23,8 @@ class Exchange:
     """Dtype of gradients that are reduced; None: the training dtype."""
     gpus_per_node: int | None = None
     """None: one node has them all."""
+    state_bytes: float = first_state_bytes("adamw")
+    """What the first update makes for each element."""
 
     @classmethod
     def of(cls, recipe: Recipe, cluster: Cluster | None = None) -> Exchange:
@@ -31,6 +34,7 @@ class Exchange:
             accumulated=_other(recipe.grad_accum_dtype, recipe.dtype),
             communicated=_other(recipe.communication_data_type, recipe.dtype),
             gpus_per_node=cluster.gpus_per_node if cluster else None,
+            state_bytes=first_state_bytes(recipe.optimizer),
         )
 
     def for_batch(self, batch: BatchSizes, itemsize: int) -> Exchange:

@@ -24,8 +24,6 @@ from zplan.zero_config import Choice
 
 MOST_KEPT = 1024
 NO_TRACE = Limits(prefetch=0, live=0, reuse=0)
-ADAM_STATES = 8
-"""Bytes an element of what most optimizers make in their first step; less of others only hides a part of that step."""
 MOST_SCHEDULES = 256
 """Of one set of persistent parameters."""
 _PADDINGS: dict[tuple[int, ...], int] = {}
@@ -114,8 +112,8 @@ class Gathering:
 
         The first micro-step has no trace: nothing is prefetched and everything is released after its module, persistent
         parameters too, which therefore are gathered together with the others of their module, in one buffer and in
-        copies out of it. What the first step does not hold yet (Adam's states, the persistent parameters) is taken off
-        its bytes.
+        copies out of it. What the first step does not hold yet (the optimizer's states, the persistent parameters) is
+        taken off its bytes.
 
         Source: deepspeed 0.19.8, partitioned_param_coordinator.py (release_sub_module: is_complete_trace), stage3.py
         (_post_step).
@@ -154,7 +152,7 @@ class Gathering:
             made = _FirstStep(
                 untraced=replace(shards, persistent=frozenset(), persistent_bytes=0),
                 missing=missing, missing_bytes=missing_bytes,
-                states_bytes=ADAM_STATES * (shards.trainable_numel - of_muon),
+                states_bytes=int(self.exchange.state_bytes * (shards.trainable_numel - of_muon)),
             )  # fmt: skip
             known = self._first_steps[id(shards)] = (shards, made)
         return known[1]

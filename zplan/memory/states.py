@@ -22,6 +22,15 @@ STATE_BYTES_PER_ELEMENT: dict[Optimizer, float] = {
 Lion: one fp32 momentum; Muon too, of its matrices, on the host (muon.py: on a GPU). SGD without momentum: nothing.
 Adafactor depends on shapes: `adafactor_bytes`."""
 
+
+def first_state_bytes(optimizer: Optimizer) -> float:
+    """What the first update makes for each element: AdamW's states where Muon leaves it elements, whose own momentum is
+    there before."""
+    if optimizer == "adafactor":
+        return FP32
+    return STATE_BYTES_PER_ELEMENT["adamw" if optimizer == "muon" else optimizer]
+
+
 PAGED: frozenset[Optimizer] = frozenset({"paged_adamw", "paged_adamw_8bit"})
 """States in unified memory: counted on the device, evicted to the host under pressure."""
 
@@ -43,12 +52,13 @@ def optimizer_state_bytes(optimizer: Optimizer, numel: int, *, num_tensors: int 
 def step_temporary_bytes(optimizer: Optimizer, numel: int) -> int:
     """What the optimizer itself allocates while it updates `numel` fp32 elements.
 
-    Fused AdamW: nothing. Adafactor: the squared gradient and the update (8 numel). Lion, SGD: one update.
-    Muon: nothing, its update is made before (muon.py, muon3.py).
+    Fused AdamW: nothing. SGD without weight decay: it adds the gradients in place. Adafactor: the squared gradient and
+    the update (8 numel). Lion: one update. Muon: nothing, its update is made before (muon.py, muon3.py).
 
-    Source: torch 2.13.0, optim/adam.py (_fused_adam); transformers 5.23.0, optimization.py (Adafactor.step).
+    Source: torch 2.13.0, optim/adam.py (_fused_adam), sgd.py (_multi_tensor_sgd); transformers 5.23.0, optimization.py
+    (Adafactor.step).
     """
-    if optimizer in ("adamw", "paged_adamw", "adamw_8bit", "paged_adamw_8bit", "muon"):
+    if optimizer in ("adamw", "paged_adamw", "adamw_8bit", "paged_adamw_8bit", "sgd", "muon"):
         return 0
     if optimizer == "adafactor":
         return 2 * FP32 * numel

@@ -1,0 +1,48 @@
+"""The order of a layer's modules, and what the update takes beside them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.memory.choices import FULL_ON_SMOLLM, SMOLLM, shape_of
+from tests.shapes import described_cluster
+from zplan.memory.blocks import is_parallel
+from zplan.memory.estimate import estimate_memory
+from zplan.memory.states import step_temporary_bytes
+from zplan.recipe import Optimizer
+from zplan.zero_config import BatchSizes, Choice, ZeroConfig
+
+RANKS = 2
+NOTHING_STAYS = {
+    "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0,
+    "stage3_param_persistence_threshold": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "parallel"), [("phi-3-mini", False), ("phi-4", False), ("gpt-j-6b", True), ("falcon-7b", True)]
+)
+def test_an_mlp_runs_beside_the_attention_in_families_that_say_so(model: str, parallel: bool) -> None:
+    """Phi-3 is named after Phi and is no such family (transformers 5.23.0, modeling_phi3.py, Phi3DecoderLayer)."""
+    assert is_parallel(shape_of(model)) is parallel
+
+
+def test_sgd_adds_gradients_in_place() -> None:
+    assert step_temporary_bytes("sgd", 1000) == 0
+
+
+def test_an_optimizer_without_states_leaves_the_first_forward_the_largest_under_hpz() -> None:
+    """The first step has second copies of all weights from loading on, and no states yet."""
+
+    def forward_bytes(optimizer: Optimizer, group: int) -> int:
+        recipe = replace(FULL_ON_SMOLLM, optimizer=optimizer, train_batch_size=RANKS)
+        batch = BatchSizes(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, world_size=RANKS)
+        zero = ZeroConfig(stage=3, zero_hpz_partition_size=group, **NOTHING_STAYS)  # type: ignore[arg-type]
+        choice = Choice(zero=zero, batch=batch)
+        return estimate_memory(SMOLLM, recipe, choice, described_cluster(gpus_per_node=RANKS)).gpu.phases["forward"]
+
+    copies, states = 2 * SMOLLM.num_parameters // RANKS, 8 * SMOLLM.num_parameters // RANKS
+    assert forward_bytes("sgd", 2) - forward_bytes("sgd", 1) >= copies
+    assert states > copies  # so that a first step with AdamW's states taken off would be none to look at
