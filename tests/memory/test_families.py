@@ -12,8 +12,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.shapes import described_cluster
 from zplan.errors import ConfigError
 from zplan.job import make_job
+from zplan.memory.blocks import is_parallel
 from zplan.memory.estimate import estimate_memory
+from zplan.memory.experts import clamped_gate
 from zplan.memory.families import CHECKED_FAMILIES, WITHOUT_FUSED, WITHOUT_SDPA
+from zplan.memory.layer_modules import LayerModules
+from zplan.memory.operations import Modules, Sizes
+from zplan.memory.sinks import sink_attention
+from zplan.memory.tape import Tape
 from zplan.memory.terms import MemoryEstimate
 from zplan.memory.trainable import layout
 from zplan.model_probe import build_on_meta, shape_of_config
@@ -172,3 +178,49 @@ def test_the_tiled_loss_of_llama_4_is_named_and_never_fits() -> None:
     shape = tiny("llama4_text", num_local_experts=4, head_dim=16)
     assert any("TRL's tiled loss on llama4_text" in note for note in estimated(shape).notes)
     assert not any("TRL's tiled loss" in note for note in estimated(shape, loss="full").notes)
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "parallel"),
+    [
+        ("phi", {}, True), ("phi3", {"pad_token_id": None}, False), ("cohere2", {}, True), ("gptj", {}, True),
+        ("stablelm", {}, False), ("stablelm", {"use_parallel_residual": True}, True),
+        ("gpt_neox", {"use_parallel_residual": False}, False),
+    ],
+)  # fmt: skip
+def test_attention_and_mlp_read_the_same_input_in_the_families_that_do_so(
+    family: str, config: dict[str, Any], parallel: bool
+) -> None:
+    assert is_parallel(tiny(family, **config)) is parallel
+
+
+def test_attention_with_sinks_keeps_its_weights_a_column_wider_and_where_the_largest_was() -> None:
+    """B 2, S 8, H 4 heads of 16, 2 of keys, bf16."""
+    shape = tiny("gpt_oss", num_local_experts=4, head_dim=16)
+    recipe = Recipe(model="tiny", attention="eager")
+    laid = next(laid for laid in layout(shape, recipe).blocks if laid.block.role == "layer")
+    sizes = Sizes(micro_batch=2, length=8, itemsize=2, attention="eager", on_cpu=False)
+    tape = Tape()
+    q, k, v = tape.new(2 * 8 * 64 * 2), tape.new(2 * 8 * 32 * 2), tape.new(2 * 8 * 32 * 2)
+    out = sink_attention(
+        tape, LayerModules(laid, shape), sizes, Modules.of(laid), q, k, v, num_heads=4, q_width=64, k_width=32,
+        v_width=32,
+    )  # fmt: skip
+    tape.drop(q, k, v, out)
+    tape.leave()
+    tape.flush()
+    kept = sum(step[1] for step in tape.steps)
+    wide = 2 * 8 * 64 * 2
+    weights = 2 * 4 * 8 * (8 + 1) * 2
+    places = 2 * 4 * 8 * 8
+    assert kept == 3 * wide + weights + places  # q, keys and values for every head
+
+
+def test_a_clamped_gate_keeps_what_it_is_made_of() -> None:
+    """gate and up as they came (2), gate clamped, its sigmoid, up + 1, gate * sigmoid: 6 times a row's width."""
+    tape = Tape()
+    both = tape.new(200)
+    product = clamped_gate(tape, both, 100)
+    tape.drop(both, product)
+    tape.flush()
+    assert sum(step[1] for step in tape.steps) == 6 * 100

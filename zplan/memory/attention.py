@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from zplan.memory import norms, scores
 from zplan.memory import operations as ops
-from zplan.memory import scores
 from zplan.memory.layer_modules import LayerModules
 from zplan.memory.operations import Modules, Sizes
+from zplan.memory.sinks import sink_attention
 from zplan.memory.tape import Tape, Value
 from zplan.memory.ulysses import shared_attention
 from zplan.model_shape import ModelShape
@@ -21,9 +22,13 @@ Names = Mapping[str, str]
 _SPLIT_QKV = ("gpt2", "gpt_neox")
 """Fused q, k, v taken apart by torch.split or torch.chunk; others slice (transformers 5.23.0, modeling_gpt2.py,
 modeling_gpt_neox.py, modeling_phi3.py)."""
+_ROTATED_BEFORE_NORM = frozenset({"hunyuan_v1_dense", "hunyuan_v1_moe"})
+"""Families whose norms of q and k follow the rotation (transformers 5.23.0, modeling_hunyuan_v1_dense.py)."""
 
 
-JOINED_ROTARY = frozenset({"phi3", "gpt_neox", "phi", "stablelm"})
+JOINED_ROTARY = frozenset(
+    {"phi3", "gpt_neox", "phi", "stablelm", "glm", "glm4", "glm4_moe", "nemotron", "minimax_m2", "gpt_oss"}
+)
 """Families that rotate a part of a head and join it with the rest: the joined q puts heads before positions; flash
 attention's output follows it, and is copied for the output projection.
 
@@ -44,15 +49,21 @@ def attend(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: V
         q, k, v = _latent(tape, layer, sizes, modules, x)
     else:
         q, k, v, *locals_ = _plain(tape, layer, sizes, modules, x)
-    mixed = _mix(tape, shape, sizes, q, k, v, widths)
+    if shape.model_type == "gpt_oss" and sizes.attention == "eager":
+        mixed = sink_attention(tape, layer, sizes, modules, q, k, v, *widths)
+    else:
+        mixed = _mix(tape, shape, sizes, q, k, v, widths)
     if follows_queries(shape, sizes, grouped=widths[1] != widths[2]):
         joined = tape.apply(sizes.bytes(widths[1]), [(mixed, sizes.bytes(widths[1]))])
         tape.drop(mixed)
         mixed = joined
     out = ops.linear(tape, modules, sizes, layer.output, mixed, transposed=layer.is_conv1d)
+    inner, outer = layer.inner_dropouts[0], layer.dropouts[0]
+    if inner:
+        out = ops.dropout_module(tape, modules, sizes, inner, out, shape.hidden_size)
     tape.drop(q, k, v, mixed, *locals_)
     tape.exit(container)
-    return ops.dropout(tape, sizes, out, shape.hidden_size, sizes.residual_dropout)
+    return out if inner else ops.dropout_module(tape, modules, sizes, outer, out, shape.hidden_size)
 
 
 def follows_queries(shape: ModelShape, sizes: Sizes, *, grouped: bool) -> bool:
@@ -106,17 +117,28 @@ def _plain(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: V
     """q, k, v, and what else the attention's frame holds until it returns."""
     q, k, v, *locals_ = _project(tape, layer, sizes, modules, x)
     _, q_width, k_width, _ = attention_widths(layer.shape)
+    rotated_first = layer.shape.model_type in _ROTATED_BEFORE_NORM
+    if rotated_first:
+        q, k = _rotated(tape, layer, sizes, q, k)
     for name in layer.head_norms:
-        if name.endswith("q_norm"):
+        if name.endswith(("q_norm", "query_layernorm")):
             q = _head_norm(tape, modules, sizes, name, q, q_width)
         else:
             k = _head_norm(tape, modules, sizes, name, k, k_width)
-    if uses_rotary(layer.shape):
-        rotated_q = ops.rotary(tape, sizes, q, q_width)
-        rotated_k = ops.rotary(tape, sizes, k, k_width)
-        tape.drop(q, k)
-        q, k = rotated_q, rotated_k
+    if not rotated_first:
+        q, k = _rotated(tape, layer, sizes, q, k)
     return q, k, v, *locals_
+
+
+def _rotated(tape: Tape, layer: LayerModules, sizes: Sizes, q: Value, k: Value) -> tuple[Value, Value]:
+    """q and k turned, in families that turn them."""
+    if not uses_rotary(layer.shape):
+        return q, k
+    _, q_width, k_width, _ = attention_widths(layer.shape)
+    rotated_q = ops.rotary(tape, sizes, q, q_width)
+    rotated_k = ops.rotary(tape, sizes, k, k_width)
+    tape.drop(q, k)
+    return rotated_q, rotated_k
 
 
 def _latent(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: Value) -> tuple[Value, Value, Value]:
@@ -132,15 +154,15 @@ def _latent(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: 
     heads, wide, _, v_width = attention_widths(shape)
     rotated, latent = config["qk_rope_head_dim"], config["kv_lora_rank"]
     straight = heads * config["qk_nope_head_dim"]
-    norms = {name.rpartition(".")[2]: name for name in layer.latent_norms}
+    by_norm = {name.rpartition(".")[2]: name for name in layer.latent_norms}
     by_name = {name.rpartition(".")[2]: name for name in layer.projections}
-    q = _latent_queries(tape, sizes, modules, by_name, norms, config, x)
+    q = _latent_queries(tape, sizes, modules, by_name, by_norm, config, x)
     q_straight, q_rotated = tape.split(q, 2, sizes.bytes(wide))
     tape.drop(q)
     narrow = ops.linear(tape, modules, sizes, by_name["kv_a_proj_with_mqa"], x)
     to_norm, k_rotated = tape.split(narrow, 2, sizes.bytes(latent + rotated))
     tape.drop(narrow)
-    normed = ops.norm(tape, modules, sizes, norms["kv_a_layernorm"], to_norm, latent)
+    normed = norms.norm(tape, modules, sizes, by_norm["kv_a_layernorm"], to_norm, latent)
     tape.drop(to_norm)
     turned_q = _complex_rotary(tape, sizes, q_rotated, heads * rotated)
     turned_k = _complex_rotary(tape, sizes, k_rotated, rotated)
@@ -159,13 +181,13 @@ def _latent(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: 
 
 
 def _latent_queries(
-    tape: Tape, sizes: Sizes, modules: Modules, by_name: Names, norms: Names, config: Mapping[str, Any], x: Value
+    tape: Tape, sizes: Sizes, modules: Modules, by_name: Names, by_norm: Names, config: Mapping[str, Any], x: Value
 ) -> Value:
     """One projection, or two with a norm between them."""
     if "q_b_proj" not in by_name:
         return ops.linear(tape, modules, sizes, by_name["q_proj"], x)
     narrow = ops.linear(tape, modules, sizes, by_name["q_a_proj"], x)
-    normed = ops.norm(tape, modules, sizes, norms["q_a_layernorm"], narrow, config["q_lora_rank"])
+    normed = norms.norm(tape, modules, sizes, by_norm["q_a_layernorm"], narrow, config["q_lora_rank"])
     tape.drop(narrow)
     out = ops.linear(tape, modules, sizes, by_name["q_b_proj"], normed)
     tape.drop(normed)
@@ -183,7 +205,7 @@ def _complex_rotary(tape: Tape, sizes: Sizes, x: Value, width: int) -> Value:
 
 def _head_norm(tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, width: int) -> Value:
     """A norm over each head: the widths are those of all heads, the weight is one head's."""
-    out = ops.norm(tape, modules, sizes, name, x, width)
+    out = norms.norm(tape, modules, sizes, name, x, width)
     tape.drop(x)
     return out
 

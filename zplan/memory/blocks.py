@@ -6,6 +6,7 @@ experts; latent attention. Legend: H heads, D head size.
 
 from __future__ import annotations
 
+from zplan.memory import norms
 from zplan.memory import operations as ops
 from zplan.memory.attention import attend
 from zplan.memory.block_tape import Build
@@ -17,7 +18,10 @@ from zplan.memory.trainable import LaidBlock
 from zplan.model_shape import ModelShape
 
 _POST_NORM_FAMILIES = ("olmo2", "olmo3")
-_PARALLEL = frozenset({"falcon", "gptj", "gpt_neox", "phi", "cohere", "cohere2"})
+_PARALLEL = frozenset(
+    {"falcon", "gptj", "codegen", "gpt_neox", "gpt_neox_japanese", "phi", "cohere", "cohere2", "stablelm"}
+)
+"""Unless their config says otherwise; Phi-3 is none of them."""
 
 
 def build_layer(laid: LaidBlock, shape: ModelShape, sizes: Sizes, modules: Modules) -> Build:
@@ -34,10 +38,10 @@ def build_layer(laid: LaidBlock, shape: ModelShape, sizes: Sizes, modules: Modul
 
 
 def _residual_layer(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: Value) -> Value:
-    width, norms = layer.shape.hidden_size, list(layer.norms)
+    width = layer.shape.hidden_size
     whole = sizes.bytes(width)
-    before, after, before_mlp, after_mlp = _norm_roles(norms, layer.shape.model_type)
-    normed = ops.norm(tape, modules, sizes, before, x, width) if before else x
+    before, after, before_mlp, after_mlp = _norm_roles(layer.norms, layer.shape.model_type)
+    normed = norms.norm(tape, modules, sizes, before, x, width) if before else x
     if before and is_parallel(layer.shape):
         return _parallel(tape, layer, sizes, modules, x, normed, before_mlp)
     attended = attend(tape, layer, sizes, modules, normed)
@@ -46,7 +50,7 @@ def _residual_layer(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modu
     attended = _scaled(tape, layer, whole, _after(tape, modules, sizes, after, attended, width))
     middle = tape.apply(whole, [(x, None), (attended, None)])
     tape.drop(attended)
-    normed = ops.norm(tape, modules, sizes, before_mlp, middle, width) if before_mlp else middle
+    normed = norms.norm(tape, modules, sizes, before_mlp, middle, width) if before_mlp else middle
     fed = _mlp(tape, layer, sizes, modules, normed)
     if before_mlp:
         tape.drop(normed)
@@ -73,11 +77,11 @@ def _parallel(
     width, at_once = layer.shape.hidden_size, layer.shape.model_type == "falcon"
     whole, fed_normed = sizes.bytes(width), normed
     if before_mlp and at_once:
-        fed_normed = ops.norm(tape, modules, sizes, before_mlp, x, width)
+        fed_normed = norms.norm(tape, modules, sizes, before_mlp, x, width)
     attended = attend(tape, layer, sizes, modules, normed)
     if before_mlp and not at_once:
         tape.drop(normed)
-        fed_normed = ops.norm(tape, modules, sizes, before_mlp, x, width)
+        fed_normed = norms.norm(tape, modules, sizes, before_mlp, x, width)
     fed = _mlp(tape, layer, sizes, modules, fed_normed)
     both = tape.apply(whole, [(attended, None), (fed, None)])
     tape.drop(attended, fed, fed_normed, *([normed] if before_mlp and at_once else []))
@@ -98,20 +102,20 @@ def _scaled(tape: Tape, layer: LayerModules, num_bytes: int, x: Value) -> Value:
 def _after(tape: Tape, modules: Modules, sizes: Sizes, name: str | None, x: Value, width: int) -> Value:
     if name is None:
         return x
-    out = ops.norm(tape, modules, sizes, name, x, width)
+    out = norms.norm(tape, modules, sizes, name, x, width)
     tape.drop(x)
     return out
 
 
-def _norm_roles(norms: list[str], model_type: str) -> tuple[str | None, str | None, str | None, str | None]:
+def _norm_roles(names: list[str], model_type: str) -> tuple[str | None, str | None, str | None, str | None]:
     """(before attention, after attention, before MLP, after MLP)."""
-    if len(norms) >= 4:
-        return norms[0], norms[1], norms[2], norms[3]
-    if model_type in _POST_NORM_FAMILIES and len(norms) == 2:
-        return None, norms[0], None, norms[1]
-    if len(norms) >= 2:
-        return norms[0], None, norms[1], None
-    return (norms[0] if norms else None), None, None, None
+    if len(names) >= 4:
+        return names[0], names[1], names[2], names[3]
+    if model_type in _POST_NORM_FAMILIES and len(names) == 2:
+        return None, names[0], None, names[1]
+    if len(names) >= 2:
+        return names[0], None, names[1], None
+    return (names[0] if names else None), None, None, None
 
 
 def _mlp(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: Value) -> Value:
@@ -121,8 +125,11 @@ def _mlp(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: Val
     container = modules.number(names[0].rpartition(".")[0])
     tape.enter(container)
     out = _feed_forward(tape, layer, sizes, modules, x, names)
+    inner, outer = layer.inner_dropouts[1], layer.dropouts[1]
+    if inner:
+        out = ops.dropout_module(tape, modules, sizes, inner, out, layer.shape.hidden_size)
     tape.exit(container)
-    return ops.dropout(tape, sizes, out, layer.shape.hidden_size, sizes.residual_dropout)
+    return out if inner else ops.dropout_module(tape, modules, sizes, outer, out, layer.shape.hidden_size)
 
 
 def _feed_forward(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: Value, names: list[str]) -> Value:
@@ -130,12 +137,10 @@ def _feed_forward(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Module
     inner = ops.out_features(modules, names[0], transposed=layer.is_conv1d) // (2 if "gate_up_proj" in last else 1)
     whole = sizes.bytes(inner)
     flat = layer.shape.model_type == "opt"  # its layer makes one dimension of batch and sequence (modeling_opt.py)
+    act_number = modules.number("act_fn")
     if len(names) >= 3:
         gate = ops.linear(tape, modules, sizes, names[0], x)
-        act_number = modules.number("act_fn")
-        tape.enter(act_number)
-        acted = ops.activation(tape, sizes, gate, inner, layer.shape.hidden_act)
-        tape.exit(act_number)
+        acted = _activated(tape, sizes, act_number, gate, inner, layer.shape.hidden_act)
         tape.drop(gate)
         up = ops.linear(tape, modules, sizes, names[1], x)
         product = tape.apply(whole, [(acted, whole), (up, whole)], saves=(acted, up))
@@ -147,12 +152,20 @@ def _feed_forward(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Module
     if "gate_up_proj" in last:
         gate, up = tape.split(first, 2, 2 * whole)
         tape.drop(first)
-        acted = ops.activation(tape, sizes, gate, inner, layer.shape.hidden_act)
+        acted = _activated(tape, sizes, act_number, gate, inner, layer.shape.hidden_act)
         product = tape.apply(whole, [(acted, whole), (up, whole)], saves=(acted, up))
         tape.drop(gate, up, acted)
     else:
-        product = ops.activation(tape, sizes, first, inner, layer.shape.hidden_act)
+        product = _activated(tape, sizes, act_number, first, inner, layer.shape.hidden_act)
         tape.drop(first)
     out = ops.linear(tape, modules, sizes, names[-1], product, transposed=layer.is_conv1d, flat=flat)
     tape.drop(product)
+    return out
+
+
+def _activated(tape: Tape, sizes: Sizes, number: int, x: Value, width: int, hidden_act: str) -> Value:
+    """The nonlinearity as the module that it is, whatever its name."""
+    tape.enter(number)
+    out = ops.activation(tape, sizes, x, width, hidden_act)
+    tape.exit(number)
     return out

@@ -18,9 +18,11 @@ LEAF_FAMILIES = frozenset({"mixtral", "qwen2_moe", "qwen3_moe"})
 
 Source: deepspeed 0.19.8, runtime/zero/leaf_module_config.py (DEFAULT_LEAF_MODULE_CLASSES)."""
 LEAF = "mlp"
-FP32_ROUTERS = frozenset({"deepseek_v2", "deepseek_v3", "glm4_moe"})
+READ_AS_STORED = frozenset({"gpt_oss"})
+"""Families whose stacked weights are multiplied without being transposed, so that the graph keeps no view of them."""
+FP32_ROUTERS = frozenset({"deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "dots1", "ernie4_5_moe"})
 """Routers that see an fp32 copy of the hidden states (transformers 5.23.0, models/*/modeling_*.py)."""
-LOW_WEIGHTS = frozenset({"qwen2_moe", "qwen3_moe", "olmoe", "granitemoe"})
+LOW_WEIGHTS = frozenset({"qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss", "ernie4_5_moe"})
 """Families that cast the routing weights to the training dtype; elsewhere the weighted rows are fp32."""
 
 FeedForward = Callable[[Tape, LayerModules, Sizes, Modules, Value, list[str]], Value]
@@ -36,25 +38,27 @@ def run_experts(
     """
     whole = sizes.bytes(layer.shape.hidden_size)
     leaf = layer.shape.model_type in LEAF_FAMILIES
-    if leaf:
-        tape.enter_leaf(modules.number(LEAF))
+    container = modules.number(LEAF if leaf else layer.experts_module.rpartition(".")[0])
+    (tape.enter_leaf if leaf else tape.enter)(container)
     scores = _route(tape, layer, sizes, modules, x)
     summed = _grouped(tape, layer, sizes, modules, x, scores)
     tape.drop(scores)
     shared = [name for name in layer.mlp if "shared" in name]
     if len(shared) >= 3:
+        number = modules.number(shared[0].rpartition(".")[0])
+        tape.enter(number)
         extra = feed_forward(tape, layer, sizes, modules, x, shared[:3])
+        tape.exit(number)
         total = tape.apply(whole, [(summed, None), (extra, None)])
         tape.drop(summed, extra)
         summed = total
-    if leaf:
-        tape.exit_leaf(modules.number(LEAF))
+    (tape.exit_leaf if leaf else tape.exit)(container)
     return summed
 
 
 def _route(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: Value) -> Value:
     """The router's probabilities, fp32; the best k are gathered out of them, which keeps indices only."""
-    gates = [name for name in layer.mlp if name.endswith("gate")]
+    gates = [name for name in layer.mlp if name.endswith(("gate", "router"))]
     stacked = next(weight for weight in layer.laid.weights if len(weight.shape) == 3)
     width, hidden = stacked.shape[0], layer.shape.hidden_size
     fine = sizes.fp32_bytes(width)
@@ -63,7 +67,8 @@ def _route(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: V
     if layer.shape.model_type not in FP32_ROUTERS or sizes.itemsize == FP32:
         logits = ops.linear(tape, modules, sizes, gates[0], x, flat=True)
         return _probabilities(tape, logits, sizes.bytes(width), fine)
-    number, owned = modules.number(gates[0]), modules.owner_of(gates[0])
+    parts = ("", ".lora_A.default", ".lora_B.default")
+    number, owned = modules.number(gates[0]), [item for part in parts for item in modules.owner_of(gates[0] + part)]
     trains = any(weight.trainable for _, weight in owned)
     tape.enter(number)
     wide = tape.apply(sizes.fp32_bytes(hidden), [(x, sizes.bytes(hidden))])
@@ -98,21 +103,74 @@ def _grouped(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x:
     rows = tape.apply(rows_hidden, [(x, sizes.bytes(shape.hidden_size))])
     gate_up = _adapted(tape, sizes, first, factors)
     both = _product(tape, 2 * rows_inner, rows, rows_hidden, gate_up, first)
+    biases = [(i, w) for i, w in enumerate(layer.laid.weights) if w.name.endswith("_proj_bias")]
+    both, picked_biases = _biased(tape, both, 2 * rows_inner, biases[:1])
+    if layer.shape.model_type == "gpt_oss":
+        product = clamped_gate(tape, both, rows_inner)
+        tape.drop(both)
+    else:
+        product = _gate(tape, both, rows_inner, modules.number(f"{inside}.act_fn"))
+    down = _adapted(tape, sizes, second, factors)
+    tape.drop(*picked_biases)
+    out = _product(tape, rows_hidden, product, rows_inner, down, second)
+    out, picked_biases = _biased(tape, out, rows_hidden, biases[1:])
+    tape.drop(product)
+    summed = _weigh(tape, layer, sizes, out, scores, picked)
+    tape.drop(rows, *gate_up, *down, *picked_biases)
+    for number in reversed(entered):
+        tape.exit(number)
+    return summed
+
+
+def _gate(tape: Tape, both: Value, rows_inner: int, act_number: int) -> Value:
+    """act(gate) * up of one tensor in two halves."""
     gate, up = tape.split(both, 2, 2 * rows_inner)
-    act_number = modules.number(f"{inside}.act_fn")
     tape.enter(act_number)
     acted = tape.apply(rows_inner, [(gate, rows_inner)], saves=(gate,))
     tape.exit(act_number)
     product = tape.apply(rows_inner, [(acted, rows_inner), (up, rows_inner)], saves=(acted, up))
     tape.drop(both, gate, up, acted)
-    down = _adapted(tape, sizes, second, factors)
-    out = _product(tape, rows_hidden, product, rows_inner, down, second)
-    tape.drop(product)
-    summed = _weigh(tape, layer, sizes, out, scores, picked)
-    tape.drop(rows, *gate_up, *down)
-    for number in reversed(entered):
-        tape.exit(number)
-    return summed
+    return product
+
+
+def clamped_gate(tape: Tape, both: Value, rows_inner: int) -> Value:
+    """(up + 1) * gate * sigmoid(alpha gate) of every other column, each clamped before; a column's gradient is one of
+    the whole.
+
+    Source: transformers 5.23.0, models/gpt_oss/modeling_gpt_oss.py (GptOssExperts._apply_gate).
+    """
+    inner = rows_inner
+    gate, up = (tape.apply(None, [(both, 2 * inner)]) for _ in range(2))
+    low = tape.apply(inner, [(gate, inner)], saves=(gate,))
+    tape.drop(gate)
+    near = tape.apply(inner, [(up, inner)], saves=(up,))
+    tape.drop(up)
+    scaled = tape.apply(inner, [(low, inner)])
+    bent = tape.apply(inner, [(scaled, inner)], saves_output=True)
+    tape.drop(scaled)
+    glu = tape.apply(inner, [(low, inner), (bent, inner)], saves=(low, bent))
+    tape.drop(bent)
+    more = tape.apply(inner, [(near, None)])
+    out = tape.apply(inner, [(more, inner), (glu, inner)], saves=(more, glu))
+    tape.drop(more, glu, low, near)
+    return out
+
+
+def _biased(
+    tape: Tape, rows: Value, num_bytes: int, owned: list[tuple[int, Weight]]
+) -> tuple[Value, tuple[Value, ...]]:
+    """A bias for every row, picked out of the experts' and added in place; it lives until the next ones are picked.
+
+    Source: transformers 5.23.0, integrations/moe.py (grouped_mm_experts_forward: selected_biases; _grouped_linear).
+    """
+    if not owned:
+        return rows, ()
+    gradients = ops.gradients_of(owned)
+    picked = tape.apply(num_bytes, [], weights=gradients)
+    picked.needs_gradient = bool(gradients)
+    added = tape.apply(None, [(rows, None), (picked, None)])
+    tape.drop(rows)
+    return added, (picked,)
 
 
 def wrappers(weights: Sequence[Weight]) -> dict[str, str]:

@@ -10,6 +10,17 @@ from zplan.values import dataclass
 
 _OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "W_pack_out", "out")
 
+_DROPOUTS = {
+    "gpt_neox": ("post_attention_dropout", "post_mlp_dropout"),
+    "phi": ("resid_dropout", "resid_dropout"),
+    "phi3": ("resid_attn_dropout", "resid_mlp_dropout"),
+    "stablelm": ("", "dropout"),
+}
+"""Modules that drop out the attention's result and the MLP's, outside both (transformers 5.23.0, models/*); of other
+families they are functions, or within (GPT-2)."""
+_INNER_DROPOUTS = {"gpt2": ("attn.resid_dropout", "mlp.dropout")}
+_NONE = ("", "")
+
 
 @dataclass(frozen=True)
 class LayerModules:
@@ -64,14 +75,30 @@ class LayerModules:
 
     @cached_property
     def head_norms(self) -> list[str]:
-        """q_norm and k_norm."""
-        names = [weight.module for weight in self.laid.weights if weight.module.endswith(("q_norm", "k_norm"))]
+        """q_norm and k_norm, or under Hunyuan's names."""
+        last = ("q_norm", "k_norm", "query_layernorm", "key_layernorm")
+        names = [weight.module for weight in self.laid.weights if weight.module.endswith(last)]
         return list(dict.fromkeys(names))
+
+    @property
+    def dropouts(self) -> tuple[str, str]:
+        """Dropout modules behind attention and MLP; empty for none."""
+        return _DROPOUTS.get(self.shape.model_type, _NONE)
+
+    @property
+    def inner_dropouts(self) -> tuple[str, str]:
+        """Dropout modules that end attention and MLP; empty for none."""
+        return _INNER_DROPOUTS.get(self.shape.model_type, _NONE)
 
     @cached_property
     def experts(self) -> int:
         """Elements of the expert tensors of this layer; 0 in a dense layer."""
         return sum(weight.numel for weight in self.laid.weights if len(weight.shape) == 3)
+
+    @cached_property
+    def experts_module(self) -> str:
+        """The module of the stacked weights: `mlp.experts`."""
+        return next(weight.module for weight in self.laid.weights if len(weight.shape) == 3)
 
     @cached_property
     def is_conv1d(self) -> bool:

@@ -29,6 +29,8 @@ class Sizes:
     on_cpu: bool
     fp32_norm_weight: bool = False
     """RMSNorm multiplies by its weight before the cast back (OLMo 2, Gemma), and keeps the fp32 product."""
+    centred_norm: bool = False
+    """The norm is a LayerNorm of the family's own, written out in fp32 (Cohere)."""
     partitioned: bool = False
     """ZeRO-3, whose linear keeps its input even if the weight is frozen, and gives gradients that are no views
     (deepspeed 0.19.8, runtime/zero/linear.py, LinearFunctionForZeroStage3)."""
@@ -253,76 +255,6 @@ def dequantised_bytes(numel: int, itemsize: int) -> tuple[int, int]:
     return itemsize * numel + 2 * FP32 * -(-numel // NF4_BLOCK), itemsize * numel
 
 
-def rms_norm(tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, width: int) -> Value:
-    """RMSNorm in fp32, cast back before the weight (LlamaRMSNorm): keeps the fp32 input and the normalised output.
-
-    In an fp32 run the casts are no operations and the input itself is kept.
-    """
-    owned = modules.owner_of(name)
-    number = modules.number(name)
-    small, large, fine = sizes.bytes(width), sizes.fp32_bytes(width), sizes.fp32_bytes(1)
-    casts = sizes.itemsize != FP32
-    tape.enter(number, x)
-    wide = tape.apply(large, [(x, small)]) if casts else x
-    square = tape.apply(large, [(wide, large)], saves=(wide,), temporary=2 * large)
-    mean = tape.apply(fine, [(square, large)])
-    tape.drop(square)
-    root = tape.apply(fine, [(mean, fine)], saves_output=True)
-    tape.drop(mean)
-    normal = tape.apply(large, [(wide, large), (root, fine)], saves=(wide, root), temporary=large)
-    tape.drop(root)
-    if casts:
-        tape.drop(wide)
-    trains = any(weight.trainable for _, weight in owned)
-    if casts and sizes.fp32_norm_weight:
-        scaled = tape.apply(
-            large, [(normal, large)], saves=(normal,) if trains else (), weights=gradients_of(owned),
-            temporary=large if trains else 0,
-        )  # fmt: skip
-        out = tape.apply(small, [(scaled, large)])
-        tape.drop(normal, scaled)
-        tape.exit(number, out)
-        return out
-    back = tape.apply(small, [(normal, large)]) if casts else normal
-    out = tape.apply(
-        small,
-        [(back, small)],
-        saves=(back,) if trains else (),
-        weights=gradients_of(owned),
-        temporary=small if trains else 0,
-    )
-    tape.drop(normal)
-    if casts:
-        tape.drop(back)
-    tape.exit(number, out)
-    return out
-
-
-def layer_norm(tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, width: int) -> Value:
-    """torch's fused LayerNorm: keeps its input, mean and reciprocal deviation.
-
-    Source: torch 2.13.0, derivatives.yaml (native_layer_norm).
-    """
-    owned = modules.owner_of(name)
-    number = modules.number(name)
-    tape.enter(number, x)
-    out = tape.apply(
-        sizes.bytes(width),
-        [(x, sizes.bytes(width))],
-        saves=(x,),
-        extra_saved=2 * sizes.fp32_bytes(1),
-        weights=gradients_of(owned),
-    )
-    tape.exit(number, out)
-    return out
-
-
-def norm(tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, width: int) -> Value:
-    """The norm that its parameters show: with a bias it is LayerNorm."""
-    with_bias = any(weight.name.endswith("bias") for _, weight in modules.owner_of(name))
-    return (layer_norm if with_bias else rms_norm)(tape, modules, sizes, name, x, width)
-
-
 def rotary(tape: Tape, sizes: Sizes, x: Value, width: int) -> Value:
     """x * cos + rotate_half(x) * sin: cos and sin need no gradient, so nothing of x is kept."""
     whole, half = sizes.bytes(width), sizes.bytes(width) // 2
@@ -346,6 +278,19 @@ def dropout(tape: Tape, sizes: Sizes, x: Value, width: int, rate: float) -> Valu
         return x
     out = _with_mask(tape, sizes, x, width)
     tape.drop(x)
+    return out
+
+
+def dropout_module(tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, width: int) -> Value:
+    """A dropout that is a module, whose hooks prefetch at any rate; with an empty name it is a function.
+
+    Source: deepspeed 0.19.8, runtime/zero/parameter_offload.py (_register_deepspeed_module: every module has hooks).
+    """
+    if not name:
+        return dropout(tape, sizes, x, width, sizes.residual_dropout)
+    tape.enter(modules.number(name))
+    out = dropout(tape, sizes, x, width, sizes.residual_dropout)
+    tape.exit(modules.number(name))
     return out
 
 

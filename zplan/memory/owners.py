@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from zplan.memory.experts import LEAF, LEAF_FAMILIES, wrappers
+from zplan.memory.experts import LEAF, LEAF_FAMILIES, READ_AS_STORED, wrappers
 from zplan.memory.layer_modules import is_expert_adapter
 from zplan.memory.operations import MAGNITUDE
 from zplan.memory.tape import Event
@@ -97,7 +97,9 @@ def viewed_numbers(recording: Recording, *, checkpointing: bool) -> frozenset[in
         plain = [
             local
             for local, weight in enumerate(block.laid.weights)
-            if len(weight.shape) == 3 and f"{weight.name}.{EXPERT_ADAPTERS[0]}" not in names
+            if len(weight.shape) == 3
+            and f"{weight.name}.{EXPERT_ADAPTERS[0]}" not in names
+            and recording.shape.model_type not in READ_AS_STORED
         ]
         for layer in range(block.laid.repeat):
             first = recording.items.base[index] + layer * len(block.laid.weights)

@@ -29,7 +29,7 @@ def fused_attention(
     """
     wide, grouped = sizes.bytes(q_width), k_width != q_width
     if masked and grouped:
-        k, v = (_repeat_heads(tape, sizes, x, k_width, q_width, num_heads) for x in (k, v))
+        k, v = (repeat_heads(tape, sizes, x, k_width, q_width, num_heads) for x in (k, v))
         out = fused_attention(tape, sizes, q, k, v, num_heads, q_width, q_width, q_width, masked=True)
         tape.drop(k, v)
         return out
@@ -99,7 +99,7 @@ def _math_attention(
     return flat
 
 
-def _repeat_heads(tape: Tape, sizes: Sizes, x: Value, narrow: int, wide: int, num_heads: int) -> Value:
+def repeat_heads(tape: Tape, sizes: Sizes, x: Value, narrow: int, wide: int, num_heads: int) -> Value:
     """repeat_kv: a copy for every query head, or a view of a single head; its backward sums the copies' gradients."""
     is_single = narrow * num_heads == wide
     num_bytes = None if is_single else sizes.bytes(wide)
@@ -133,8 +133,8 @@ def eager_attention(
     repeats, batched = k_width != q_width, sizes.micro_batch > 1
     out_wide = sizes.bytes(v_width * q_width // k_width)
     if repeats:
-        keys = _repeat_heads(tape, sizes, k, k_width, q_width, num_heads)
-        values = _repeat_heads(tape, sizes, v, v_width, q_width, num_heads)
+        keys = repeat_heads(tape, sizes, k, k_width, q_width, num_heads)
+        values = repeat_heads(tape, sizes, v, v_width, q_width, num_heads)
     else:
         keys = tape.apply(wide, [(k, None)]) if batched and not joined else tape.apply(None, [(k, None)])
     queries = tape.apply(wide, [(q, None)]) if batched and not joined else tape.apply(None, [(q, None)])

@@ -20,7 +20,8 @@ from zplan.memory.block_tape import BlockTape, record_block, record_first
 from zplan.memory.blocks import build_layer
 from zplan.memory.instances import Instances, instances
 from zplan.memory.loss import LossCost, loss_cost
-from zplan.memory.operations import Modules, Sizes, norm
+from zplan.memory.norms import norm
+from zplan.memory.operations import Modules, Sizes
 from zplan.memory.tape import Event, Step, Tape, Value
 from zplan.memory.trainable import LaidBlock, Layout, Weight
 from zplan.model_shape import ModelShape
@@ -111,6 +112,7 @@ def record(
         on_cpu=on_cpu,
         partitioned=partitioned,
         multiplies_by_hand=shape.model_type == "falcon",
+        centred_norm=shape.model_type in ("cohere", "cohere2"),
         fp32_norm_weight=shape.model_type.startswith(("olmo2", "gemma")),
         residual_dropout=dropout_rate(shape, "resid_pdrop", "dropout", "hidden_dropout", "residual_dropout"),
         attention_dropout=dropout_rate(shape, "attn_pdrop", "attention_dropout"),
