@@ -178,6 +178,14 @@ class Choice:
     gradient_checkpointing: bool = True
 
 
+CPU_ADAM: frozenset[Optimizer] = frozenset({"adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"})
+"""What DeepSpeedCPUAdam does with offload, 8-bit states in fp32 then."""
+KEPT_ON_HOST: frozenset[Optimizer] = frozenset({"sgd", "adafactor"})
+"""accelerate would put DeepSpeedCPUAdam in the place of these, too, which is another optimizer; they run as they are.
+
+Source: accelerate 1.15.0, utils/deepspeed.py:43 (map_pytorch_optim_to_deepspeed)."""
+
+
 def offload_refused(zero: ZeroConfig, optimizer: Optimizer, *, on_cpu: bool) -> str | None:
     """Why ZeRO-3's partial offload or super_offload cannot run here, if it cannot.
 
@@ -188,8 +196,8 @@ def offload_refused(zero: ZeroConfig, optimizer: Optimizer, *, on_cpu: bool) -> 
     states = zero.offload_optimizer
     if zero.stage != 3 or states.device == "none":
         return None
-    if states.ratio < 1 and optimizer == "muon":
-        return "offload_optimizer.ratio of muon: DeepSpeed asserts DeepSpeedCPUAdam"
+    if states.ratio < 1 and optimizer not in CPU_ADAM:
+        return f"offload_optimizer.ratio of {optimizer}: DeepSpeed asserts DeepSpeedCPUAdam"
     if not states.super_offload:
         return None
     if on_cpu:
@@ -257,7 +265,7 @@ def deepspeed_config(recipe: Recipe, choice: Choice, *, cpu_adam: bool) -> dict[
 
     The optimizer is transformers' (no "optimizer" section), so every optimizer of the Trainer works; Muon, which
     transformers has not, is DeepSpeed's, and at stage 3 that one refuses reduce_scatter. With offload,
-    `zero_force_ds_cpu_optimizer` decides whether accelerate replaces it by DeepSpeedCPUAdam.
+    `zero_force_ds_cpu_optimizer` decides whether accelerate replaces it by DeepSpeedCPUAdam (Lion by DeepSpeedCPULion).
 
     Args:
         cpu_adam: use DeepSpeedCPUAdam under offload (needs a compiled op); False keeps torch's AdamW on the host.
@@ -270,7 +278,9 @@ def deepspeed_config(recipe: Recipe, choice: Choice, *, cpu_adam: bool) -> dict[
         "gradient_clipping": recipe.max_grad_norm,
         "bf16": {"enabled": recipe.dtype == "bf16"},
         "fp16": {"enabled": recipe.dtype == "fp16"},
-        "zero_force_ds_cpu_optimizer": cpu_adam and choice.zero.offloads_optimizer,
+        "zero_force_ds_cpu_optimizer": cpu_adam
+        and choice.zero.offloads_optimizer
+        and recipe.optimizer not in KEPT_ON_HOST,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": zero,
     }

@@ -15,7 +15,7 @@ from zplan.memory.instances import instances
 from zplan.memory.muon import ADAM_STATES
 from zplan.memory.shards import second_copies_bytes, secondary_group
 from zplan.memory.stage12 import partition
-from zplan.memory.states import optimizer_state_bytes
+from zplan.memory.states import offloaded_state_bytes
 from zplan.memory.sub_groups import is_swapped, left_on_gpu, sub_groups
 from zplan.memory.super_offload import shared_memory_bytes, super_offload_terms
 from zplan.memory.terms import PHASES, HostEstimate, NvmeEstimate, Phase, Term
@@ -180,7 +180,7 @@ def _optimizer(
     """
     zero, b = choice.zero, recipe.weight_bytes
     there = offloaded_numel(layout, choice, numel)
-    states = _muon_states(layout, choice, there, b) if layout.muon else optimizer_state_bytes(recipe.optimizer, there)
+    states = _muon_states(layout, choice, there, b) if layout.muon else offloaded_state_bytes(recipe.optimizer, there)
     low = (Exchange.of(recipe).accumulated_bytes(b) if zero.stage == 3 else b) * numel
     master, gradients = FP32 * there, FP32 * there
     extra = b * layout.largest_trainable if zero.stage < 3 else 0
@@ -286,7 +286,7 @@ def _optimizer_on_nvme(
     swap = ranks * config.buffer_count * FP32 * largest
     source = "deepspeed 0.19.8, runtime/zero/stage3.py, swap_tensor/optimizer_utils.py"
     formula = f"{ranks} ranks x {config.buffer_count} buffers x 4 x {largest} (the largest sub-group)"
-    states, firsts = (ranks * optimizer_state_bytes(recipe.optimizer, size) for size in (small, largest))
+    states, firsts = (ranks * offloaded_state_bytes(recipe.optimizer, size) for size in (small, largest))
     on_largest = f"{recipe.optimizer} on {largest} elements a rank, first step"
     terms = [
         _term("NVMe swap buffers", swap, STEADY, formula, source),

@@ -6,6 +6,7 @@ Legend: psi trainable elements, S one rank's partition of them, b bytes of the t
 from __future__ import annotations
 
 from zplan.recipe import Optimizer
+from zplan.zero_config import CPU_ADAM
 
 FP32 = 4
 
@@ -47,6 +48,11 @@ def optimizer_state_bytes(optimizer: Optimizer, numel: int, *, num_tensors: int 
         return FP32 * numel
     scalars = FP32 * num_tensors if optimizer in ("adamw", "paged_adamw") else 0
     return int(STATE_BYTES_PER_ELEMENT[optimizer] * numel) + scalars
+
+
+def offloaded_state_bytes(optimizer: Optimizer, numel: int) -> int:
+    """The same in host memory, where AdamW is DeepSpeedCPUAdam, with states in fp32, whatever it was on the GPU."""
+    return optimizer_state_bytes("adamw" if optimizer in CPU_ADAM else optimizer, numel)
 
 
 def step_temporary_bytes(optimizer: Optimizer, numel: int) -> int:
