@@ -115,6 +115,7 @@ class Case:
 def watch(command: Sequence[str], *, kill_at: int | None = None) -> tuple[Mark, ...]:
     """Run to the end, or kill all of it when it has printed so many steps; a mark for each step."""
     variables = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    variables["THP_MEM_ALLOC_ENABLE"] = "1"  # as sft.train sets it: the other side has the same pages
     started = time.perf_counter()
     process = subprocess.Popen(
         command,

@@ -111,6 +111,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._freed: deque[int] = deque()
         """Sizes that are yet to be taken off."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled while bytes are counted: torch need not wrap each call to keep dynamo out (2 us)."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **kwargs) if kwargs else func(*args)
         started = time.perf_counter()

@@ -13,8 +13,8 @@ from transformers.integrations import deepspeed as integration
 
 from sft.partitioned_weights import filling, is_cpu, without_broadcast
 
-_BLOCK_NUMEL = 65_537
-"""A prime, so that the rows of a weight do not repeat each other."""
+_BLOCK_NUMEL = 8_209
+"""A prime, so that a row comes again after that many rows only; small: random numbers are what such weights cost."""
 
 
 @contextmanager
@@ -40,9 +40,11 @@ def _repeating(fill: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
             return fill(tensor, *args, **kwargs)
         flat = tensor.detach().view(-1)
         block = fill(flat[:_BLOCK_NUMEL], *args, **kwargs)
-        for start in range(_BLOCK_NUMEL, flat.numel(), _BLOCK_NUMEL):
-            piece = flat[start : start + _BLOCK_NUMEL]
-            piece.copy_(block[: piece.numel()])
+        rest = flat[_BLOCK_NUMEL:]
+        whole = rest.numel() // _BLOCK_NUMEL
+        end = whole * _BLOCK_NUMEL
+        rest[:end].view(whole, _BLOCK_NUMEL).copy_(block.expand(whole, _BLOCK_NUMEL))
+        rest[end:].copy_(block[: rest.numel() - end])
         return tensor
 
     return fill_all

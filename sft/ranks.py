@@ -19,10 +19,15 @@ _PR_SET_PDEATHSIG = 1
 CPU_ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
+    "THP_MEM_ALLOC_ENABLE": "1",
 }
 """DeepSpeed's CPU accelerator; one thread until a rank knows how many share the cores (`num_threads`), since spinning
 threads of several ranks starve each other. With no more threads than cores, libgomp's own way to wait, a short spin, is
-the faster one: threads that always sleep (OMP_WAIT_POLICY=PASSIVE) must be woken for every operator."""
+the faster one: threads that always sleep (OMP_WAIT_POLICY=PASSIVE) must be woken for every operator. Where the kernel
+gives huge pages to those who ask (`madvise`, the default), torch asks for tensors of 2 MiB and more: touching a buffer
+for the first time, which a step does with every gradient, takes half the time, and giving it back next to none.
+
+Source: torch 2.13, c10/core/impl/alloc_cpu.cpp (THP_MEM_ALLOC_ENABLE, read at the first allocation)."""
 
 COMMON_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",

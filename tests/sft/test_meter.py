@@ -53,6 +53,11 @@ def test_what_another_thread_frees_loses_no_byte_of_what_is_counted_meanwhile() 
     assert live.live_bytes == len(kept) * 25 * 4
 
 
+def test_torch_calls_the_count_itself() -> None:
+    """Kept from dynamo as other modes are, each operator would pass three more functions on its way."""
+    assert LiveBytes.__torch_dispatch__.__code__.co_filename == meter.__file__
+
+
 def test_a_meter_knows_the_seconds_that_it_takes() -> None:
     counting = CpuMeter()
     try:

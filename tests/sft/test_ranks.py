@@ -57,10 +57,11 @@ def test_a_compressed_node_list_is_refused_with_the_command_that_expands_it() ->
         adopt_slurm(variables)
 
 
-def test_cpu_ranks_use_the_cpu_accelerator_and_one_thread() -> None:
+def test_cpu_ranks_use_the_cpu_accelerator_one_thread_and_huge_pages() -> None:
     variables = environment("cpu")
     assert variables["DS_ACCELERATOR"] == "cpu"
     assert variables["OMP_NUM_THREADS"] == "1"
+    assert variables["THP_MEM_ALLOC_ENABLE"] == "1"
     assert "DS_ACCELERATOR" not in environment("cuda")
 
 
