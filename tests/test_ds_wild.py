@@ -185,3 +185,30 @@ def test_an_auto_that_nobody_fills_in_is_named() -> None:
     assert any("accelerate fills in 2" in warning for warning in reading.warnings)
     assert any("sub_group_size" in warning and "accelerate stops at it" in warning for warning in reading.warnings)
     assert not any("offload_optimizer.device" in warning for warning in reading.warnings)
+
+
+@pytest.mark.parametrize(
+    ("section", "named"),
+    [
+        ({"zero_optimization": True}, 'write {"stage": 1}'),
+        ({"optimizer": None}, "optimizer is None, not a section"),
+        ({"optimizer": {"type": "AdamW", "params": [1e-4]}}, "optimizer.params is"),
+        ({"checkpoint": {"tag_validation": "Maybe"}}, "not Ignore, Warn or Fail"),
+        ({"wall_clock_breakdown": "false"}, "wall_clock_breakdown is 'false'"),
+    ],
+)
+def test_what_stops_the_libraries_with_an_error_of_their_own_is_named(
+    section: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 2, **section}
+    problems, _ = read_or_refuse(config)
+    assert named in "\n".join(problems)
+    with pytest.raises((AttributeError, TypeError, *REFUSED)):
+        theirs(config, monkeypatch, micro=2, accumulation=1)
+
+
+def test_an_odd_all_gather_bucket_is_refused_as_the_engine_of_stages_1_and_2_does() -> None:
+    section = {"allgather_bucket_size": 500_000_001}
+    for stage, refused in ((1, True), (2, True), (3, False)):
+        problems, _ = read_or_refuse({"zero_optimization": {"stage": stage, **section}})
+        assert any("write 500000002" in line for line in problems) is refused

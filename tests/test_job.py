@@ -77,6 +77,16 @@ def refused(**flags: Any) -> ConfigError:
             "--set offload_optimizer.ratio=1",
         ),
         (
+            {"stage": 2, "set_": ["allgather_bucket_size=100_000_001"]},
+            "write 100000002",
+            "mend the lines above with --set KEY=VALUE",
+        ),
+        (
+            {"stage": 3, "set_": ["zero_quantized_gradients=true", "reduce_scatter=false"]},
+            "needs reduce_scatter",
+            "mend the lines above with --set KEY=VALUE",
+        ),
+        (
             {"stage": 2, "set_": ["gradient_checkpointing=maybe"]},
             "not true or false",
             "--set gradient_checkpointing=true",

@@ -20,8 +20,9 @@ _TEXTS = frozenset((
     "output_path", "job_name", "group", "team", "project", "workspace", "api_key", "experiment_name",
     "experiment_key", "mode",
 ))  # fmt: skip
+_VALIDATIONS = ("IGNORE", "WARN", "FAIL")
 _LISTS = frozenset(("prof_ops", "passes"))
-_MAY_BE_NULL = frozenset((*_TEXTS, "online", "passes", "aio", "bf16", "optimizer")) - {"output_path", "job_name"}
+_MAY_BE_NULL = frozenset((*_TEXTS, "online", "passes", "aio", "bf16")) - {"output_path", "job_name"}
 _OBJECTS = (
     "activation_checkpointing", "aio", "autotuning", "bfloat16", "checkpoint", "data_efficiency", "data_types",
     "expert_parallel", "flops_profiler", "optimizer", "pipeline", "scheduler", "tensor_parallel", "timers",
@@ -42,9 +43,16 @@ def check_sections(data: Mapping[str, Any], found: Findings) -> None:
             _check_section(section, name, SECTION_KEYS.get(name, tuple(section)), found)
         elif section is not None or name not in _MAY_BE_NULL:
             found.problems.append(f"{name} is {section!r}, not a section; delete it")
-    _, complaint = read_value(Accepts("bool"), data.get("wall_clock_breakdown", False))
-    if complaint:
-        found.problems.append(f"wall_clock_breakdown {complaint}; write false")
+    clock = data.get("wall_clock_breakdown", False)
+    if not isinstance(clock, int):  # it is or-ed with the profiler's switch
+        found.problems.append(f"wall_clock_breakdown is {clock!r}, not true or false; write false")
+    optimizer, checkpoint = data.get("optimizer"), data.get("checkpoint")
+    if isinstance(optimizer, Mapping) and not isinstance(optimizer.get("params", {}), Mapping):
+        found.problems.append(f"optimizer.params is {optimizer['params']!r}, not a section; delete it")
+    if isinstance(checkpoint, Mapping) and str(checkpoint.get("tag_validation", "warn")).upper() not in _VALIDATIONS:
+        found.problems.append(
+            f"checkpoint.tag_validation is {checkpoint['tag_validation']!r}, not Ignore, Warn or Fail; delete it"
+        )
 
 
 def _check_section(section: Mapping[str, Any], name: str, known: tuple[str, ...], found: Findings) -> None:

@@ -33,8 +33,11 @@ class Findings:
 def read_zero_section(section: Any, *, hidden_size: int, device_kind: str, found: Findings) -> ZeroConfig | None:
     """ZeroConfig of the section; None if problems leave nothing to build."""
     if isinstance(section, bool):
-        found.warnings.append(f"zero_optimization: {section} is an old form for stage {int(section)}")
-        section = {"stage": int(section)}
+        found.problems.append(
+            f"zero_optimization is {section}, an old form that transformers cannot read;"
+            f' write {{"stage": {int(section)}}}'
+        )
+        return None
     if not isinstance(section, Mapping):
         found.problems.append(f"zero_optimization is {section!r}, not a section")
         return None
@@ -176,7 +179,7 @@ def refused_combinations(zero: ZeroConfig, *, device_kind: str) -> Iterator[str]
     """What DeepSpeed's checks or the engine refuse although each value alone is fine.
 
     Source: deepspeed 0.19.8, runtime/zero/config.py (offload_ratio_check), partition_parameters.py:1229,
-    stage3.py:300, 316, 390 and 840, op_builder (QuantizerBuilder is a CUDA kernel).
+    stage_1_and_2.py:389, stage3.py:300, 316, 390 and 840, op_builder (QuantizerBuilder is a CUDA kernel).
     """
     states, params = zero.offload_optimizer, zero.offload_param
     if states.ratio < 1.0 and zero.stage != 3:
@@ -188,6 +191,11 @@ def refused_combinations(zero: ZeroConfig, *, device_kind: str) -> Iterator[str]
         ):
             if device == "nvme" and not path:
                 yield f'{name}.device is nvme, but {name}.nvme_path is not given; add "nvme_path": "/path/on/the/drive"'
+    if zero.stage in (1, 2) and zero.allgather_bucket_size % 2:
+        yield (
+            f"allgather_bucket_size is {zero.allgather_bucket_size}, an odd number, which DeepSpeed refuses at stage"
+            f" {zero.stage}; write {zero.allgather_bucket_size + 1}"
+        )
     if zero.stage == 3 and zero.zero_quantized_gradients and not zero.reduce_scatter:
         yield "zero_quantized_gradients needs reduce_scatter, and it is false; DeepSpeed asserts it; set it to true"
     if device_kind == "cpu":

@@ -26,6 +26,7 @@ from zplan.recipe import Recipe
 from zplan.sanity import (
     odd_sizes,
     refuse_adapters_of_experts,
+    refuse_combinations,
     refuse_more_ranks_than_gpus,
     refuse_nvme_without_drive,
     refuse_offload,
@@ -119,6 +120,7 @@ def _checked(job: Job) -> Job:
     refuse_nvme_without_drive(job.cluster, job.fixed, job.choice)
     refuse_adapters_of_experts(job.shape, job.recipe)
     refuse_offload(job.cluster, job.recipe, job.choice)
+    refuse_combinations(job.cluster, job.choice)
     split = splits(job.fixed)
     if job.choice:
         split = {name: getattr(job.choice.batch, name) for name in split}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from zplan.candidates import Fixed
+from zplan.ds_zero import refused_combinations
 from zplan.errors import ConfigError
 from zplan.hardware import Cluster
 from zplan.memory.families import adapters_refused
@@ -48,6 +49,16 @@ def refuse_offload(cluster: Cluster, recipe: Recipe, choice: Choice | None) -> N
         what, _, why = refused.partition(": ")
         mend = "ratio=1" if what.startswith("offload_optimizer.ratio") else "super_offload=false"
         raise ConfigError(what, because=why, fix=f"--set offload_optimizer.{mend}")
+
+
+def refuse_combinations(cluster: Cluster, choice: Choice | None) -> None:
+    """Raises ConfigError for values that DeepSpeed refuses together, as a file with them is refused."""
+    problems = tuple(refused_combinations(choice.zero, device_kind=cluster.gpu.kind)) if choice is not None else ()
+    if problems:
+        raise ConfigError(
+            "DeepSpeed refuses this configuration", problems=problems, because="its engine asserts it",
+            fix="mend the lines above with --set KEY=VALUE",
+        )  # fmt: skip
 
 
 def refuse_more_ranks_than_gpus(cluster: Cluster, fixed: Fixed) -> None:
