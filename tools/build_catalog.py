@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from hand_built import HAND_BUILT
-from models import MODELS
+from models import MODELS, MORE_MODELS
 
 from zplan.catalog.shapes import to_json
 from zplan.model_probe import shape_of_config
@@ -16,12 +18,19 @@ from zplan.model_shape import ModelShape
 CATALOG = Path(__file__).parent.parent / "zplan" / "catalog"
 
 
+def _from(where: str, name: str, config: dict[str, Any]) -> ModelShape:
+    """A shape that says where its config was read."""
+    shape = shape_of_config(config, name=name)
+    return replace(shape, source=f"{shape.source}; config: {where}")
+
+
 def main() -> int:
     """Build every shape, check it against its published count, write it. 1 if a count differs."""
     index: dict[str, dict[str, object]] = {}
     wrong = 0
     entries: list[tuple[ModelShape, list[str], int | None]] = [
         *((shape_of_config(config, name=name), ids, count) for name, ids, config, count in MODELS),
+        *((_from(where, name, config), ids, count) for (name, ids, config, count), where in MORE_MODELS),
         *HAND_BUILT,
     ]
     (CATALOG / "shapes").mkdir(exist_ok=True)

@@ -1,6 +1,7 @@
 """The catalogue's source: published config.json values of each model, with its Hub ids and published parameter count.
 
 Values are those of the config.json on the model's Hub page; what is not written is transformers' default for the family.
+Those of MORE_MODELS come from other projects' copies of them, named there, and are held to the published count.
 `tools/build_catalog.py` turns this into zplan/catalog/shapes/*.json.
 """
 
@@ -95,6 +96,19 @@ def _qwen_vl(kind: str, h: int, layers: int, heads: int, kv: int, ffn: int, voca
     return _qwen("qwen2", h, layers, heads, kv, ffn, vocab, tied, max_position_embeddings=32768)
 
 
+# Of the same sizes: Lightning-AI/litgpt, litgpt/config.py.
+_CODERS = ("0.5b", "1.5b", "3b", "7b", "14b", "32b")
+_QWEN25_KIN = {
+    size: [
+        f"Qwen/Qwen2.5-Coder-{size.upper()}",
+        f"Qwen/Qwen2.5-Coder-{size.upper()}-Instruct",
+        *(["Qwen/QwQ-32B"] if size == "32b" else []),
+    ]
+    for size in _CODERS
+}
+_QWEN3_KIN = {"4b": ["Qwen/Qwen3-4B-Instruct-2507", "Qwen/Qwen3-4B-Thinking-2507"]}
+
+
 MODELS: list[Entry] = [
     ("mistral-7b", ["mistralai/Mistral-7B-v0.1", "mistralai/Mistral-7B-Instruct-v0.1", "mistralai/Mistral-7B-Instruct-v0.2", "HuggingFaceH4/zephyr-7b-beta"],
      {**_llama(4096, 32, 32, 8, 14336, 32000, max_position_embeddings=32768), "model_type": "mistral", "sliding_window": 4096}, 7_241_732_096),
@@ -105,16 +119,16 @@ MODELS: list[Entry] = [
     ("llama-2-7b", ["meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-chat-hf"], _llama(4096, 32, 32, 32, 11008, 32000, max_position_embeddings=4096), 6_738_415_616),
     ("llama-2-13b", ["meta-llama/Llama-2-13b-hf", "meta-llama/Llama-2-13b-chat-hf"], _llama(5120, 40, 40, 40, 13824, 32000, max_position_embeddings=4096), 13_015_864_320),
     ("llama-2-70b", ["meta-llama/Llama-2-70b-hf", "meta-llama/Llama-2-70b-chat-hf"], _llama(8192, 80, 64, 8, 28672, 32000, max_position_embeddings=4096), 68_976_648_192),
-    ("llama-3.1-8b", ["meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Meta-Llama-3.1-8B", "meta-llama/Meta-Llama-3.1-8B-Instruct", "meta-llama/Meta-Llama-3-8B", "meta-llama/Meta-Llama-3-8B-Instruct"],
+    ("llama-3.1-8b", ["meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Meta-Llama-3.1-8B", "meta-llama/Meta-Llama-3.1-8B-Instruct", "meta-llama/Meta-Llama-3-8B", "meta-llama/Meta-Llama-3-8B-Instruct", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"],
      _llama(4096, 32, 32, 8, 14336, 128256, max_position_embeddings=131072), 8_030_261_248),
-    ("llama-3.1-70b", ["meta-llama/Llama-3.1-70B", "meta-llama/Llama-3.1-70B-Instruct", "meta-llama/Llama-3.3-70B-Instruct", "meta-llama/Meta-Llama-3.1-70B"],
+    ("llama-3.1-70b", ["meta-llama/Llama-3.1-70B", "meta-llama/Llama-3.1-70B-Instruct", "meta-llama/Llama-3.3-70B-Instruct", "meta-llama/Meta-Llama-3.1-70B", "deepseek-ai/DeepSeek-R1-Distill-Llama-70B"],
      _llama(8192, 80, 64, 8, 28672, 128256, max_position_embeddings=131072), 70_553_706_496),
     ("llama-3.1-405b", ["meta-llama/Llama-3.1-405B", "meta-llama/Llama-3.1-405B-Instruct", "meta-llama/Meta-Llama-3.1-405B"],
      _llama(16384, 126, 128, 8, 53248, 128256, max_position_embeddings=131072), 405_853_388_800),
     ("llama-3.2-1b", ["meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B-Instruct"], _llama(2048, 16, 32, 8, 8192, 128256, max_position_embeddings=131072, head_dim=64, tie_word_embeddings=True), 1_235_814_400),
     ("llama-3.2-3b", ["meta-llama/Llama-3.2-3B", "meta-llama/Llama-3.2-3B-Instruct"], _llama(3072, 28, 24, 8, 8192, 128256, max_position_embeddings=131072, head_dim=128, tie_word_embeddings=True), 3_212_749_824),
     *[
-        (f"qwen2.5-{size}", [f"Qwen/Qwen2.5-{size.upper()}", f"Qwen/Qwen2.5-{size.upper()}-Instruct"],
+        (f"qwen2.5-{size}", [f"Qwen/Qwen2.5-{size.upper()}", f"Qwen/Qwen2.5-{size.upper()}-Instruct", *_QWEN25_KIN.get(size, [])],
          _qwen("qwen2", h, layers, heads, kv, ffn, vocab, tied, max_position_embeddings=32768), count)
         for size, h, layers, heads, kv, ffn, vocab, tied, count in (
             ("0.5b", 896, 24, 14, 2, 4864, 151936, True, 494_032_768), ("1.5b", 1536, 28, 12, 2, 8960, 151936, True, 1_543_714_304),
@@ -124,7 +138,7 @@ MODELS: list[Entry] = [
         )
     ],
     *[
-        (f"qwen3-{size}", [f"Qwen/Qwen3-{size.upper()}", f"Qwen/Qwen3-{size.upper()}-Base"],
+        (f"qwen3-{size}", [f"Qwen/Qwen3-{size.upper()}", f"Qwen/Qwen3-{size.upper()}-Base", *_QWEN3_KIN.get(size, [])],
          _qwen("qwen3", h, layers, heads, kv, ffn, 151936, tied, head_dim=128, max_position_embeddings=40960), count)
         for size, h, layers, heads, kv, ffn, tied, count in (
             ("0.6b", 1024, 28, 16, 8, 3072, True, 596_049_920), ("1.7b", 2048, 28, 16, 8, 6144, True, 1_720_574_976),
@@ -132,7 +146,7 @@ MODELS: list[Entry] = [
             ("14b", 5120, 40, 40, 8, 17408, False, 14_768_307_200), ("32b", 5120, 64, 64, 8, 25600, False, 32_762_123_264),
         )
     ],
-    ("qwen3-30b-a3b", ["Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-30B-A3B-Base", "Qwen/Qwen3-30B-A3B-Instruct-2507"],
+    ("qwen3-30b-a3b", ["Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-30B-A3B-Base", "Qwen/Qwen3-30B-A3B-Instruct-2507", "Qwen/Qwen3-30B-A3B-Thinking-2507"],
      {**_qwen("qwen3_moe", 2048, 48, 32, 4, 6144, 151936, False, head_dim=128, max_position_embeddings=40960), "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True, "decoder_sparse_step": 1}, 30_532_122_624),
     ("gemma-2-2b", ["google/gemma-2-2b", "google/gemma-2-2b-it"], _gemma2(2304, 26, 8, 4, 256, 9216), 2_614_341_888),
     ("gemma-2-9b", ["google/gemma-2-9b", "google/gemma-2-9b-it"], _gemma2(3584, 42, 16, 8, 256, 14336), 9_241_705_984),
@@ -143,7 +157,7 @@ MODELS: list[Entry] = [
     ("gemma-3-27b", ["google/gemma-3-27b-pt", "google/gemma-3-27b-it"], _gemma3(5376, 62, 32, 16, 128, 21504, 262208, 1024), None),
     ("phi-3-mini", ["microsoft/Phi-3-mini-4k-instruct", "microsoft/Phi-3-mini-128k-instruct", "microsoft/Phi-3.5-mini-instruct"],
      {**_llama(3072, 32, 32, 32, 8192, 32064, max_position_embeddings=4096), "model_type": "phi3", "sliding_window": 2047, "pad_token_id": 32000}, 3_821_079_552),
-    ("phi-4", ["microsoft/phi-4"], {**_llama(5120, 40, 40, 10, 17920, 100352, max_position_embeddings=16384), "model_type": "phi3", "sliding_window": None, "pad_token_id": 100349}, 14_659_507_200),
+    ("phi-4", ["microsoft/phi-4", "microsoft/Phi-4-reasoning", "microsoft/Phi-4-reasoning-plus"], {**_llama(5120, 40, 40, 10, 17920, 100352, max_position_embeddings=16384), "model_type": "phi3", "sliding_window": None, "pad_token_id": 100349}, 14_659_507_200),
     ("gpt2", ["openai-community/gpt2"], _gpt2(768, 12, 12), 124_439_808),
     ("gpt2-medium", ["openai-community/gpt2-medium"], _gpt2(1024, 24, 16), 354_823_168),
     ("gpt2-large", ["openai-community/gpt2-large"], _gpt2(1280, 36, 20), 774_030_080),
@@ -232,3 +246,33 @@ MODELS: list[Entry] = [
     ("qwen2.5-vl-32b", ["Qwen/Qwen2.5-VL-32B-Instruct"], _qwen_vl("qwen2", 5120, 64, 40, 8, 27648, 152064, False), None),
     ("qwen2.5-vl-72b", ["Qwen/Qwen2.5-VL-72B-Instruct"], _qwen_vl("qwen2", 8192, 80, 64, 8, 29568, 152064, False), None),
 ]  # fmt: skip
+
+_LITGPT = "Lightning-AI/litgpt, litgpt/config.py"
+_NEMO = "kevinstephano/thunder_model_blocks, mistral/mistral_config.py"
+_OSS = "transformers 5.23.0, configuration_gpt_oss.py; docs.nvidia.com/nemo/megatron-bridge, gpt-oss"
+_SMOL = "transformers 5.23.0, configuration_smollm3.py"
+MORE_MODELS: list[tuple[Entry, str]] = [
+    (("mistral-nemo-12b", ["mistralai/Mistral-Nemo-Base-2407", "mistralai/Mistral-Nemo-Instruct-2407"],
+      {**_llama(5120, 40, 32, 8, 14336, 131072, head_dim=128, max_position_embeddings=128000), "model_type": "mistral", "sliding_window": None}, 12_247_782_400), _NEMO),
+    (("mistral-small-24b", ["mistralai/Mistral-Small-24B-Base-2501", "mistralai/Mistral-Small-24B-Instruct-2501"],
+      {**_llama(5120, 40, 32, 8, 32768, 131072, head_dim=128, max_position_embeddings=32768), "model_type": "mistral", "sliding_window": None}, 23_572_403_200), _LITGPT),
+    (("mistral-large-123b", ["mistralai/Mistral-Large-Instruct-2407", "mistralai/Mistral-Large-Instruct-2411"],
+      {**_llama(12288, 88, 96, 8, 28672, 32768, max_position_embeddings=32768), "model_type": "mistral", "sliding_window": None}, 122_610_069_504), _LITGPT),
+    (("mixtral-8x22b", ["mistralai/Mixtral-8x22B-Instruct-v0.1"],
+      {**_llama(6144, 56, 48, 8, 16384, 32768, max_position_embeddings=65536), "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}, 140_630_071_296), _LITGPT),
+    (("qwen3-235b-a22b", ["Qwen/Qwen3-235B-A22B", "Qwen/Qwen3-235B-A22B-Instruct-2507", "Qwen/Qwen3-235B-A22B-Thinking-2507"],
+      {**_qwen("qwen3_moe", 4096, 94, 64, 4, 12288, 151936, False, head_dim=128, max_position_embeddings=40960), "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 1536, "norm_topk_prob": True, "decoder_sparse_step": 1}, 235_093_634_560), _LITGPT),
+    (("phi-4-mini", ["microsoft/Phi-4-mini-instruct", "microsoft/Phi-4-mini-reasoning"],
+      {**_llama(3072, 32, 24, 8, 8192, 200064, tie_word_embeddings=True, max_position_embeddings=131072), "model_type": "phi3", "sliding_window": 262144, "pad_token_id": 199999, "partial_rotary_factor": 0.75}, 3_836_021_760), _LITGPT),
+    (("gemma-2b", ["google/gemma-2b", "google/gemma-2b-it"],
+      {**_llama(2048, 18, 8, 1, 16384, 256000, head_dim=256, max_position_embeddings=8192), "model_type": "gemma"}, 2_506_172_416), _LITGPT),
+    (("gemma-7b", ["google/gemma-7b", "google/gemma-7b-it"],
+      {**_llama(3072, 28, 16, 16, 24576, 256000, head_dim=256, max_position_embeddings=8192), "model_type": "gemma"}, 8_537_680_896), _LITGPT),
+    (("tinyllama-1.1b", ["TinyLlama/TinyLlama-1.1B-Chat-v1.0", "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"],
+      _llama(2048, 22, 32, 4, 5632, 32000, max_position_embeddings=2048), 1_100_048_384), _LITGPT),
+    (("smollm3-3b", ["HuggingFaceTB/SmolLM3-3B", "HuggingFaceTB/SmolLM3-3B-Base"],
+      {**_llama(2048, 36, 16, 4, 11008, 128256, tie_word_embeddings=True, max_position_embeddings=65536), "model_type": "smollm3"}, 3_075_098_624), _SMOL),
+    (("gpt-oss-120b", ["openai/gpt-oss-120b"],
+      {**_llama(2880, 36, 64, 8, 2880, 201088, head_dim=64, max_position_embeddings=131072), "model_type": "gpt_oss", "num_local_experts": 128, "num_experts_per_tok": 4, "sliding_window": 128}, 116_829_156_672), _OSS),
+]  # fmt: skip
+"""An entry, and where its values were read."""
