@@ -16,6 +16,7 @@ def added_cases() -> list[Case]:
     """All of them, by theme."""
     return [
         *_of_layers(),
+        *_of_expert_adapters(),
         *_of_muon(),
         *_of_limits(),
         *_of_gradient_types(),
@@ -72,6 +73,20 @@ def _of_layers() -> list[Case]:
         _added("deepseek-v2-lite", "lora", 3, checkpointing=False, reduce_bucket_size=50_000_000,
                stage3_max_live_parameters=30_000_000),
     ]  # fmt: skip
+
+
+def _of_expert_adapters() -> list[Case]:
+    """Routed experts with adapters, without any, and a router that is adapted in fp32."""
+    small: dict[str, Any] = {"world_size": 2, "reduce_bucket_size": 5_000_000}
+    attention = {"lora_target": ("q_proj", "k_proj", "v_proj", "o_proj")}
+    return [
+        _added("mixtral-8x7b", "lora", 3, checkpointing=False, max_length=512, **small),
+        _added("qwen3-30b-a3b", "lora", 3, checkpointing=False, max_length=512, stage3_max_reuse_distance=0, **small),
+        _added("qwen3-30b-a3b", "lora", 3, checkpointing=False, micro_batch=2, stage3_prefetch_bucket_size=0, **small),
+        _added("deepseek-v2-lite", "lora", 3, checkpointing=False, micro_batch=2, **small),
+        _added("deepseek-v2-lite", "lora", 0, micro_batch=2, **small),
+        _added("mixtral-8x7b", "lora", 0, checkpointing=False, micro_batch=2, adapter=attention, **small),
+    ]
 
 
 def _of_muon() -> list[Case]:

@@ -228,7 +228,8 @@ def kept_less(recording: Recording) -> int:
     assert block.first
     assert block.tape
     apart, others = (
-        sum(net for event, net, _ in steps if event == Event.BYTES) for steps in (block.first[0], block.tape.forward)
+        sum(net for event, net, _ in steps if event == Event.BYTES)
+        for steps in (block.first.forward, block.tape.forward)
     )
     return others - apart
 

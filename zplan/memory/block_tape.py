@@ -26,6 +26,17 @@ class BlockTape:
     recompute_whole: tuple[Step, ...]
     """Reentrant checkpointing knows no early stop: the whole forward runs again, after the hook of the block itself."""
     backward_after_whole: tuple[Step, ...]
+    frees_input: bool
+    """`forward` gives the input up: no operation saves it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstTape:
+    """A block whose input needs no gradient, without recomputation."""
+
+    forward: tuple[Step, ...]
+    backward: tuple[Step, ...]
+    frees_input: bool
 
 
 Build = Callable[[Tape, Value], Value]
@@ -39,12 +50,12 @@ def record_block(build: Build, input_bytes: int, output_bytes: int, *, returns_h
         returns_held: what it holds is a second output of it.
     """
     first = Tape()
-    kept, kept_backward = _run(build, input_bytes, output_bytes, first)
-    loose, _ = _run(build, input_bytes, output_bytes, Tape(keeps=False), keeps_input=True)
+    kept, kept_backward, frees_input = _run(build, input_bytes, output_bytes, first)
+    loose, *_ = _run(build, input_bytes, output_bytes, Tape(keeps=False), keeps_input=True)
     recomputed = Tape(stop_at=first.last_saving)
-    again, again_backward = _run(build, input_bytes, output_bytes, recomputed, keeps_input=True)
+    again, again_backward, _ = _run(build, input_bytes, output_bytes, recomputed, keeps_input=True)
     complete = Tape(returns_held=returns_held)
-    whole, whole_backward = _run(build, input_bytes, output_bytes, complete, keeps_input=True)
+    whole, whole_backward, _ = _run(build, input_bytes, output_bytes, complete, keeps_input=True)
     before = recomputed.unpacks_at
     again, whole = _without_own_hooks(again), _without_own_hooks(whole)
     own = 1 if whole_backward[:1] and whole_backward[0][0] == Event.PRE_BACKWARD else 0
@@ -56,12 +67,14 @@ def record_block(build: Build, input_bytes: int, output_bytes: int, *, returns_h
         recompute=again_backward[:before] + again,
         backward=kept_backward,
         backward_after_recompute=again_backward[before:],
+        frees_input=frees_input,
     )
 
 
-def record_first(build: Build, input_bytes: int, output_bytes: int) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
-    """Forward and backward, without recomputation, of a block whose input needs no gradient."""
-    return _run(build, input_bytes, output_bytes, Tape(), needs_gradient=False)
+def record_first(build: Build, input_bytes: int, output_bytes: int) -> FirstTape:
+    """Record a block whose input needs no gradient."""
+    forward, backward, frees_input = _run(build, input_bytes, output_bytes, Tape(), needs_gradient=False)
+    return FirstTape(forward=forward, backward=backward, frees_input=frees_input)
 
 
 def _without_own_hooks(steps: tuple[Step, ...]) -> tuple[Step, ...]:
@@ -83,7 +96,8 @@ def _run(
     *,
     keeps_input: bool = False,
     needs_gradient: bool = True,
-) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+) -> tuple[tuple[Step, ...], tuple[Step, ...], bool]:
+    """Steps of forward and backward, and whether the forward gives the input up."""
     source = Value(Tensor(input_bytes, foreign=True), needs_gradient=needs_gradient)
     if keeps_input:
         source.storage.refs += 1
@@ -93,6 +107,7 @@ def _run(
     tape.resume()
     tape.flush()
     forward, tape.steps = tuple(tape.steps), []
+    frees_input = source.storage.refs == 0
     if tape.keeps:
         tape.backward(out, output_bytes)
-    return forward, tuple(tape.steps)
+    return forward, tuple(tape.steps), frees_input

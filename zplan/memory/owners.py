@@ -29,8 +29,28 @@ def module_parameters(recording: Recording) -> dict[int, tuple[int, ...]]:
                     continue  # the head's own module never runs
                 for module in (local_module or 0, *_readers(weight, names)):
                     owned.setdefault(base + layer * per_layer + module, []).append(first + local)
+        if block.laid.block.role == "layer" and recording.shape.model_type in LEAF_FAMILIES:
+            _adapters_last(owned, recording, index)
     owned[root_module(recording) + recording.runs_head] = list(output_numbers(recording))
     return {module: tuple(numbers) for module, numbers in owned.items()}
+
+
+def _adapters_last(owned: dict[int, list[int]], recording: Recording, index: int) -> None:
+    """A leaf module is traced by the numbers that its parameters were given: adapters were made after the model.
+
+    Source: deepspeed 0.19.8, runtime/zero/partitioned_param_coordinator.py (trace_prologue, record_parameters: sorted
+    by ds_id).
+    """
+    block, base = recording.blocks[index], module_bases(recording)[index]
+    leaf, weights = block.modules.numbers[LEAF], block.laid.weights
+    first = recording.items.base[index]
+
+    def is_adapter(number: int) -> bool:
+        name = weights[(number - first) % len(weights)].name
+        return ".lora_" in name or ".expert_lora_" in name
+
+    for layer in range(block.laid.repeat):
+        owned[base + layer * max(len(block.modules.numbers), 1) + leaf].sort(key=is_adapter)
 
 
 def _readers(weight: Weight, names: Mapping[str, int]) -> tuple[int, ...]:
@@ -84,12 +104,13 @@ def unread_numbers(recording: Recording) -> frozenset[int]:
 
 def viewed_numbers(recording: Recording, *, checkpointing: bool) -> frozenset[int]:
     """Weights of which autograd keeps a view, and with it the gathered storage that ZeRO-3 means to free: stacked
-    weights of experts without adapters, Falcon's linear layers, which do without the function that ZeRO-3 replaces, and
-    4-bit ones.
+    weights of experts without adapters and else these adapters, Falcon's linear layers, which do without the function
+    that ZeRO-3 replaces, and 4-bit ones.
 
     Source: transformers 5.23.0, integrations/moe.py (_grouped_linear: weight.transpose), models/falcon/
-    modeling_falcon.py (FalconLinear: input @ weight.T); torch 2.13.0, derivatives.yaml (_grouped_mm and mm save it);
-    deepspeed 0.19.8, runtime/zero/linear.py (zero3_linear_wrap keeps the parameter itself).
+    modeling_falcon.py (FalconLinear: input @ weight.T); peft 0.21.2, tuners/lora/layer.py (get_delta_factors);
+    torch 2.13.0, derivatives.yaml (_grouped_mm and mm save it); deepspeed 0.19.8, runtime/zero/linear.py
+    (zero3_linear_wrap keeps the parameter itself).
     """
     found = []
     for index, block in enumerate(recording.blocks):
@@ -97,9 +118,12 @@ def viewed_numbers(recording: Recording, *, checkpointing: bool) -> frozenset[in
         plain = [
             local
             for local, weight in enumerate(block.laid.weights)
-            if len(weight.shape) == 3
-            and f"{weight.name}.{EXPERT_ADAPTERS[0]}" not in names
-            and recording.shape.model_type not in READ_AS_STORED
+            if is_expert_adapter(weight)
+            or (
+                len(weight.shape) == 3
+                and f"{weight.name}.{EXPERT_ADAPTERS[0]}" not in names
+                and recording.shape.model_type not in READ_AS_STORED
+            )
         ]
         for layer in range(block.laid.repeat):
             first = recording.items.base[index] + layer * len(block.laid.weights)
@@ -112,7 +136,7 @@ def _transposed(recording: Recording, block: Recorded, layer: int, checkpointing
     nothing: no hook follows its backward. Under recomputation a layer's quantised weights stay gathered as long."""
     is_falcon = recording.shape.model_type == "falcon" and block.laid.block.role == "layer"
     apart = block.first if layer == 0 and not checkpointing else None
-    followed = {module for event, module, _ in apart[1] if event == Event.POST_BACKWARD} if apart else None
+    followed = {module for event, module, _ in apart.backward if event == Event.POST_BACKWARD} if apart else None
     names = block.modules.numbers
     return [
         local

@@ -16,7 +16,7 @@ from zplan.memory.around import (
     returned_bytes,
 )
 from zplan.memory.attention import uses_rotary
-from zplan.memory.block_tape import BlockTape, record_block, record_first
+from zplan.memory.block_tape import BlockTape, FirstTape, record_block, record_first
 from zplan.memory.blocks import build_layer
 from zplan.memory.instances import Instances, instances
 from zplan.memory.loss import LossCost, loss_cost
@@ -36,7 +36,7 @@ class Recorded:
     laid: LaidBlock
     tape: BlockTape | None
     modules: Modules
-    first: tuple[tuple[Step, ...], tuple[Step, ...]] | None = None
+    first: FirstTape | None = None
     """Forward and backward of the model's first layer where its input needs no gradient: with adapters on a frozen
     embedding, without recomputation. Nothing before the first adapter is in the graph."""
     late: BlockTape | None = None
@@ -279,10 +279,22 @@ def recomputation(tape: BlockTape, *, reentrant: bool) -> tuple[tuple[Step, ...]
 
 def plain_steps(block: Recorded, layer: int) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
     """Forward and backward of a block's layer without recomputation."""
-    if block.first and layer == 0:
-        return block.first
-    assert block.tape is not None
-    return block.tape.forward, block.tape.backward
+    tape = block.first if block.first and layer == 0 else block.tape
+    assert tape is not None
+    return tape.forward, tape.backward
+
+
+def local_embedding_bytes(recording: Recording, block: Recorded) -> int:
+    """The embedding's output once the block's first layer, without recomputation, has given it up: it stays a local of
+    the model until its forward ends. Where more is added to it, or a norm follows, that is counted there.
+
+    Source: transformers 5.23.0, models/llama/modeling_llama.py (LlamaModel.forward: inputs_embeds).
+    """
+    tables = sum(len(other.embeddings) for other in recording.blocks if _is_embedding(other))
+    tape = block.first or block.tape
+    is_first = block is next(other for other in recording.blocks if other.tape)
+    is_local = is_first and tape is not None and tape.frees_input
+    return recording.hidden_bytes if is_local and tables == 1 and not recording.adds_to_embedding else 0
 
 
 def embedding_has_backward(recording: Recording, *, checkpointing: bool) -> bool:

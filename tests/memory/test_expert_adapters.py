@@ -1,0 +1,75 @@
+"""Adapters on routed experts, and what the model itself holds while its layers run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.formula_case import cut_layers
+from zplan.catalog.find import find_model
+from zplan.memory.course import course
+from zplan.memory.owners import module_parameters, viewed_numbers
+from zplan.memory.timeline import Recording, local_embedding_bytes, record
+from zplan.memory.trainable import Weight, layout
+from zplan.model_shape import ModelShape
+from zplan.recipe import Recipe
+
+TOKENS = 128
+
+
+def recorded(name: str, method: str = "lora", **options: Any) -> Recording:
+    """Two layers of a model."""
+    shape = find_model(name)
+    assert isinstance(shape, ModelShape)
+    shape = cut_layers(shape, 2)
+    recipe = Recipe(model=name, method=method, train_batch_size=1, max_length=TOKENS, **options)  # type: ignore[arg-type]
+    return record(shape, recipe, layout(shape, recipe), micro_batch=1, on_cpu=False, partitioned=True)
+
+
+def weights_of_layers(recording: Recording) -> dict[int, Weight]:
+    """Number of each parameter of the layers -> its weight."""
+    return {
+        recording.items.base[index] + layer * len(block.laid.weights) + local: weight
+        for index, block in enumerate(recording.blocks)
+        if block.laid.block.role == "layer"
+        for layer in range(block.laid.repeat)
+        for local, weight in enumerate(block.laid.weights)
+    }
+
+
+def test_the_graph_keeps_views_of_the_adapters_of_experts_and_not_of_the_experts_that_they_change() -> None:
+    recording = recorded("mixtral-8x7b")
+    viewed = viewed_numbers(recording, checkpointing=False)
+    names = {
+        weight.name.rpartition(".")[2] for number, weight in weights_of_layers(recording).items() if number in viewed
+    }
+    assert names == {"expert_lora_A", "expert_lora_B"}
+
+
+def test_a_leaf_module_is_traced_with_its_adapters_behind_the_weights_that_the_model_was_built_with() -> None:
+    recording = recorded("qwen3-30b-a3b")
+    weights = weights_of_layers(recording)
+    leaf = max(module_parameters(recording).values(), key=lambda numbers: sum(number in weights for number in numbers))
+    are_adapters = ["lora_" in weights[number].name for number in leaf]
+    assert True in are_adapters
+    assert are_adapters == sorted(are_adapters)
+
+
+def test_an_adapter_on_a_router_in_fp32_keeps_the_fp32_hidden_states() -> None:
+    """It is added to the weight itself, which then has a gradient."""
+    adapted = recorded("deepseek-v2-lite", lora_target=("gate_up_proj", "gate_proj", "up_proj", "down_proj", "gate"))
+    others = recorded("deepseek-v2-lite", lora_target=("gate_up_proj", "gate_proj", "up_proj", "down_proj"))
+    kept = [
+        sum(step[1] for step in recording.blocks[2].tape.forward if step[0] == 0) for recording in (adapted, others)
+    ]  # type: ignore[union-attr]
+    assert kept[0] - kept[1] >= 4 * TOKENS * 2048
+
+
+def test_the_embedding_is_a_local_of_the_model_until_its_forward_ends() -> None:
+    """Without recomputation no operation of the first layer saves it: a norm keeps an fp32 copy."""
+    recording = recorded("mixtral-8x7b", "full")
+    layers = next(block for block in recording.blocks if block.tape)
+    assert local_embedding_bytes(recording, layers) == 2 * TOKENS * 4096
+    plain = course(recording, checkpointing=False, fetches=False)
+    assert plain.moments[-1] == 0
+    gpt2 = recorded("gpt2", "full")
+    assert local_embedding_bytes(gpt2, next(block for block in gpt2.blocks if block.tape)) == 0  # positions are added
