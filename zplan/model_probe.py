@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from itertools import groupby
 from pathlib import Path
@@ -63,7 +64,21 @@ def shape_of_config(data: Mapping[str, Any], *, name: str) -> ModelShape:
         source=f"transformers {transformers.__version__}, {type(model).__name__} on the meta device",
     )
     assert shape.num_parameters == model.num_parameters(), "the blocks must add up to transformers' own count"
-    return shape
+    return replace(shape, beside_numel=_beside_numel(data, shape))
+
+
+def _beside_numel(data: Mapping[str, Any], tower: ModelShape) -> int | None:
+    """Parameters that AutoModelForCausalLM loads beside the text tower; None if it loads nothing of the kind.
+
+    Source: transformers 5.23.0, models/auto/auto_factory.py (_BaseAutoModelClass.from_pretrained).
+    """
+    if tower.model_type == data["model_type"]:
+        return 0
+    config = AutoConfig.for_model(**data)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        return None
+    with torch.device("meta"):
+        return int(AutoModelForCausalLM.from_config(config).num_parameters()) - tower.num_parameters
 
 
 def build_on_meta(data: Mapping[str, Any], *, name: str) -> Any:

@@ -87,6 +87,8 @@ class ModelShape:
     """Multi-head latent attention (DeepSeek)."""
     hidden_act: str = "silu"
     is_encoder_decoder: bool = False
+    beside_numel: int | None = 0
+    """Parameters of a wrapper that are loaded beside this, its text tower; None: the trainer cannot load it."""
     source: str = ""
     """Where the shape comes from: file, library version or paper."""
     config: Mapping[str, Any] = field(default_factory=dict)

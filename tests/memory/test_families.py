@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -224,3 +225,33 @@ def test_a_clamped_gate_keeps_what_it_is_made_of() -> None:
     tape.drop(both, product)
     tape.flush()
     assert sum(step[1] for step in tape.steps) == 6 * 100
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "named"), [("gemma3", "parameters beside the text tower"), ("mistral3", "knows no such wrapper")]
+)
+def test_what_the_trainer_loads_beside_a_text_tower_is_named_and_never_fits(wrapper: str, named: str) -> None:
+    text = {**TINY, "head_dim": 16, **({"model_type": "mistral"} if wrapper == "mistral3" else {})}
+    vision = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 96}
+    data = {"model_type": wrapper, "text_config": text, "vision_config": vision}
+    shape = shape_of_config(data, name=wrapper)
+    found = estimated(shape)
+    assert found.gpu.verdict == "tight"
+    assert any(named in note for note in found.notes)
+    if wrapper == "gemma3":
+        with torch.device("meta"):
+            whole = AutoModelForCausalLM.from_config(AutoConfig.for_model(**data))
+        assert shape.beside_numel == whole.num_parameters() - shape.num_parameters
+
+
+def test_llama_4_is_loaded_as_its_text_tower_alone() -> None:
+    text = {**TINY, "head_dim": 16, "num_local_experts": 2}
+    assert shape_of_config({"model_type": "llama4", "text_config": text}, name="llama4").beside_numel == 0
+
+
+@pytest.mark.parametrize("family", ["jetmoe", "dbrx"])
+def test_what_neither_formula_nor_simulation_can_do_is_sent_to_a_trial(family: str) -> None:
+    shape = tiny("llama")
+    found = estimated(replace(shape, model_type=family))
+    assert found.gpu.verdict == "tight"
+    assert any("zplan tune --trials 1" in note for note in found.notes)

@@ -10,11 +10,12 @@ from zplan.recipe import Attention, Recipe
 
 CHECKED_FAMILIES = frozenset(
     {
-        "bloom", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "ernie4_5", "exaone4", "falcon", "gemma", "gemma2",
-        "gemma3_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt2", "gpt_neox", "gpt_oss", "granite",
-        "granitemoe", "granitemoehybrid", "hunyuan_v1_dense", "hunyuan_v1_moe", "llama", "minimax_m2", "ministral",
-        "ministral3", "mistral", "mixtral", "nemotron", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "phimoe",
-        "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
+        "bloom", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5", "exaone4", "falcon", "gemma",
+        "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt2", "gpt_neox", "gpt_oss", "granite",
+        "granitemoe", "granitemoehybrid", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "internlm3", "llama",
+        "minicpm3", "minimax_m2", "ministral", "ministral3", "mistral", "mixtral", "nemotron", "olmo2", "olmo3",
+        "olmoe", "opt", "phi", "phi3", "phimoe", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm",
+        "starcoder2",
     }
 )  # fmt: skip
 """Families of reports/formula_vs_simulation.md and reports/families.md that stay within 4 % there."""
@@ -27,6 +28,8 @@ WITHOUT_SDPA = WITHOUT_FUSED | frozenset({"gemma2", "gpt_neo", "gpt_oss", "gptj"
 ATTENTIONS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Kinds of layers, of config.json's `layer_types`, that attend to tokens before."""
 _ROUTER_RETURNS_TUPLE = frozenset({"llama4_text", "phimoe"})
+_ROUTES_BY_VALUE = frozenset({"jetmoe", "dbrx"})
+"""Families that the simulation cannot run: which expert gets how many rows is read on the host."""
 _MAMBA = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
 
 
@@ -38,6 +41,16 @@ def default_attention(model_type: str) -> Attention:
 def refused(shape: ModelShape, recipe: Recipe) -> Iterator[str]:
     """What cannot run with the installed libraries, one line each: `what: why`."""
     family = shape.model_type
+    if shape.beside_numel is None:
+        yield (
+            f"the wrapper around {family}: AutoModelForCausalLM, by which the trainer loads it, knows no such wrapper;"
+            " save its text tower as a model of its own, and plan that folder"
+        )
+    elif shape.beside_numel:
+        yield (
+            f"{shape.beside_numel} parameters beside the text tower of {family}: the trainer loads the whole wrapper,"
+            " and its states are missing here; save the text tower as a model of its own, and plan that folder"
+        )
     if recipe.attention != "eager" and family in (WITHOUT_SDPA if recipe.attention == "sdpa" else WITHOUT_FUSED):
         yield f"{recipe.attention} attention of {family}: transformers 5.23.0 refuses it; try --attention eager"
     if family == "llama4_text" and recipe.loss in ("nll", "chunked_nll"):
@@ -79,6 +92,11 @@ def unknown_layers(shape: ModelShape) -> str | None:
         return (
             f"state-space or linear-attention layers of {family}: the formula knows attention and MLP, and is too low;"
             " zplan simulate runs the real ones"
+        )
+    if family in _ROUTES_BY_VALUE:
+        return (
+            f"layers of {family}: taken for attention and MLP as elsewhere; the simulation cannot run them either (its"
+            " experts are chosen by value); try zplan tune --trials 1"
         )
     if family not in CHECKED_FAMILIES:
         return (

@@ -28,7 +28,7 @@ class Sizes:
     attention: Attention
     on_cpu: bool
     fp32_norm_weight: bool = False
-    """RMSNorm multiplies by its weight before the cast back (OLMo 2, Gemma), and keeps the fp32 product."""
+    """RMSNorm multiplies by its weight before the cast back (OLMo 2 and 3, Helium, Gemma), and keeps fp32 for it."""
     centred_norm: bool = False
     """The norm is a LayerNorm of the family's own, written out in fp32 (Cohere)."""
     partitioned: bool = False

@@ -113,7 +113,7 @@ def record(
         partitioned=partitioned,
         multiplies_by_hand=shape.model_type == "falcon",
         centred_norm=shape.model_type in ("cohere", "cohere2"),
-        fp32_norm_weight=shape.model_type.startswith(("olmo2", "gemma")),
+        fp32_norm_weight=shape.model_type.startswith(("olmo2", "olmo3", "helium", "gemma")),
         residual_dropout=dropout_rate(shape, "resid_pdrop", "dropout", "hidden_dropout", "residual_dropout"),
         attention_dropout=dropout_rate(shape, "attn_pdrop", "attention_dropout"),
         adapter_dropout=recipe.lora_dropout,
