@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.memory.choices import FULL_ON_SMOLLM, GPT2, LORA_ON_SMOLLM, SMOLLM, choices
+from tests.shapes import llama_like
 from zplan.hardware import Cluster, Gpu, Host
 from zplan.memory.estimate import cannot_fit, estimate_memory, least_need
 from zplan.memory.many import Estimates, Estimator
@@ -95,3 +96,15 @@ def test_an_estimator_that_was_asked_before_answers_as_a_new_one(first: Choice, 
     used.estimate([first])
     estimate = estimate_memory(SMOLLM, FULL_ON_SMOLLM, then, ON_GPUS, rank=rank)
     assert row(used.estimate([then, first]), 0) == alone(estimate)
+
+
+@settings(max_examples=30, deadline=None)
+@given(choice=choices(), autotp_size=st.sampled_from([1, 2, 4]))
+def test_a_part_of_the_model_is_the_estimate_of_one_choice_too(choice: Choice, autotp_size: int) -> None:
+    """AutoTP: all that reads the shape reads the part of a rank."""
+    batch = replace(choice.batch, world_size=4, autotp_size=autotp_size, sequence_parallel_size=1)
+    asked = [replace(choice, batch=replace(batch, autotp_size=1)), replace(choice, batch=batch)]
+    shape, recipe = llama_like(), Recipe(model="any", train_batch_size=64, max_length=128, loss="full")
+    many = Estimator(shape, recipe, ON_GPUS).estimate(asked)
+    for index, one in enumerate(asked):
+        assert row(many, index) == alone(estimate_memory(shape, recipe, one, ON_GPUS))

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from zplan.autotp import cut_shape
 from zplan.hardware import Cluster
 from zplan.memory.estimate import (
     Ranges,
@@ -37,7 +38,7 @@ from zplan.memory.replay import Gradients, Replay, replay_of
 from zplan.memory.script import STEP_PHASES, UPDATED, UPDATED_IN_REDUCTION, Course, Reduction, StepPhase
 from zplan.memory.shards import shard, update_bytes
 from zplan.memory.terms import PHASES, VERDICTS, ByteRange, Phase
-from zplan.memory.trainable import layout
+from zplan.memory.trainable import Layout, layout
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.values import dataclass
@@ -162,22 +163,29 @@ class Estimator:
             nvme_level=nvme_level,
         )  # fmt: skip
 
+    def _part(self, choice: Choice) -> tuple[ModelShape, Layout]:
+        """What AutoTP leaves to one rank of the model."""
+        if choice.batch.autotp_size == 1:
+            return self.shape, self.laid
+        shape = cut_shape(self.shape, choice.batch.autotp_size)
+        return shape, layout(shape, self.recipe)
+
     def _of_rank(self, choice: Choice) -> tuple[int, ...]:
-        still = standing(self.laid, self.recipe, choice, self.cluster, self.rank)
+        still = standing(self._part(choice)[1], self.recipe, choice, self.cluster, self.rank)
         return *phase_bytes(still.terms).values(), still.partition_numel, still.node_touched_numel
 
     def _of_model(self, choice: Choice) -> tuple[int, ...]:
-        return (largest_of_model(self.shape, self.recipe, choice),)
+        return (largest_of_model(self._part(choice)[0], self.recipe, choice),)
 
     def _of_engine(self, choice: Choice) -> tuple[int, ...]:
         outside = outside_allocator(choice, self.cluster)
         is_whole = not not_modelled(self.shape, self.recipe, choice, on_cpu=self.on_cpu)
-        largest = largest_of_engine(self.laid, self.recipe, choice)
+        largest = largest_of_engine(self._part(choice)[1], self.recipe, choice)
         return largest, outside.low, outside.expected, outside.high, int(is_whole)
 
     def _of_host(self, asked: _OnHost) -> tuple[int, ...]:
         host, nvme = estimate_host(
-            self.laid, self.recipe, asked.choice, self.cluster, partition_numel=asked.partition_numel,
+            self._part(asked.choice)[1], self.recipe, asked.choice, self.cluster, partition_numel=asked.partition_numel,
             rank_bytes=asked.rank_bytes, touched_numel=asked.touched_numel,
         )  # fmt: skip
         level, nvme_level = VERDICTS.index(host.verdict), VERDICTS.index(nvme.verdict)
@@ -185,9 +193,10 @@ class Estimator:
 
     # -- the step ------------------------------------------------------------------------------------------------
     def _base(self, choice: Choice) -> _Base:
-        course = course_of(self.shape, self.recipe, self.laid, choice, on_cpu=self.on_cpu)
+        shape, laid = self._part(choice)
+        course = course_of(shape, self.recipe, laid, choice, on_cpu=self.on_cpu)
         replay = replay_of(
-            course.script, instances(self.laid), self.recipe.weight_bytes, self.rank, self.exchange
+            course.script, instances(laid), self.recipe.weight_bytes, self.rank, self.exchange
         )  # fmt: skip
         if choice.zero.stage != 3:
             return _Base(replay, self._array(course), 0)
@@ -196,7 +205,7 @@ class Estimator:
         return _Base(replay, np.maximum.reduce(found), course.moments[UPDATED])
 
     def _of_update(self, choice: Choice) -> tuple[int, ...]:
-        items, ranks = instances(self.laid), choice.batch.zero_ranks
+        items, ranks = instances(self._part(choice)[1]), choice.batch.zero_ranks
         if choice.zero.stage != 3:
             return (0,)
         return (update_bytes(items, shard(items, choice.zero, ranks), choice.zero, num_ranks=ranks),)
