@@ -9,7 +9,7 @@ import pytest
 from tests.memory.choices import FULL_ON_SMOLLM, SMOLLM, shape_of
 from tests.shapes import described_cluster
 from zplan.memory.blocks import is_parallel
-from zplan.memory.estimate import estimate_memory
+from zplan.memory.estimate import estimate_memory, largest_of_model
 from zplan.memory.states import step_temporary_bytes
 from zplan.recipe import Optimizer
 from zplan.zero_config import BatchSizes, Choice, ZeroConfig
@@ -46,3 +46,20 @@ def test_an_optimizer_without_states_leaves_the_first_forward_the_largest_under_
     copies, states = 2 * SMOLLM.num_parameters // RANKS, 8 * SMOLLM.num_parameters // RANKS
     assert forward_bytes("sgd", 2) - forward_bytes("sgd", 1) >= copies
     assert states > copies  # so that a first step with AdamW's states taken off would be none to look at
+
+
+def test_scores_of_the_math_kernel_count_among_the_largest_tensors() -> None:
+    """Grouped queries in fp32 under sdpa: B H S^2 in fp32 come and go, and the allocator may need room for two."""
+    shape = replace(SMOLLM, num_attention_heads=9, num_key_value_heads=3)
+    batch = BatchSizes(train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=1, world_size=1)
+    choice = Choice(zero=ZeroConfig(), batch=batch)
+    grouped = replace(FULL_ON_SMOLLM, dtype="fp32")
+    scores = 4 * 2 * 9 * 512**2
+    assert (
+        largest_of_model(shape, grouped, choice)
+        - largest_of_model(replace(shape, num_key_value_heads=9), grouped, choice)
+        == scores
+    )
+    assert largest_of_model(shape, replace(grouped, attention="eager"), choice) == largest_of_model(
+        shape, grouped, choice
+    )

@@ -84,3 +84,25 @@ def test_the_math_kernel_s_softmax_takes_what_it_takes_unwatched() -> None:
     quarters = unwatched_peak(math_softmax) // SIDE**2
     assert quarters == 4 + 4 + 1
     assert watched_peak(math_softmax, FakeTensorMode()) // SIDE**2 == quarters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_experts_run_in_every_dtype(dtype: torch.dtype) -> None:
+    """torch's fake kernel of a grouped product takes bf16 alone; the real ones take every dtype."""
+    tokens, experts, narrow, wide = 32, 4, 16, 64
+
+    def products() -> tuple[torch.Tensor, ...]:
+        x = torch.ones(tokens, narrow, dtype=dtype, requires_grad=True)
+        weight = torch.ones(experts, narrow, wide, dtype=dtype, requires_grad=True)
+        offsets = torch.arange(1, experts + 1, dtype=torch.int32) * (tokens // experts)
+        out = torch._grouped_mm(x, weight, offsets)
+        (out * out).sum().backward()  # type: ignore[no-untyped-call]
+        assert x.grad is not None
+        assert weight.grad is not None
+        return out, x.grad, weight.grad
+
+    real = products()
+    mode = FakeTensorMode()
+    with mode, Tracker({"cpu": "gpu"}, fake_mode=mode):
+        fake = products()
+    assert [(t.shape, t.dtype) for t in fake] == [(t.shape, t.dtype) for t in real]

@@ -9,6 +9,7 @@ from typing import Literal
 from zplan.autotp import cut_shape
 from zplan.hardware import Cluster
 from zplan.memory import runtime
+from zplan.memory.attention import is_windowed
 from zplan.memory.bf16_optimizer import takes_bf16_optimizer
 from zplan.memory.course import course
 from zplan.memory.documented import documented_bucket_bytes
@@ -286,10 +287,14 @@ def largest_of_engine(laid: Layout, recipe: Recipe, choice: Choice) -> int:
 
 
 def largest_of_model(shape: ModelShape, recipe: Recipe, choice: Choice) -> int:
-    """The largest tensors of forward and backward: logits or the middle of an MLP, and scores."""
+    """The largest tensors of forward and backward: logits or the middle of an MLP, and scores where there are any:
+    eager attention, and under sdpa grouped queries in fp32 (scores.py, takes_math_kernel)."""
     length, b = recipe.max_length // choice.batch.sequence_parallel_size, recipe.weight_bytes
     tokens = choice.batch.train_micro_batch_size_per_gpu * length
-    scores = FP32 * tokens * recipe.max_length * shape.num_attention_heads if recipe.attention == "eager" else 0
+    grouped = shape.num_key_value_heads < shape.num_attention_heads and not is_windowed(shape, length)
+    math = recipe.attention == "sdpa" and recipe.dtype == "fp32" and grouped
+    has_scores = recipe.attention == "eager" or math
+    scores = FP32 * tokens * recipe.max_length * shape.num_attention_heads if has_scores else 0
     return scores + max(
         FP32 * tokens * shape.vocab_size if recipe.loss == "full" else b * min(tokens, TOKEN_TILE) * VOCAB_TILE,
         b * tokens * (shape.intermediate_size or 0),

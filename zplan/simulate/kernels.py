@@ -82,6 +82,23 @@ def masked_scatter_backward(tracker: Tracker, func: Any, args: Any, kwargs: Any)
     return out
 
 
+def grouped_matmul(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
+    """One product an expert; in another dtype than bf16, which only the fake kernel refuses, a matrix product a group,
+    written into the result.
+
+    Source: torch 2.13, aten/native/GroupedMMUtils.h (_grouped_mm_fallback); torch/_meta_registrations.py:8645.
+    """
+    left, right = args[:2]
+    offsets = args[2] if len(args) > 2 else kwargs.get("offs")
+    if left.dtype == torch.bfloat16:
+        return tracker.run(func, args, kwargs)
+    groups = (offsets.shape[0],) if left.dim() == right.dim() == 2 else ()
+    rows = left.shape[:-1] if right.dim() == 3 or left.dim() == 2 else left.shape[1:-1]
+    out = left.new_empty((*groups, *rows, right.shape[-1]))
+    tracker.track(out)
+    return out
+
+
 def flash_forward(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
     out = tracker.run(func, args, kwargs)
     tracker.count_flops(_attention_flops(args[0], args[1], products=2))
@@ -192,6 +209,7 @@ SPECIAL: dict[Any, Handler] = {
     aten.index_put_.default: index_put,
     aten._index_put_impl_.default: index_put,
     aten.masked_scatter_backward.default: masked_scatter_backward,
+    aten._grouped_mm.default: grouped_matmul,
     aten._safe_softmax.default: safe_softmax,
     aten._scaled_dot_product_flash_attention.default: flash_forward,
     aten._scaled_dot_product_flash_attention_backward.default: flash_backward,
