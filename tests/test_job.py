@@ -96,6 +96,7 @@ def refused(**flags: Any) -> ConfigError:
         ({"learning_rate": -1.0}, "learning_rate is -1.0", "--learning-rate 2e-5"),
         ({"lora_dropout": 7.0}, "lora_dropout is 7.0", "--lora-dropout 0.05"),
         ({"stage": 2, "set_": ["reduce_bucket_size=-1"]}, "'-1', not a size", "--set reduce_bucket_size=1e8"),
+        ({"stage": 2, "set_": ["autotp_size=x"]}, "autotp_size is 'x', not a whole number", "--set autotp_size=2"),
         ({"stage": 2, "set_": ["reduce_bucket_size=5.5"]}, "not a whole number", "--set reduce_bucket_size=1e8"),
         (
             {"stage": 2, "set_": ["reduce_bucket_size=1e12"]},

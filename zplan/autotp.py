@@ -30,10 +30,14 @@ def cannot_cut(shape: ModelShape, recipe: Recipe, autotp_size: int, *, stage: in
         return f"AutoTP of {shape.model_type}: another plan than {', '.join(PLANNED)}"
     if recipe.method != "full":
         return (
-            f"AutoTP with {recipe.method}: it puts its layers in the place of adapters, and the engine does not start"
+            f"AutoTP with {recipe.method}: it puts its layers in the place of the adapted ones, and the optimizer that"
+            " was built before no longer finds its parameters (KeyError in DeepSpeed's initialize)"
         )
     if stage == 3:
-        return "AutoTP at stage 3: parameters that zero.Init has cut over all ranks are cut again"
+        return (
+            "AutoTP at stage 3: embeddings and norms stay cut over all ranks, as zero.Init has cut them, the parts of"
+            " matrices over the ranks that hold the same part (auto_tp.py:512, _gather_zero3_params)"
+        )
     if any(size % autotp_size for size in sizes):
         return f"AutoTP over {autotp_size} ranks: uneven parts of heads, MLP or vocabulary {sizes}"
     return None

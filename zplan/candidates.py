@@ -15,7 +15,7 @@ from zplan.recipe import Recipe
 from zplan.settings import apply_settings, hf_auto_zero, read_bool, split_setting
 from zplan.speed.estimate import estimate_speed
 from zplan.speed.types import SpeedEstimate
-from zplan.units import parse_size
+from zplan.units import parse_count
 from zplan.values import dataclass
 from zplan.zero_config import Choice, OffloadDevice, OffloadOptimizer, OffloadParam, ZeroConfig, batch_sizes
 
@@ -111,13 +111,13 @@ def lift_settings(fixed: Fixed) -> Fixed:
         if key == "stage":
             fixed = replace(fixed, stage=zero.stage)
         elif key == "world_size":
-            fixed = replace(fixed, world_size=parse_size(value, name=key))
+            fixed = replace(fixed, world_size=parse_count(value, name=key))
         elif key == "sequence_parallel_size":
-            fixed = replace(fixed, sequence_parallel_size=parse_size(value, name=key))
+            fixed = replace(fixed, sequence_parallel_size=parse_count(value, name=key))
         elif key == "autotp_size":
-            fixed = replace(fixed, autotp_size=parse_size(value, name=key))
+            fixed = replace(fixed, autotp_size=parse_count(value, name=key))
         elif key == "train_micro_batch_size_per_gpu":
-            fixed = replace(fixed, micro_batch=parse_size(value, name=key))
+            fixed = replace(fixed, micro_batch=parse_count(value, name=key))
         elif key == "gradient_checkpointing":
             fixed = replace(fixed, gradient_checkpointing=read_bool(key, value))
         elif key == "offload_optimizer.device":
@@ -134,7 +134,7 @@ def splits(fixed: Fixed) -> dict[str, int]:
     given = {"sequence_parallel_size": fixed.sequence_parallel_size, "autotp_size": fixed.autotp_size}
     for key, value in map(split_setting, fixed.settings):
         if key in given:
-            given[key] = parse_size(value, name=key)
+            given[key] = parse_count(value, name=key)
     return given
 
 

@@ -18,6 +18,18 @@ _NUMBER = re.compile(r"^\s*(\d+(?:_\d+)*(?:\.\d+)?(?:[eE][+]?\d+)?)\s*([A-Za-z]*
 _LARGEST = 1 << 63
 
 
+def parse_count(text: str, *, name: str) -> int:
+    """`8`, `1_000` -> int: how many of something, which has no unit.
+
+    Raises:
+        ConfigError: not a whole number.
+    """
+    digits = text.replace("_", "")
+    if not digits.isdecimal():
+        raise ConfigError(f"{name} is {text!r}, not a whole number", fix=f"--set {name}=2")
+    return int(digits)
+
+
 def parse_size(text: str | int, *, name: str = "size") -> int:
     """`1e9`, `500_000_000`, `80GiB`, `2TB` -> int (bytes, or elements for DeepSpeed's counts).
 

@@ -253,3 +253,11 @@ def test_persistent_parameters_come_back_when_the_temporaries_of_an_update_on_th
     gathered = update_bytes(items, shard(items, half, 8), half, num_ranks=8)
     assert left
     assert gathered == shard(items, half, 8).persistent_bytes - 8 * max(left)
+
+
+def test_heads_that_flash_attention_would_pad_are_named_and_never_fit() -> None:
+    shape = replace(SHAPE, head_dim=SHAPE.head_dim + 4)
+    for attention, dtype, named in (("sdpa", "bf16", True), ("eager", "bf16", False), ("sdpa", "fp32", False)):
+        notes = estimate(ZeroConfig(stage=2), shape=shape, attention=attention, dtype=dtype).notes
+        assert any("no multiple of 8" in note for note in notes) is named
+    assert estimate(ZeroConfig(stage=2), shape=shape).gpu.verdict == "tight"

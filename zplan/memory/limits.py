@@ -19,6 +19,7 @@ def not_modelled(shape: ModelShape, recipe: Recipe, choice: Choice, *, on_cpu: b
     found = [
         *_of_model(shape, recipe),
         *_of_recipe(recipe, on_cpu),
+        *([] if on_cpu else _of_heads(shape, recipe)),
         *_of_gradient_types(recipe, choice),
         *_of_zero(choice),
     ]
@@ -42,6 +43,19 @@ def _of_model(shape: ModelShape, recipe: Recipe) -> list[str]:
     if recipe.use_dora and shape.model_type == "gpt2":
         lines.append("DoRA on GPT-2's transposed matrices: products with the whole weight (peft, lora/dora.py)")
     return lines
+
+
+def _of_heads(shape: ModelShape, recipe: Recipe) -> list[str]:
+    """Flash attention takes heads of a multiple of 8 elements; others are copied to larger ones before it.
+
+    Source: torch 2.13.0, aten/native/transformers/attention.cpp (pad_last_dim<8>).
+    """
+    if shape.head_dim % 8 == 0 or recipe.attention == "eager" or recipe.dtype == "fp32":
+        return []
+    return [
+        f"{recipe.attention} attention with heads of {shape.head_dim} elements, no multiple of 8: which kernel runs,"
+        " and the padded copies of q, k and v that flash attention keeps"
+    ]
 
 
 def _of_recipe(recipe: Recipe, on_cpu: bool) -> list[str]:

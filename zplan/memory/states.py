@@ -32,10 +32,6 @@ def first_state_bytes(optimizer: Optimizer) -> float:
     return STATE_BYTES_PER_ELEMENT["adamw" if optimizer == "muon" else optimizer]
 
 
-PAGED: frozenset[Optimizer] = frozenset({"paged_adamw", "paged_adamw_8bit"})
-"""States in unified memory: counted on the device, evicted to the host under pressure."""
-
-
 def optimizer_state_bytes(optimizer: Optimizer, numel: int, *, num_tensors: int = 1) -> int:
     """Optimizer states of `numel` flat fp32 elements on one rank.
 
