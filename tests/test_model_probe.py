@@ -81,6 +81,7 @@ def test_a_probed_folder_needs_no_second_probe(tmp_path: Path, monkeypatch: pyte
         ({"model_type": "my_own"}, "does not know"),
         ({"model_type": None}, "model_type is None"),
         ({"model_type": "vit"}, "no language model"),
+        ({"model_type": "qwen3_vl"}, "a qwen3_vl wraps a qwen3_vl_text, which is no model of its own"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"num_hidden_layers": 1_000_000_000}, "num_hidden_layers is 1000000000"),
         ({"text_config": {"hidden_size": -1}}, "hidden_size is -1"),

@@ -97,11 +97,7 @@ def build_on_meta(data: Mapping[str, Any], *, name: str) -> Any:
         config = _text_config(AutoConfig.for_model(model_type, **values))
         auto = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
         if type(config) not in auto._model_mapping:
-            raise ConfigError(
-                f"{name}: a {model_type} is no language model",
-                because="zplan plans what transformers trains as a causal or an encoder-decoder language model",
-                fix="--model mistral-7b",
-            )
+            raise _no_language_model(name, model_type, config.model_type)
         with torch.device("meta"):
             return auto.from_config(config)
     except ConfigError:
@@ -113,6 +109,17 @@ def build_on_meta(data: Mapping[str, Any], *, name: str) -> Any:
             because=f"{type(error).__name__}: {reason}",
             fix="compare it with a config.json that works",
         ) from error
+
+
+def _no_language_model(name: str, model_type: str, tower_type: str) -> ConfigError:
+    """The refusal of what is trained as something else, and of a wrapper whose text tower is no model of its own."""
+    is_wrapper = tower_type != model_type
+    what = f"wraps a {tower_type}, which is no model of its own" if is_wrapper else "is no language model"
+    return ConfigError(
+        f"{name}: a {model_type} {what}",
+        because="zplan plans what transformers trains as a causal or an encoder-decoder language model",
+        fix="--model qwen3-8b, or whichever language model it was made from" if is_wrapper else "--model mistral-7b",
+    )
 
 
 def _refuse_unknown_keys(data: Mapping[str, Any], model_type: str) -> None:
