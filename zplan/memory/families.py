@@ -18,7 +18,7 @@ CHECKED_FAMILIES = frozenset(
         "starcoder2",
     }
 )  # fmt: skip
-"""Families of reports/formula_vs_simulation.md and reports/families.md that stay within 4 % there."""
+"""Families that stay within 4 % of the simulated peak in `python -m benchmarks.families --every`."""
 WITHOUT_FUSED = frozenset({"bloom", "codegen", "gpt_neox_japanese", "mpt", "xglm", "mamba", "mamba2", "falcon_mamba"})
 """Families that have the eager attention only.
 
@@ -100,7 +100,7 @@ def unknown_layers(shape: ModelShape) -> str | None:
         )
     if family not in CHECKED_FAMILIES:
         return (
-            f"layers of {family}: taken for attention and MLP as elsewhere, and held against no simulation; zplan"
+            f"layers of {family}: taken for attention and MLP as elsewhere, and no simulation confirms that; zplan"
             " simulate runs the real ones"
         )
     return None
