@@ -301,4 +301,6 @@ def _of_wide_draws() -> list[Case]:
         _added("phi-4", "lora", 3, checkpointing=False, adapter={"lora_target": ("o_proj",)}),
         _added("qwen2.5-1.5b", "full", 3, world_size=6, zero_hpz_partition_size=2, adapter={"optimizer": "sgd"}),
         _added("llama-3.2-1b", "full", 3, adapter={"optimizer": "sgd"}),
+        _added("mistral-7b", "full", 3, world_size=5, max_length=64, reduce_bucket_size=1000,
+               stage3_max_live_parameters=0, offload_optimizer=OffloadOptimizer(device="nvme", nvme_path="/nvme")),
     ]  # fmt: skip

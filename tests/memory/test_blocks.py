@@ -10,7 +10,10 @@ from tests.memory.choices import FULL_ON_SMOLLM, SMOLLM, shape_of
 from tests.shapes import described_cluster
 from zplan.memory.blocks import is_parallel
 from zplan.memory.estimate import estimate_memory, largest_of_model
+from zplan.memory.instances import instances
 from zplan.memory.states import step_temporary_bytes
+from zplan.memory.sub_groups import unswapped_bytes
+from zplan.memory.trainable import layout
 from zplan.recipe import Optimizer
 from zplan.zero_config import BatchSizes, Choice, ZeroConfig
 
@@ -63,3 +66,13 @@ def test_scores_of_the_math_kernel_count_among_the_largest_tensors() -> None:
     assert largest_of_model(shape, replace(grouped, attention="eager"), choice) == largest_of_model(
         shape, grouped, choice
     )
+
+
+@pytest.mark.parametrize(("ranks", "kept_numel"), [(3, 0), (5, 5_662_311), (8, 0)])
+def test_a_gradient_whose_end_is_not_written_to_the_nvme_stays_whole(ranks: int, kept_numel: int) -> None:
+    """DeepSpeed keeps the end, less than 256 elements, as a view of all."""
+    items = instances(layout(SMOLLM, FULL_ON_SMOLLM))
+    table = 49_152 * 576
+    assert items.numel[0] == table
+    assert -(-table // 5) == 5_662_311
+    assert unswapped_bytes(items, (0,), ranks) == 4 * kept_numel

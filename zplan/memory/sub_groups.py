@@ -74,6 +74,10 @@ def _muon_bytes(
     return muon_step_bytes(chunks, num_ranks=num_ranks, of=of)
 
 
+ALIGNED_NUMEL = 1024 // FP32
+"""fp32 elements of a page that is written, with aio.intra_op_parallelism at its default of 1 (AIO_ALIGNED_BYTES)."""
+
+
 def is_swapped(numel: int) -> bool:
     """Whether so many fp32 elements go to the NVMe; fewer stay in memory.
 
@@ -93,13 +97,15 @@ def swapped_parameters(items: Instances, zero: ZeroConfig, num_ranks: int) -> fr
 
 
 def unswapped_bytes(items: Instances, numbers: Iterable[int], num_ranks: int) -> int:
-    """fp32 gradients of swapped sub-groups that are below 1 MiB: they are not written to the NVMe, and stay on the GPU
-    until the update reads them.
+    """fp32 gradients of swapped sub-groups that are not written to the NVMe, or not to their end, and stay on the GPU
+    until the update reads them: those below 1 MiB, and those that are no multiple of a page. Of these the end alone is
+    kept, but it is a view of the gradient.
 
-    Source: deepspeed 0.19.8, runtime/swap_tensor/optimizer_utils.py:272 (swap_out_gradients: unswapped_gradients).
+    Source: deepspeed 0.19.8, runtime/swap_tensor/optimizer_utils.py:272 (swap_out_gradients: unswapped_gradients),
+    :452 (_adjust_for_misaligned_lengths: narrow).
     """
     parts = (-(-items.numel[number] // num_ranks) for number in numbers)
-    return FP32 * sum(part for part in parts if not is_swapped(part))
+    return FP32 * sum(part for part in parts if not is_swapped(part) or part % ALIGNED_NUMEL)
 
 
 @lru_cache(1024)
