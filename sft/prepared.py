@@ -43,6 +43,8 @@ def load_examples(spec: TrialSpec, tokenizer: Any) -> tuple[data.Example, ...]:
 
 def prepare_for_forks(spec: TrialSpec) -> None:
     """Make both here, if that starts no thread. What fails here fails again in the ranks, and they say why."""
+    if spec.recipe.optimizer == "muon":
+        import torch._inductor.compile_fx  # noqa: F401  (what compiles its update)
     source = spec.recipe.dataset
     if os.environ.get("TOKENIZERS_PARALLELISM") != "false" or (source is not None and not _reads_alone(Path(source))):
         return

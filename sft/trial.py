@@ -14,8 +14,11 @@ import gc
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from functools import lru_cache, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from sft.ranks import Rank, current_rank, die_with_parent, ensure_rank, set_environment
 from zplan import files
@@ -49,20 +52,43 @@ class Progress:
 def preload(kind: DeviceKind = "cpu") -> None:
     """Import everything that a rank needs, without a torch operator and without a thread, so that forks are cheap.
 
-    deepspeed.initialize imports the Muon module at stage >= 1, and that one imports torch._inductor (3 s of CPU time).
-    What is imported stays, and the collection with which a training begins need not walk it (0.3 s; accelerate 1.15,
-    utils/memory.py, release_memory).
+    deepspeed.initialize imports the Muon module at stage >= 1, and that one decorates with torch.compile, which loads
+    torch._inductor (2 s of CPU time): here it is loaded by the first trial with Muon (`prepare_for_forks`).
+    What is imported stays: no collection walks it, neither those that imports start (1 s) nor the one with which a
+    training begins (0.3 s; accelerate 1.15, utils/memory.py, release_memory).
     """
+    gc.disable()
     set_environment(kind)
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    import deepspeed
+    import torch
+
+    with patch.object(torch, "compile", compiled_when_called):
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    from deepspeed.module_inject import auto_ep_layer  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
     from transformers.models.mistral import modeling_mistral  # noqa: F401
     from transformers.models.qwen2 import modeling_qwen2  # noqa: F401
 
     from sft import measure  # noqa: F401
 
-    gc.collect()
     gc.freeze()
+    gc.enable()
+
+
+def compiled_when_called(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """What torch.compile makes of a function, made when it is first called."""
+
+    @lru_cache(maxsize=1)
+    def compiled() -> Callable[..., Any]:
+        import torch
+
+        return torch.compile(function, **options)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return compiled()(*args, **kwargs)
+
+    return call
 
 
 def run_rank(spec: TrialSpec, out_dir: Path) -> int:

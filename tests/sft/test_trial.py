@@ -7,18 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sft.steps import may_begin_short, plan_steps
+from sft.trial import compiled_when_called
 from tests.sft.warm import WarmServer, make_recipe, make_spec, rank_pids
 from zplan import files
 from zplan.backends.formula import FormulaBackend
-from zplan.catalog import find_model
-from zplan.model_shape import ModelShape
+from zplan.model_probe import probe_config
 from zplan.trial import Outcome, TrialResult
 
 PHASES = {"load", "init", "forward", "backward", "step"}
@@ -75,8 +77,7 @@ def test_a_trial_measures_the_peak_of_a_training_not_of_its_first_step(
     """Without recomputation the peak is in backward, where the first step has no optimizer states yet."""
     spec = make_spec(make_recipe(tiny_model_dir, None), stage=stage, ranks=2)
     spec = replace(spec, choice=replace(spec.choice, gradient_checkpointing=False))
-    shape = find_model(str(tiny_model_dir))
-    assert isinstance(shape, ModelShape)
+    shape = probe_config(tiny_model_dir / "config.json", name="tiny")
     predicted = FormulaBackend(shape).run(spec).phases
     measured = measure(warm, spec, tmp_path)
     assert measured.phases["backward"] == pytest.approx(predicted["backward"], rel=0.05)  # the aim of a prediction
@@ -191,3 +192,27 @@ def test_a_cold_process_answers_the_same_question(tiny_model_dir: Path, tiny_dat
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert files.load(TrialResult, tmp_path / "result.json").outcome is Outcome.OK
+
+
+def test_the_server_starts_without_a_compiler_and_walks_nothing_that_it_has_imported() -> None:
+    code = (
+        "import gc, sys; from sft.trial import preload; preload('cpu');"
+        "print('deepspeed.runtime.zero.muon.original_muon' in sys.modules, 'torch._inductor.compile_fx' in sys.modules,"
+        "gc.isenabled(), len(gc.get_objects()) < gc.get_freeze_count() / 10)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-4:] == ["True", "False", "True", "True"], done.stdout
+
+
+def test_what_is_compiled_when_called_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Callable[..., Any]] = []
+
+    def compile_now(function: Callable[..., Any]) -> Callable[..., Any]:
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_now)
+    double = compiled_when_called(lambda value: 2 * value)
+    assert not compiled
+    assert (double(2), double(3)) == (4, 6)
+    assert len(compiled) == 1
