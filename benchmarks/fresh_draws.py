@@ -1,6 +1,6 @@
 """The formula against the simulation on configurations that nobody has looked at; prints, and writes no report.
 
-    python -m benchmarks.fresh_draws 100 --seed 1 [--kind one-rank] [--worst 20]
+    python -m benchmarks.fresh_draws 100 --seed 1 [--kind one-rank|wide] [--worst 20]
 
 Every family of `formula_vs_simulation` and every stage in turn; the other knobs are drawn. With another seed they are
 others. Rows that could not be simulated say why; none is left out.
@@ -69,7 +69,37 @@ def _with_eager_where_needed(case: Case) -> Case:
     return replace(case, attention="eager") if case.model.startswith(WITHOUT_SDPA) else case
 
 
-KINDS = {"any": any_case, "one-rank": one_rank_case}
+def wide_case(seed: int, number: int) -> Case:
+    """Sizes that nobody would choose, uneven worlds, other optimizers, dtypes and adapters."""
+    chance = random.Random(f"wide {seed} {number}")
+    pick = chance.choice
+    case = _with_eager_where_needed(draw(chance, pick(MODELS), pick((0, 1, 2, 3, 3, 3))))
+    zero, stage = case.zero, case.zero.stage
+    recipe: dict[str, Any] = {"dtype": pick(("bf16", "bf16", "fp16", "fp32")), "max_grad_norm": pick((0.0, 1.0))}
+    if not zero.offloads_optimizer:
+        recipe["optimizer"] = pick(("adamw", "adamw", "sgd"))
+    if stage:
+        zero = replace(zero, reduce_bucket_size=pick((1, 1000, 123_457, 16_777_216, 3_000_000_000)))
+    if stage == 3:
+        zero = replace(
+            zero, sub_group_size=pick((1_000_000, 123_456_789)),
+            stage3_param_persistence_threshold=pick((0, 10_000, 10**10)),
+            stage3_model_persistence_threshold=pick((0, 1_000_000, 50_000_000)),
+            stage3_max_live_parameters=pick((1, 3_333_333, 10**12)), stage3_allgather_sequential=pick((True, False)),
+        )  # fmt: skip
+        if chance.random() < 0.2:
+            zero = replace(zero, offload_optimizer=_states(chance))
+            recipe["optimizer"] = "adamw"
+    if case.method == "lora":
+        recipe |= {"lora_r": pick((1, 64, 256)), "modules_to_save": pick(((), (), ("lm_head",), ("norm",)))}
+    long, most = pick((1, 7, 333, 4097, 8192)), 40_000
+    return replace(
+        case, zero=zero, adapter=recipe, world_size=pick((1, 2, 3, 5, 6, 7, 48, 1024)), accumulation=pick((1, 3, 8)),
+        max_length=long, micro_batch=min(pick((1, 3, 16)), most // long), layers=pick((1, 2, 3)),
+    )  # fmt: skip
+
+
+KINDS = {"any": any_case, "one-rank": one_rank_case, "wide": wide_case}
 
 
 def report(rows: list[Row], worst: int) -> str:
