@@ -255,3 +255,11 @@ def test_what_neither_formula_nor_simulation_can_do_is_sent_to_a_trial(family: s
     found = estimated(replace(shape, model_type=family))
     assert found.gpu.verdict == "tight"
     assert any("zplan tune --trials 1" in note for note in found.notes)
+
+
+def test_heads_of_latent_attention_are_as_wide_as_their_parts() -> None:
+    """16 + 8 elements fit flash attention, 15 + 8 do not."""
+    shape = tiny("deepseek_v3", **{**ROUTED, **LATENT, "hidden_size": 60})
+    assert not any("no multiple of 8" in note for note in estimated(shape).notes)
+    narrow = tiny("deepseek_v3", **{**ROUTED, **LATENT, "qk_nope_head_dim": 15})
+    assert any("heads of 23 elements" in note for note in estimated(narrow).notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from zplan.autotp import cannot_cut
+from zplan.memory.attention import attention_widths
 from zplan.memory.families import refused, unknown_layers
 from zplan.memory.quantized import num_groups
 from zplan.memory.trainable import layout
@@ -46,14 +47,17 @@ def _of_model(shape: ModelShape, recipe: Recipe) -> list[str]:
 
 
 def _of_heads(shape: ModelShape, recipe: Recipe) -> list[str]:
-    """Flash attention takes heads of a multiple of 8 elements; others are copied to larger ones before it.
+    """Flash attention takes heads of a multiple of 8 elements; others are copied to larger ones before it. The heads of
+    latent attention are as wide as their two parts, whatever the hidden size (GLM 4.7 Flash).
 
     Source: torch 2.13.0, aten/native/transformers/attention.cpp (pad_last_dim<8>).
     """
-    if shape.head_dim % 8 == 0 or recipe.attention == "eager" or recipe.dtype == "fp32":
+    heads, width, _, _ = attention_widths(shape)
+    head_dim = width // heads
+    if head_dim % 8 == 0 or recipe.attention == "eager" or recipe.dtype == "fp32":
         return []
     return [
-        f"{recipe.attention} attention with heads of {shape.head_dim} elements, no multiple of 8: which kernel runs,"
+        f"{recipe.attention} attention with heads of {head_dim} elements, no multiple of 8: which kernel runs,"
         " and the padded copies of q, k and v that flash attention keeps"
     ]
 
