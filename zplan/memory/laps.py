@@ -75,8 +75,8 @@ class Laps:
         ahead, left = self.from_lap_on(lap + skipped), values[self.of(lap - 1)]
         way = skipped * self.parameters
         values[ahead] = values[ahead.start - way : ahead.stop - way]
-        for gone in range(lap, lap + skipped):
-            values[self.of(gone)] = left
+        first, last = self.of(lap), self.of(lap + skipped - 1)
+        values[min(first.start, last.start) : max(first.stop, last.stop)] = left * skipped
 
 
 def laps_of(

@@ -40,6 +40,10 @@ Schedule = tuple[Run, ...]
 """Of all calls of a script, in their order."""
 
 
+_Cut = tuple[int, int, Laps | None, int]
+"""(first call, the one behind the last, laps, number of the lap) of a stretch."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Stretch:
     """The calls of one lap, or those between laps."""
@@ -84,6 +88,7 @@ class Scheduler:
     script: Script
     _distances: dict[tuple[int, int, int], tuple[int, ...]] = field(default_factory=dict)
     _regular: dict[tuple[int, int, int], list[int]] = field(default_factory=dict)
+    _stretches: dict[tuple[int, int], _Stretch] = field(default_factory=dict)
 
     def schedule(self, coordinator: Coordinator, *, without: int | None = None) -> Schedule:
         """Args:
@@ -93,10 +98,13 @@ class Scheduler:
             laps: laps.are_alike(coordinator.persistent) and laps.are_alike(coordinator.viewed)
             for laps in self.script.laps
         }
-        live, stretches = Bounds(), iter(self._stretches)
+        live, behind = Bounds(), 0
         runs: list[Run] = []
         flying = 0
-        for stretch in stretches:
+        for number, cut in enumerate(self._cuts):
+            if number < behind:
+                continue  # a lap that goes as the one ahead of it
+            stretch = self._stretch(*cut)
             flew, flying = flying, len(coordinator.inflight)
             looks = stretch.laps and laps_alike[stretch.laps] and (flying <= FEW_IN_FLIGHT or flying == flew)
             before = _Before.of(coordinator) if looks else None
@@ -106,8 +114,7 @@ class Scheduler:
             if before and skipped:
                 assert stretch.laps is not None
                 self._skip(coordinator, before, stretch.laps, stretch.lap + 1, skipped)
-                for _ in range(skipped):
-                    next(stretches)
+            behind = number + 1 + skipped
             live.include(coordinator.live)
             runs.append(
                 Run(
@@ -119,17 +126,17 @@ class Scheduler:
         return tuple(runs)
 
     @cached_property
-    def _stretches(self) -> tuple[_Stretch, ...]:
+    def _cuts(self) -> tuple[_Cut, ...]:
         """All calls, cut before and behind every lap."""
-        found: list[_Stretch] = []
+        found: list[_Cut] = []
         end = 0
         for laps in self.script.laps:
-            found.append(self._stretch(end, laps.first))
+            found.append((end, laps.first, None, 0))
             for lap in range(laps.count):
                 first = laps.first + lap * laps.num_calls
-                found.append(self._stretch(first, first + laps.num_calls, laps, lap))
+                found.append((first, first + laps.num_calls, laps, lap))
             end = laps.first + laps.count * laps.num_calls
-        found.append(self._stretch(end, len(self.script.calls)))
+        found.append((end, len(self.script.calls), None, 0))
         return tuple(found)
 
     @cached_property
@@ -137,7 +144,14 @@ class Scheduler:
         """Whether the graph keeps views of weights."""
         return any(op in (Op.KEPT_MODULE, Op.VIEWED_MODULE) for op, _ in self.script.calls)
 
-    def _stretch(self, first: int, end: int, laps: Laps | None = None, lap: int = 0) -> _Stretch:
+    def _stretch(self, first: int, end: int, laps: Laps | None, lap: int) -> _Stretch:
+        """Kept; most laps are never asked for."""
+        known = self._stretches.get((first, end))
+        if known is None:
+            known = self._stretches[first, end] = self._hooked(first, end, laps, lap)
+        return known
+
+    def _hooked(self, first: int, end: int, laps: Laps | None, lap: int) -> _Stretch:
         hooks, releases, steps = [], [], 0
         for call in range(first, end):
             op, module = self.script.calls[call]
