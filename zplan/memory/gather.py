@@ -41,7 +41,7 @@ class Part:
 Parts = tuple[Part, ...]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Gathered:
     """Before every call and at most while it runs, in the order of a course's moments."""
 
@@ -49,19 +49,6 @@ class Gathered:
     """One object for all that differ in the update alone, which is not in here."""
     update_bytes: int
     """At the end of the update (UPDATED), when nothing else is gathered."""
-
-    @cached_property
-    def moments(self) -> tuple[int, ...]:
-        """One by one."""
-        found: list[int] = []
-        for part in self.parts:
-            if part.growth:
-                for time in range(part.times):
-                    found += [num_bytes + time * part.growth for num_bytes in part.moments]
-            else:
-                found += part.moments * part.times
-        found[UPDATED] = self.update_bytes
-        return tuple(found)
 
 
 Steps = tuple[tuple[Gathered, int], ...]
@@ -256,12 +243,17 @@ def padding(items: Instances, num_ranks: int) -> int:
     return _PADDINGS.setdefault(tuple(-(-numel // num_ranks) * num_ranks for numel in items.numel), len(_PADDINGS))
 
 
-def most_of(steps: Steps) -> tuple[int, ...]:
-    """The most that any of the steps holds, moment by moment."""
-    if len(steps) == 1:
-        return steps[0][0].moments
-    there = ([held - absent for held in gathered.moments] for gathered, absent in steps)
-    return tuple(map(max, *there))
+def one_by_one(parts: Parts) -> list[int]:
+    """Their moments, without the update."""
+    found: list[int] = []
+    for part in parts:
+        if part.growth:
+            for time in range(part.times):
+                found += [num_bytes + time * part.growth for num_bytes in part.moments]
+        else:
+            found += part.moments * part.times
+    found[UPDATED] = 0
+    return found
 
 
 def follow_hooks(of: Gathering, choice: Choice, shards: Shards, schedule: Schedule, has_copies: bool) -> Parts:

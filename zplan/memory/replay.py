@@ -20,12 +20,23 @@ from typing import Protocol
 from zplan.memory.bf16_optimizer import Bf16Engine, takes_bf16_optimizer
 from zplan.memory.earlier import Earlier, can_hold_more
 from zplan.memory.exchange import PLAIN, Exchange
-from zplan.memory.gather import Gathering, Steps, most_of
+from zplan.memory.gather import Gathering, Parts, Steps, one_by_one
 from zplan.memory.instances import Instances
 from zplan.memory.memo import Memo
 from zplan.memory.meter import Kind, Meter
 from zplan.memory.muon import Precision, precision
-from zplan.memory.script import STEP_PHASES, Call, Course, Kinds, Op, Reduction, Script, StepPhase
+from zplan.memory.script import (
+    STEP_PHASES,
+    UPDATED,
+    UPDATED_IN_REDUCTION,
+    Call,
+    Course,
+    Kinds,
+    Op,
+    Reduction,
+    Script,
+    StepPhase,
+)
 from zplan.memory.shards import shard
 from zplan.memory.stage0 import Stage0Engine
 from zplan.memory.stage3 import Stage3Engine
@@ -56,13 +67,25 @@ class Held:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class _Base:
-    """A course of ZeRO-3 with its parameters."""
+class _Sum:
+    """A course of ZeRO-3 with the parameters that one step of a run gathers, but for the end of the update."""
 
     moments: Sequence[int]
     """Of the reduction: all but what the gradients hold."""
     totals: Sequence[int]
     """The same of the script."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Base:
+    """The most of the steps that a run has."""
+
+    moments: Sequence[int]
+    """Of the reduction."""
+    sums: tuple[tuple[_Sum, int], ...]
+    """Of each step, and bytes that it does not hold yet."""
+    at_update: int
+    """At the end of the update."""
 
 
 @dataclass(eq=False)
@@ -82,6 +105,7 @@ class Replay:
     gathering: Gathering = field(init=False)
     gathered: Memo[Choice, Steps] = field(init=False)
     _bases: dict[tuple[int, int], tuple[Course, Steps, _Base]] = field(default_factory=dict)
+    _sums: dict[tuple[int, int], tuple[Course, Parts, _Sum]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.held = held_by(self.script.reduction, self.items, self.itemsize, self.rank, self.exchange)
@@ -119,20 +143,37 @@ class Replay:
         key = (id(course), id(steps))
         known = self._bases.get(key)
         if known is None:
-            totals = list(map(add, course.moments, most_of(steps)))
-            moments = [max(totals[first:end]) for first, end in pairwise(self.cuts)]
+            sums = tuple((self._sum(course, gathered.parts), absent) for gathered, absent in steps)
+            there = [[most - absent for most in one.moments] if absent else one.moments for one, absent in sums]
+            moments = list(map(max, *there)) if len(there) > 1 else list(there[0])
+            at_update = course.moments[UPDATED] + max(gathered.update_bytes - absent for gathered, absent in steps)
+            moments[UPDATED_IN_REDUCTION] = max(moments[UPDATED_IN_REDUCTION], at_update)
             if len(self._bases) >= MOST_KEPT:
                 self._bases.clear()
-            known = self._bases[key] = (course, steps, _Base(moments, totals))
+            known = self._bases[key] = (course, steps, _Base(moments, sums, at_update))
+        return known[2]
+
+    def _sum(self, course: Course, parts: Parts) -> _Sum:
+        """Parameters that choices have in common are added once."""
+        key = (id(course), id(parts))
+        known = self._sums.get(key)
+        if known is None:
+            totals = list(map(add, course.moments, one_by_one(parts)))
+            moments = [max(totals[first:end]) for first, end in pairwise(self.cuts)]
+            if len(self._sums) >= MOST_KEPT:
+                self._sums.clear()
+            known = self._sums[key] = (course, parts, _Sum(moments, totals))
         return known[2]
 
     def _kinds(self, course: Course, base: _Base | None, index: int) -> Kinds:
         """What the bytes of a moment of the reduction are, outside the reduction."""
         if base is None:
             return course.kinds(index)
-        first, end = self.cuts[index], self.cuts[index + 1]
-        most = max(base.totals[first:end])
-        moment = base.totals.index(most, first)
+        most, first = base.moments[index], self.cuts[index]
+        found = [one.totals.index(most + less, first) for one, less in base.sums if one.moments[index] == most + less]
+        if index == len(base.moments) + UPDATED_IN_REDUCTION and base.at_update == most:
+            found.append(len(course.moments) + UPDATED)
+        moment = min(found)
         kinds = list(course.kinds(moment))
         kinds[Kind.GATHERED_PARAMETERS] += most - course.moments[moment]
         return tuple(kinds)
