@@ -156,11 +156,11 @@ def test_a_choice_from_flags_is_cautious_where_nothing_is_said() -> None:
 
 
 def test_auto_sizes_are_those_of_transformers() -> None:
-    zero = hf_auto_zero(3, SHAPE)
+    zero = hf_auto_zero(3, SHAPE.hidden_size)
     assert zero.reduce_bucket_size == 512 * 512
     assert zero.stage3_prefetch_bucket_size == int(0.9 * 512 * 512)
     assert zero.stage3_param_persistence_threshold == 10 * 512
-    assert hf_auto_zero(2, SHAPE).stage3_prefetch_bucket_size == ZeroConfig().stage3_prefetch_bucket_size
+    assert hf_auto_zero(2, SHAPE.hidden_size).stage3_prefetch_bucket_size == ZeroConfig().stage3_prefetch_bucket_size
 
 
 def test_all_settings_that_cannot_be_read_are_named_at_once() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal
+from functools import lru_cache
+from typing import Any, Literal
 
 from zplan.errors import ConfigError
 from zplan.hardware import Cluster
-from zplan.memory.estimate import BucketRule, cannot_fit, estimate_memory
+from zplan.memory.estimate import BucketRule, estimate_memory
+from zplan.memory.least import cannot_fit
 from zplan.memory.terms import MemoryEstimate
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
@@ -143,22 +144,17 @@ def is_choice_setting(text: str) -> bool:
     return split_setting(text)[0] in _CHOICE_SETTINGS
 
 
-def base_zero(stage: Stage, shape: ModelShape, cluster: Cluster, optimizer: str, param: str) -> ZeroConfig:
+def base_zero(stage: Stage, hidden_size: int, nvme_path: str | None, optimizer: str, param: str) -> ZeroConfig:
     """A ZeRO section to start from: transformers' "auto" sizes, saving 16-bit weights, the given offload."""
-    path = cluster.host.nvme_path
-    zero = replace(
-        hf_auto_zero(stage, shape),
-        stage3_gather_16bit_weights_on_model_save=stage == 3,
-    )
+    on_nvme = {"nvme": nvme_path}
+    parts: dict[str, Any] = {"stage3_gather_16bit_weights_on_model_save": stage == 3}
     if stage >= 1 and optimizer != "none":
         device = _device(optimizer)
-        zero = replace(
-            zero, offload_optimizer=OffloadOptimizer(device=device, nvme_path=path if device == "nvme" else None)
-        )
+        parts["offload_optimizer"] = OffloadOptimizer(device=device, nvme_path=on_nvme.get(device))
     if stage == 3 and param != "none":
         device = _device(param)
-        zero = replace(zero, offload_param=OffloadParam(device=device, nvme_path=path if device == "nvme" else None))
-    return zero
+        parts["offload_param"] = OffloadParam(device=device, nvme_path=on_nvme.get(device))
+    return replace(hf_auto_zero(stage, hidden_size), **parts)
 
 
 def _device(name: str) -> OffloadDevice:
@@ -167,26 +163,31 @@ def _device(name: str) -> OffloadDevice:
     return name  # type: ignore[return-value]
 
 
-def zero_sections(shape: ModelShape, cluster: Cluster, fixed: Fixed) -> Iterator[ZeroConfig]:
+def zero_sections(shape: ModelShape, cluster: Cluster, fixed: Fixed) -> tuple[ZeroConfig, ...]:
     """Every ZeRO section that the user's decisions leave open, settings put in.
 
     NVMe is tried at stage 3 and where the cluster has one: below, the engine keeps the states on the CPU.
     """
+    return _sections(shape.hidden_size, cluster.host.nvme_path, bool(cluster.host.nvme_free_bytes), fixed)
+
+
+@lru_cache(64)
+def _sections(hidden_size: int, nvme_path: str | None, has_nvme: bool, fixed: Fixed) -> tuple[ZeroConfig, ...]:
+    """A search for changes asks for the same ones again and again."""
+    found = []
     for stage in STAGES if fixed.stage is None else (check_stage(fixed.stage),):
-        for optimizer in _devices(fixed.offload_optimizer, allowed=stage >= 1, nvme=_has_nvme(cluster) and stage == 3):
+        for optimizer in _devices(fixed.offload_optimizer, allowed=stage >= 1, nvme=has_nvme and stage == 3):
             # Parameters go to the drive only after the states, which are six times as large.
             for param in _devices(fixed.offload_param, allowed=stage == 3, nvme=optimizer == "nvme"):
-                yield apply_settings(base_zero(stage, shape, cluster, optimizer, param), fixed.settings)
+                zero = base_zero(stage, hidden_size, nvme_path, optimizer, param)
+                found.append(apply_settings(zero, fixed.settings))
+    return tuple(found)
 
 
 def check_stage(stage: int) -> Stage:
     if stage not in STAGES:
         raise ConfigError(f"stage is {stage}", because="ZeRO has the stages 0, 1, 2 and 3", fix="--stage 2")
     return stage
-
-
-def _has_nvme(cluster: Cluster) -> bool:
-    return bool(cluster.host.nvme_free_bytes)
 
 
 def _devices(fixed: str | None, *, allowed: bool, nvme: bool) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import cache
 from math import ceil
 
 from zplan.candidates import Candidate, evaluate
@@ -125,7 +126,7 @@ Search = Callable[[ModelShape, Recipe, Cluster], Candidate | None]
 
 
 def smallest_changes(
-    before: Candidate, shape: ModelShape, recipe: Recipe, cluster: Cluster, search: Search
+    closest: Callable[[], Candidate], shape: ModelShape, recipe: Recipe, cluster: Cluster, search: Search
 ) -> tuple[Fix, ...]:
     """Of each kind of change the smallest one with which something fits; empty if nothing here helps.
 
@@ -133,13 +134,14 @@ def smallest_changes(
     where there is none, more GPUs.
 
     Args:
-        before: the candidate that comes closest without a change.
+        closest: the candidate that comes closest without a change; asked if something helps.
     """
+    before = cache(closest)
 
     def fit(change: Change) -> Fix | None:
         flags, changed, larger = change
         after = _try(shape, changed, larger, search)
-        return measure_fix(before, flags, after) if after is not None else None
+        return measure_fix(before(), flags, after) if after is not None else None
 
     found = [
         next((fix for change in ladder if (fix := fit(change)) is not None), None)

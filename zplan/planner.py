@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from operator import itemgetter
 from typing import Any
 
 from zplan.candidates import (
@@ -21,13 +22,13 @@ from zplan.candidates import (
 from zplan.errors import ConfigError
 from zplan.fixes import Fix, quantify_fixes, smallest_changes
 from zplan.hardware import Cluster
-from zplan.memory.estimate import BucketRule, least_need
+from zplan.memory.estimate import BucketRule
+from zplan.memory.least import cannot_fit, least_need
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.settings import apply_settings
 from zplan.speed.estimate import estimate_speed
-from zplan.values import dataclass
-from zplan.zero_config import Choice, batch_sizes
+from zplan.zero_config import BatchSizes, Choice, ZeroConfig, batch_sizes
 
 __all__ = [
     "Candidate",
@@ -54,7 +55,8 @@ def make_choice(shape: ModelShape, recipe: Recipe, cluster: Cluster, *, fixed: F
         raise ConfigError("no ZeRO stage given", because="one configuration has one stage", fix="--stage 2")
     stage = check_stage(fixed.stage)
     _refuse_dead_offload(fixed)
-    zero = base_zero(stage, shape, cluster, fixed.offload_optimizer or "none", fixed.offload_param or "none")
+    devices = fixed.offload_optimizer or "none", fixed.offload_param or "none"
+    zero = base_zero(stage, shape.hidden_size, cluster.host.nvme_path, *devices)
     batch = batch_sizes(
         recipe, micro_batch=fixed.micro_batch or 1, world_size=fixed.world_size or cluster.world_size, **splits(fixed)
     )
@@ -108,45 +110,35 @@ def rank_candidates(
     return tuple(sorted(found, key=_rank))
 
 
-@dataclass(frozen=True, slots=True)
-class _Ladder:
-    """A strategy."""
-
-    choices: tuple[Choice, ...]
-    """From the smallest micro-batch to the largest."""
-    need: tuple[int, int]
-    """`least_need` of the smallest."""
-
-
-def _bounded(shape: ModelShape, recipe: Recipe, cluster: Cluster, fixed: Fixed, world_size: int) -> list[_Ladder]:
-    ladders = _ladders(shape, recipe, cluster, fixed, world_size)
-    return [_Ladder(choices, least_need(shape, recipe, choices[0], cluster)) for choices in ladders]
+Ladder = tuple[Choice, ...]
+"""A strategy, from the smallest micro-batch to the largest."""
 
 
 def _best_on(
     shape: ModelShape, recipe: Recipe, cluster: Cluster, fixed: Fixed, world_size: int, bucket_rule: BucketRule
 ) -> Candidate:
     """The fastest strategy that fits on fewer GPUs; if none does, the one that is least short."""
-    ladders = _bounded(shape, recipe, cluster, fixed, world_size)
+    ladders = tuple(_ladders(shape, recipe, cluster, fixed, world_size))
     fastest = _fastest_of(shape, recipe, cluster, ladders, bucket_rule)
     return fastest if fastest is not None else _least_short(shape, recipe, cluster, ladders, bucket_rule)
 
 
 def _least_short(
-    shape: ModelShape, recipe: Recipe, cluster: Cluster, ladders: list[_Ladder], bucket_rule: BucketRule
+    shape: ModelShape, recipe: Recipe, cluster: Cluster, ladders: Iterable[Ladder], bucket_rule: BucketRule
 ) -> Candidate:
     """The first by `_rank`. Asked from the least need up, until the least need of the others is already more."""
     found: list[tuple[tuple[Any, ...], int, Candidate]] = []
-    for index, ladder in sorted(enumerate(ladders), key=lambda item: item[1].need):
-        if found and ladder.need > min(found)[0][:2]:
+    needs = ((least_need(shape, recipe, first, cluster), index, first) for index, (first, *_) in enumerate(ladders))
+    for need, index, first in sorted(needs, key=itemgetter(0, 1)):
+        if found and need > min(found)[0][:2]:
             break
-        tried = evaluate(shape, recipe, ladder.choices[0], cluster, bucket_rule=bucket_rule)
+        tried = evaluate(shape, recipe, first, cluster, bucket_rule=bucket_rule)
         found.append((_rank(tried), index, tried))
     return min(found)[2]
 
 
 def _fastest_of(
-    shape: ModelShape, recipe: Recipe, cluster: Cluster, ladders: list[_Ladder], bucket_rule: BucketRule
+    shape: ModelShape, recipe: Recipe, cluster: Cluster, ladders: Iterable[Ladder], bucket_rule: BucketRule
 ) -> Candidate | None:
     """The fastest strategy that fits; None if none does.
 
@@ -154,7 +146,7 @@ def _fastest_of(
     not where the model's states alone are too much, or where the smallest micro-batch did not fit.
     """
     by_speed = sorted(
-        ((choice, ladder.choices[0]) for ladder in ladders if ladder.need[0] == 0 for choice in ladder.choices),
+        ((choice, ladder[0]) for ladder in _with_room(shape, recipe, cluster, ladders) for choice in ladder),
         key=lambda item: -(estimate_speed(shape, recipe, item[0], cluster).tokens_per_second or 0.0),
     )
     smallest_fits: dict[Choice, bool] = {}
@@ -170,6 +162,17 @@ def _fastest_of(
     return None
 
 
+def _with_room(shape: ModelShape, recipe: Recipe, cluster: Cluster, ladders: Iterable[Ladder]) -> Iterator[Ladder]:
+    """Strategies that are not too much by what is held all the time alone, which is the same with recomputation."""
+    known: dict[tuple[ZeroConfig, BatchSizes], bool] = {}
+    for ladder in ladders:
+        key = (ladder[0].zero, ladder[0].batch)
+        if key not in known:
+            known[key] = not cannot_fit(shape, recipe, ladder[0], cluster)
+        if known[key]:
+            yield ladder
+
+
 def _strategies(
     shape: ModelShape, recipe: Recipe, cluster: Cluster, fixed: Fixed, world_size: int, bucket_rule: BucketRule
 ) -> Iterator[Candidate]:
@@ -177,9 +180,7 @@ def _strategies(
         yield best_micro_batch(shape, recipe, cluster, ladder, bucket_rule)
 
 
-def _ladders(
-    shape: ModelShape, recipe: Recipe, cluster: Cluster, fixed: Fixed, world_size: int
-) -> Iterator[tuple[Choice, ...]]:
+def _ladders(shape: ModelShape, recipe: Recipe, cluster: Cluster, fixed: Fixed, world_size: int) -> Iterator[Ladder]:
     """Each strategy as its choices from the smallest micro-batch to the largest."""
     sizes = micro_batches(recipe, world_size, fixed)
     batches = [batch_sizes(recipe, micro_batch=size, world_size=world_size, **splits(fixed)) for size in sizes]
@@ -209,11 +210,11 @@ def smallest_change_that_fits(
     """When nothing fits: of each kind of change the smallest one that would make something fit."""
     decided = lift_settings(fixed if fixed is not None else Fixed())
 
-    def best(shape: ModelShape, recipe: Recipe, cluster: Cluster) -> Candidate:
+    def best() -> Candidate:
         return _best_on(shape, recipe, cluster, decided, world_sizes(cluster, decided)[0], bucket_rule)
 
     def fitting(shape: ModelShape, recipe: Recipe, cluster: Cluster) -> Candidate | None:
-        ladders = _bounded(shape, recipe, cluster, decided, world_sizes(cluster, decided)[0])
+        ladders = _ladders(shape, recipe, cluster, decided, world_sizes(cluster, decided)[0])
         return _fastest_of(shape, recipe, cluster, ladders, bucket_rule)
 
-    return smallest_changes(best(shape, recipe, cluster), shape, recipe, cluster, fitting)
+    return smallest_changes(best, shape, recipe, cluster, fitting)

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any, Literal, NoReturn, get_args, get_type_hints
 
 from zplan.errors import ConfigError
-from zplan.model_shape import ModelShape
 from zplan.units import parse_size
 from zplan.zero_config import OffloadDevice, OffloadOptimizer, OffloadParam, ZeroConfig
 
@@ -40,9 +39,9 @@ def hf_auto_bucket_sizes(hidden_size: int) -> dict[str, int]:
     }
 
 
-def hf_auto_zero(stage: Literal[0, 1, 2, 3], shape: ModelShape) -> ZeroConfig:
+def hf_auto_zero(stage: Literal[0, 1, 2, 3], hidden_size: int) -> ZeroConfig:
     """DeepSpeed's defaults with every "auto" of transformers' documentation filled in: the usual starting point."""
-    sizes = hf_auto_bucket_sizes(shape.hidden_size)
+    sizes = hf_auto_bucket_sizes(hidden_size)
     if stage < 3:
         sizes = {"reduce_bucket_size": sizes["reduce_bucket_size"]}
     return ZeroConfig(stage=stage, **sizes)  # type: ignore[arg-type]

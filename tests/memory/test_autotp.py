@@ -12,7 +12,8 @@ from tests.memory.choices import shape_of
 from tests.memory.test_estimate import cluster
 from zplan.autotp import PLANNED, cut_shape, refuse_uncut_loss
 from zplan.errors import ConfigError
-from zplan.memory.estimate import cannot_fit, estimate_memory
+from zplan.memory.estimate import estimate_memory
+from zplan.memory.least import cannot_fit
 from zplan.memory.terms import MemoryEstimate
 from zplan.recipe import Recipe
 from zplan.zero_config import BatchSizes, Choice, OffloadOptimizer, ZeroConfig

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from tests.memory.choices import FULL_ON_SMOLLM, GPT2, LORA_ON_SMOLLM, SMOLLM, choices
 from tests.shapes import llama_like
 from zplan.hardware import Cluster, Gpu, Host
-from zplan.memory.estimate import cannot_fit, estimate_memory, least_need
+from zplan.memory.estimate import estimate_memory, standing
+from zplan.memory.least import cannot_fit, least_need
 from zplan.memory.many import Estimates, Estimator
 from zplan.memory.terms import PHASES, VERDICTS, MemoryEstimate
+from zplan.memory.trainable import layout
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.zero_config import Choice
@@ -84,7 +86,24 @@ def test_what_cannot_fit_by_its_states_alone_is_never_said_to_fit(
     verdicts = {estimate.gpu.verdict, estimate.host.verdict, estimate.nvme.verdict}
     assert not (cannot_fit(shape, recipe, choice, cluster) and verdicts == {"fits"})
     tier, short = max(map(VERDICTS.index, verdicts)), estimate.gpu.short_bytes + estimate.host.short_bytes
-    assert least_need(shape, recipe, choice, cluster) <= (tier, short if tier == 2 else 0)
+    need = least_need(shape, recipe, choice, cluster)
+    assert need <= (tier, short if tier == 2 else 0)
+    assert cannot_fit(shape, recipe, choice, cluster) == (need[0] > 0)
+
+
+@pytest.mark.parametrize(("shape", "recipe", "cluster"), QUESTIONS.values(), ids=QUESTIONS)
+@settings(max_examples=20, deadline=None)
+@given(choice=choices())
+def test_what_is_held_all_the_time_is_the_same_with_recomputation(
+    shape: ModelShape, recipe: Recipe, cluster: Cluster, choice: Choice
+) -> None:
+    """`standing_of` and the planner keep it without asking which."""
+    laid = layout(shape, recipe)
+    on, off = (
+        standing(laid, recipe, replace(choice, gradient_checkpointing=recomputes), cluster, None)
+        for recomputes in (True, False)
+    )
+    assert on == off
 
 
 @settings(max_examples=20, deadline=None)

@@ -21,7 +21,7 @@ from zplan.memory.limits import not_modelled, unchecked
 from zplan.memory.loss import FP32, TOKEN_TILE, VOCAB_TILE
 from zplan.memory.meter import KIND_NAMES, Kind
 from zplan.memory.outside import outside_allocator
-from zplan.memory.replay import replay_of
+from zplan.memory.replay import MOST_KEPT, replay_of
 from zplan.memory.resident import Resident, resident
 from zplan.memory.script import STEP_PHASES, Course, Kinds, StepPhase
 from zplan.memory.shards import shard
@@ -59,7 +59,7 @@ def estimate_memory(
     missing = not_modelled(shape, recipe, choice, on_cpu=on_cpu)
     shape = cut_shape(shape, choice.batch.autotp_size)
     laid = layout(shape, recipe)
-    still = standing(laid, recipe, choice, cluster, rank)
+    still = standing_of(laid, recipe, choice, cluster, rank)
     walked = course_of(shape, recipe, laid, choice, on_cpu=on_cpu)
     replay = replay_of(walked.script, instances(laid), recipe.weight_bytes, rank, Exchange.of(recipe, cluster))
     terms = _terms(still.terms, replay.peaks(walked, choice))
@@ -77,38 +77,26 @@ def estimate_memory(
     )
 
 
-def cannot_fit(shape: ModelShape, recipe: Recipe, choice: Choice, cluster: Cluster) -> bool:
-    """Whether the verdict cannot be `fits`, from what is held all the time alone; False says nothing."""
-    return least_need(shape, recipe, choice, cluster)[0] > 0
+_STANDING: dict[tuple[object, ...], tuple[Layout, Resident]] = {}
 
 
-def least_need(shape: ModelShape, recipe: Recipe, choice: Choice, cluster: Cluster) -> tuple[int, int]:
-    """(tier, bytes short on GPU and host) that the estimate cannot be below; bytes only where the tier is 2.
-
-    Tiers are indices into VERDICTS. From what is held all the time alone: a step only adds to it. A tenth of the cost
-    of an estimate, and a search asks about many that are far too large.
-    """
-    on_cpu = cluster.gpu.kind == "cpu"
-    is_whole = not not_modelled(shape, recipe, choice, on_cpu=on_cpu)
-    laid = layout(cut_shape(shape, choice.batch.autotp_size), recipe)
-    still = standing(laid, recipe, choice, cluster, None)
-    peak = max(phase_bytes(still.terms).values())
-    used = gpu_ranges(peak, 0, outside_allocator(choice, cluster), on_cpu=on_cpu).used
-    level, short = gpu_level(used, cluster.gpu.free_bytes, is_whole=is_whole)
-    host, nvme = estimate_host(
-        laid, recipe, choice, cluster, partition_numel=still.partition_numel, rank_bytes=peak if on_cpu else 0,
-        touched_numel=still.node_touched_numel,
-    )  # fmt: skip
-    tier = max(level, VERDICTS.index(host.verdict), VERDICTS.index(nvme.verdict))
-    return tier, short + host.short_bytes if tier == 2 else 0
-
-
-def standing(laid: Layout, recipe: Recipe, choice: Choice, cluster: Cluster, rank: int | None) -> Resident:
-    """What a rank holds all the time. Below stage 3 the weights are loaded in host memory and reach a GPU at init.
+def standing_of(laid: Layout, recipe: Recipe, choice: Choice, cluster: Cluster, rank: int | None) -> Resident:
+    """`standing`, recomputation or not; kept, because a search bounds what it then asks about.
 
     Args:
         rank: whose; every rank of the node is then taken to be like it.
     """
+    key = (id(laid), recipe, choice.zero, choice.batch, cluster, rank)
+    known = _STANDING.get(key)
+    if known is None or known[0] is not laid:
+        if len(_STANDING) >= MOST_KEPT:
+            _STANDING.clear()
+        known = _STANDING[key] = (laid, standing(laid, recipe, choice, cluster, rank))
+    return known[1]
+
+
+def standing(laid: Layout, recipe: Recipe, choice: Choice, cluster: Cluster, rank: int | None) -> Resident:
+    """What a rank holds all the time. Below stage 3 the weights are loaded in host memory and reach a GPU at init."""
     items, zero, world = instances(laid), choice.zero, choice.batch.zero_ranks
     cut = partition(items, world, rank) if zero.stage in (1, 2) else None
     shards, on_cpu = shard(items, zero, world) if zero.stage == 3 else None, cluster.gpu.kind == "cpu"
@@ -149,7 +137,9 @@ def _without_what_was_before(terms: tuple[Term, ...], offloaded: tuple[Term, ...
     buffers = sum(term.bytes for term in terms if term.name == "buffers at initialize") if offloaded else 0
     less = {"flattening": made, ZERO_GRADIENTS: buffers}
     every = (*terms, *offloaded)
-    return tuple(replace(term, bytes=max(0, term.bytes - less.get(term.name, 0))) for term in every)
+    return tuple(
+        replace(term, bytes=max(0, term.bytes - less[term.name])) if term.name in less else term for term in every
+    )
 
 
 def course_of(shape: ModelShape, recipe: Recipe, laid: Layout, choice: Choice, *, on_cpu: bool) -> Course:

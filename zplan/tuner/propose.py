@@ -265,10 +265,10 @@ def baselines(shape: ModelShape, recipe: Recipe, space: Space) -> list[Choice]:
     """
     cpu, param = OffloadOptimizer(device="cpu"), OffloadParam(device="cpu")
     steps = (
-        replace(hf_auto_zero(2, shape), overlap_comm=True),
-        replace(hf_auto_zero(2, shape), overlap_comm=True, offload_optimizer=cpu),
-        hf_auto_zero(3, shape),
-        replace(hf_auto_zero(3, shape), offload_optimizer=cpu, offload_param=param),
+        replace(hf_auto_zero(2, shape.hidden_size), overlap_comm=True),
+        replace(hf_auto_zero(2, shape.hidden_size), overlap_comm=True, offload_optimizer=cpu),
+        hf_auto_zero(3, shape.hidden_size),
+        replace(hf_auto_zero(3, shape.hidden_size), offload_optimizer=cpu, offload_param=param),
     )
     world = max(world_sizes(recipe, space.problem.cluster))
     choices = []
