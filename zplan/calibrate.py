@@ -13,14 +13,16 @@ from contextlib import contextmanager
 from dataclasses import field, fields, replace
 from math import exp, log
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from zplan import files
 from zplan.errors import ConfigError
 from zplan.hardware import Cluster
-from zplan.trial import Outcome, TrialResult
 from zplan.values import dataclass
 from zplan.versions import installed_version
+
+if TYPE_CHECKING:
+    from zplan.trial import TrialResult
 
 _LEAST_SAMPLES = 3
 """Below this a median is a guess."""
@@ -218,6 +220,8 @@ def remember(
 
 def log_ratios(predicted: TrialResult, measured: TrialResult) -> dict[str, float]:
     """log(measured / predicted) of what both know; nothing for a trial that did not run to its end."""
+    from zplan.trial import Outcome  # only who has run trials needs it
+
     if measured.outcome is not Outcome.OK:
         return {}
     found: dict[str, float] = {}

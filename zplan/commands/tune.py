@@ -20,7 +20,7 @@ from zplan.commands import Answer
 from zplan.errors import ConfigError, ExitCode
 from zplan.job import Job
 from zplan.report.labels import QUANTITY_NAMES, choice_label
-from zplan.report.terminal import progress_heading, progress_line, render_front, render_records
+from zplan.report.trials import progress_heading, progress_line, render_front, render_records
 from zplan.tuner.ledger import Objective, Record, Running, has_speed, load_study
 from zplan.tuner.propose import Proposal
 from zplan.tuner.storage import without_password

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from rich.console import Group, RenderableType
@@ -14,27 +14,23 @@ from zplan.memory.terms import MemoryEstimate, Term
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.report.labels import strategy_code, strategy_legend
-from zplan.trial import Evidence, Outcome, TrialResult
-from zplan.tuner.front import gpu_bytes
 from zplan.units import format_bytes, format_bytes_short, format_count, format_seconds
 
 if TYPE_CHECKING:
     from zplan.doctor import Finding
     from zplan.planner import Candidate, Fix
     from zplan.speed.types import SpeedEstimate
-    from zplan.tuner.ledger import Record
-    from zplan.zero_config import Choice
 
 VERDICT_STYLE = {"fits": "green", "tight": "yellow", "does_not_fit": "red"}
 VERDICT_TEXT = {"fits": "fits", "tight": "tight", "does_not_fit": "does not fit"}
-_OUTCOME_STYLE = {Outcome.OK: "green", Outcome.PRUNED: "yellow"}
 _SEVERITY_STYLE = {"ok": "green", "warning": "yellow", "broken": "red"}
 
 
 RANGE_LEGEND = "low: nothing wasted; expected: as counted; high: what must fit"
 
 
-def _table(title: str | None = None) -> Table:
+def plain_table(title: str | None = None) -> Table:
+    """Without lines."""
     return Table(
         title=title, title_justify="left", title_style="bold", caption_justify="left", caption_style="dim", box=None,
         pad_edge=False, header_style="dim",
@@ -60,7 +56,7 @@ def question_lines(shape: ModelShape, recipe: Recipe, cluster: Cluster) -> Text:
 
 def render_candidates(candidates: Sequence[Candidate], *, best: int | None, world_size: int) -> RenderableType:
     """The ranked table: one strategy a row, best first; it fits 80 columns."""
-    table = _table()
+    table = plain_table()
     for heading in ("", "strategy", "micro", "GPU", "host", "tokens/s", "verdict"):
         justify: Literal["left", "right"] = "left" if heading in ("", "strategy", "verdict") else "right"
         # on a narrow screen a strategy goes on in the next line; a number never loses a digit
@@ -120,7 +116,7 @@ def render_detail(candidate: Candidate, fixes: Sequence[Fix], *, verbose: bool) 
 
 def _summary(candidate: Candidate) -> RenderableType:
     memory, speed = candidate.memory, candidate.speed
-    table = _table(candidate.label)
+    table = plain_table(candidate.label)
     for heading in ("", "low", "expected", "high", "available", ""):
         table.add_column(heading, justify="right" if heading else "left")
     gpu = memory.gpu
@@ -156,7 +152,7 @@ def pace(speed: SpeedEstimate) -> str:
 
 
 def _phases(memory: MemoryEstimate) -> RenderableType:
-    table = _table("Peak of each phase")
+    table = plain_table("Peak of each phase")
     table.add_column("", no_wrap=True)
     for phase in memory.gpu.phases:
         table.add_column(phase, justify="right", no_wrap=True)
@@ -167,7 +163,7 @@ def _phases(memory: MemoryEstimate) -> RenderableType:
 
 
 def _terms(title: str, terms: Sequence[Term], *, verbose: bool) -> RenderableType:
-    table = _table(title)
+    table = plain_table(title)
     table.add_column("", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("", style="dim", overflow="fold")
@@ -179,14 +175,14 @@ def _terms(title: str, terms: Sequence[Term], *, verbose: bool) -> RenderableTyp
 
 
 def _fixes(fixes: Sequence[Fix], *, fits_now: bool) -> RenderableType:
-    table = _table("What would change it")
+    table = plain_table("What would change it")
     table.add_column("change")
     for heading in ("GPU", "host", "tokens/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("")
     for fix in fixes:
         then = Text("then it fits", style="green") if fix.fits and not fits_now else Text()
-        table.add_row(fix.change, _signed(fix.gpu_bytes), _signed(fix.host_bytes), _speed_change(fix), then)
+        table.add_row(fix.change, signed(fix.gpu_bytes), signed(fix.host_bytes), _speed_change(fix), then)
     return table
 
 
@@ -196,11 +192,11 @@ def _speed_change(fix: Fix) -> str:
 
 def fix_effect(fix: Fix) -> str:
     """A fix's effect in one line: `GPU -21.4 GiB, host unchanged, tokens/s -24%`."""
-    gpu, host = (_signed(part) if part else "unchanged" for part in (fix.gpu_bytes, fix.host_bytes))
+    gpu, host = (signed(part) if part else "unchanged" for part in (fix.gpu_bytes, fix.host_bytes))
     return f"GPU {gpu}, host {host}, tokens/s {_speed_change(fix)}"
 
 
-def _signed(num_bytes: int | None) -> str:
+def signed(num_bytes: int | None) -> str:
     if not num_bytes:
         return "-"
     return ("+" if num_bytes > 0 else "") + format_bytes(num_bytes)
@@ -209,7 +205,7 @@ def _signed(num_bytes: int | None) -> str:
 def render_machine(cluster: Cluster, findings: Sequence[Finding], *, quiet: bool = False) -> RenderableType:
     """`zplan inspect`: what is there, then what is wrong with it; `quiet` leaves what is in order out."""
     gpu, host = cluster.gpu, cluster.host
-    table = _table("This machine")
+    table = plain_table("This machine")
     table.add_column("", style="dim", no_wrap=True)
     table.add_column("")
     rows = [
@@ -229,7 +225,7 @@ def render_machine(cluster: Cluster, findings: Sequence[Finding], *, quiet: bool
     ]
     for row in rows:
         table.add_row(*row)
-    checks = _table("Checks")
+    checks = plain_table("Checks")
     checks.add_column("", no_wrap=True)
     checks.add_column("")
     shown = [finding for finding in findings if not quiet or finding.severity != "ok"]
@@ -243,130 +239,3 @@ def render_machine(cluster: Cluster, findings: Sequence[Finding], *, quiet: bool
             )
         checks.add_row(Text(finding.severity, style=_SEVERITY_STYLE[finding.severity]), text)
     return Group(table, Text(), checks)
-
-
-def outcome_text(outcome: Outcome) -> Text:
-    return Text(outcome.value, style=_OUTCOME_STYLE.get(outcome, "red"))
-
-
-_TRIALS: Mapping[Evidence, str] = {
-    "measured": "Trials, measured",
-    "simulated": "Trials on simulated memory with predicted seconds: nothing was measured",
-    "formula": "Trials by formula: nothing was measured",
-    "calibrated": "Trials by formula, calibrated: nothing was measured",
-}
-
-
-def render_records(
-    records: Sequence[Record], *, best: Record | None, world_size: int, front: Sequence[Record] = ()
-) -> RenderableType:
-    """The trials of a study, fastest first; it fits 80 columns. An asterisk marks the front."""
-    table = _table(_TRIALS[records[0].result.evidence] if records else "Trials")
-    table.padding = (0, 1, 0, 0)
-    for heading in ("", "#", "configuration", "outcome", "GPU", "predicted", "host", "tokens/s"):
-        justify: Literal["left", "right"] = "left" if heading in ("", "configuration", "outcome") else "right"
-        table.add_column(heading, justify=justify, no_wrap=heading != "configuration")
-    on_front = {record.number for record in front}
-    for record in records:
-        result = record.result
-        measured, predicted = compared_gpu_bytes(record)
-        mark = "*" if record.number in on_front else ""
-        table.add_row(
-            "→" if best is not None and record.number == best.number else mark,
-            str(record.number),
-            _configuration(record.choice, world_size) + (" again" if record.origin == "confirm" else ""),
-            outcome_text(result.outcome),
-            format_bytes_short(measured),
-            format_bytes_short(predicted),
-            format_bytes_short(result.host_resident_bytes),
-            format_speed(result.tokens_per_second),
-        )
-    return table
-
-
-def compared_gpu_bytes(record: Record) -> tuple[int | None, int | None]:
-    """Peak of the fullest rank and its prediction: used where the device tells, else allocated."""
-    result, predicted = record.result, record.predicted
-    if result.gpu_used_bytes is not None:
-        return result.gpu_used_bytes, predicted.gpu_used_bytes if predicted else None
-    return result.gpu_allocated_bytes, predicted.gpu_allocated_bytes if predicted else None
-
-
-def _configuration(choice: Choice, world_size: int) -> str:
-    """`ZeRO-3 par:cpu 4/8 2x1`: strategy, GPUs used if not all, micro-batch x accumulation."""
-    batch = choice.batch
-    cut = f"{batch.train_micro_batch_size_per_gpu}x{batch.gradient_accumulation_steps}"
-    return f"{strategy_code(choice, world_size)} {cut}"
-
-
-def format_speed(tokens_per_second: float | None) -> str:
-    """tokens/s for people; slow ones with a decimal."""
-    if not tokens_per_second:
-        return "-"
-    return f"{tokens_per_second:,.0f}" if tokens_per_second >= 1000 else f"{tokens_per_second:,.1f}"
-
-
-def render_front(front: Sequence[Record], *, world_size: int, plan_path: str) -> RenderableType:
-    """What each trial of the front gives up in speed and saves in memory, compared with the fastest."""
-    table = _table("Nothing beats these in all of speed, GPU and host memory")
-    for heading in ("#", "configuration", "tokens/s", "GPU", "host/node"):
-        table.add_column(heading, justify="left" if heading == "configuration" else "right", no_wrap=True)
-    for record in front:
-        result, fastest = record.result, front[0].result
-        is_first = record is front[0]
-        table.add_row(
-            str(record.number),
-            _configuration(record.choice, world_size),
-            format_speed(result.tokens_per_second) if is_first else _share(result, fastest),
-            *(
-                format_bytes(size) if is_first or size is None or first is None else _signed(size - first)
-                for size, first in (
-                    (gpu_bytes(result), gpu_bytes(fastest)),
-                    (result.host_resident_bytes, fastest.host_resident_bytes),
-                )
-            ),
-        )
-    hint = Text(f"the first is in {plan_path}; another of them: zplan pick {front[-1].number}", style="dim")
-    return Group(table, hint)
-
-
-def _share(result: TrialResult, fastest: TrialResult) -> str:
-    return f"{(result.tokens_per_second or 0.0) / (fastest.tokens_per_second or 1.0) - 1:+.0%}"
-
-
-_PROGRESS = "{:>3} {:<31} {:<20} {:>8} {:>8} {:>5}"
-_NUMBERS = "{:<6} {:>6} {:>6}"
-"""#, configuration, outcome with GPU and host bytes, tokens/s, best so far, time left: 80 columns."""
-
-
-def progress_heading() -> Text:
-    """The names of the columns of `progress_line`."""
-    sizes = _NUMBERS.format("", "GPU", "host")
-    return Text(_PROGRESS.format("#", "configuration", sizes, "tokens/s", "best", "left"), style="dim")
-
-
-def progress_line(record: Record, *, best: Record | None, remaining_seconds: float | None, world_size: int) -> Text:
-    """One finished trial; an outcome without numbers takes their place."""
-    result = record.result
-    outcome, configuration = result.outcome.value, _configuration(record.choice, world_size)
-    sizes = (format_bytes_short(gpu_bytes(result)), format_bytes_short(result.host_resident_bytes))
-    line = _PROGRESS.format(
-        record.number,
-        configuration,
-        _NUMBERS.format(outcome, *sizes) if result.tokens_per_second else outcome,
-        format_speed(result.tokens_per_second),
-        format_speed(best.result.tokens_per_second if best else None),
-        _minutes(remaining_seconds),
-    )
-    text = Text(line)
-    start = line.index(f" {outcome}", len(configuration))
-    text.stylize(_OUTCOME_STYLE.get(result.outcome, "red"), start, start + 1 + len(outcome))
-    return text
-
-
-def _minutes(seconds: float | None) -> str:
-    if not seconds:
-        return ""
-    if seconds < 100:
-        return f"{seconds:.0f}s"
-    return f"{seconds / 60:.0f}m" if seconds < 100 * 60 else f"{seconds / 3600:.0f}h"
