@@ -225,9 +225,11 @@ def render(rows: list[Row], *, series: int, minutes: float) -> str:
         "",
         "## What of it is ours",
         "",
-        "CPU seconds of one run whose model was built: in the tracker, its dispatch and the report, and in libraries"
-        " (DeepSpeed, PEFT, transformers, autograd, torch's own dispatcher). The last column is cold over the"
-        " libraries' seconds alone: no simulation that runs them operation by operation gets beyond it here. Rows of"
+        "CPU seconds of one run whose model was built and that plays no tape: in the tracker, its dispatch and the"
+        " report, and in libraries (DeepSpeed, PEFT, transformers, autograd, torch's own dispatcher). The last column"
+        " is cold over the libraries' seconds alone: no simulation that runs them operation by operation gets beyond"
+        " it here. Below stage 3 the series does not: from the second configuration on, the model's forward and"
+        " backward are played from a tape (zplan/simulate/tape.py). Rows of"
         f" {FLOOR_MODEL} at stages 2 and 3 without offload.",
         "",
         "| model | stage | method | offload | run | ours | libraries | ratio without ours |",

@@ -105,5 +105,5 @@ def test_news_of_another_start_is_not_taken(learned: Learned) -> None:
 def test_the_second_answer_is_the_first(worker: WorkerClient, stage: int) -> None:
     asked = question(stage)
     first, second = worker.ask(asked), worker.ask(asked)
-    measured = {"wall_seconds": 0.0, "cpu_seconds": 0.0, "worker_rss_bytes": 0}
+    measured = {"wall_seconds": 0.0, "cpu_seconds": 0.0, "worker_rss_bytes": 0, "num_played": 0}
     assert replace(first, **measured) == replace(second, **measured)  # type: ignore[arg-type]

@@ -27,7 +27,7 @@ LATE: dict[str, Any] = {
 """Every knob that the engine reads after the model was built, away from its default."""
 
 
-UNLIKE = ("wall_seconds", "cpu_seconds", "worker_rss_bytes", "samples")
+UNLIKE = ("wall_seconds", "cpu_seconds", "worker_rss_bytes", "num_played", "samples")
 """What two equal questions in a row are not told alike: what is measured of the worker, and the timeline, since
 DeepSpeed fetches sets of parameters in the order of their addresses (partitioned_param_coordinator.py)."""
 

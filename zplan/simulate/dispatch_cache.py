@@ -155,11 +155,7 @@ class DispatchCache:
 
     def _view(self, base: FakeTensor, shape: Any, stride: Any, offset: Any, dtype: Any, device: Any) -> Any:
         """Another look at a tensor's storage."""
-        made = _blank(_NOWHERE, _CLOSE, dtype, 0)
-        with torch._C._DisableTorchDispatch():
-            made.set_(base.untyped_storage(), offset, shape, stride)
-        _dress(made, self._fake_mode, device)
-        return made
+        return view_of(base.untyped_storage(), shape, stride, offset, dtype, device, fake_mode=self._fake_mode)
 
 
 def _describe(values: Any, parts: list[Any], tensors: list[FakeTensor]) -> bool:
@@ -278,6 +274,23 @@ def new_fake_tensor(inner: torch.Tensor, fake_mode: Any, device: torch.device, r
         FakeTensor, inner, requires_grad, dispatch_device=True, device_for_backend_keys=_KEYS_DEVICE
     )
     torch._C._set_throw_on_mutable_data_ptr(made)
+    _dress(made, fake_mode, device)
+    return made
+
+
+def new_storage(num_bytes: int) -> torch.UntypedStorage:
+    """Of a fake tensor; nobody is told of it."""
+    return _blank(_NOWHERE, _CLOSE, torch.uint8, num_bytes).untyped_storage()  # type: ignore[no-any-return]
+
+
+def view_of(
+    storage: torch.UntypedStorage, shape: Any, stride: Any, offset: Any, dtype: torch.dtype, device: torch.device,
+    *, fake_mode: Any,
+) -> Any:  # fmt: skip
+    """A fake tensor on a storage that is there."""
+    made = _blank(_NOWHERE, _CLOSE, dtype, 0)
+    with torch._C._DisableTorchDispatch():
+        made.set_(storage, offset, shape, stride)
     _dress(made, fake_mode, device)
     return made
 

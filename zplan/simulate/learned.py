@@ -14,6 +14,8 @@ Layout = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
 """Shape, stride, dtype, device: all of a tensor that decides what operations make of it."""
 MOST_ENTRIES = 50_000
 """A run has a few hundred; a worker that serves many models stops here."""
+MOST_TAPES = 8
+"""A tape has ten thousand steps or more."""
 
 
 class Learned:
@@ -22,6 +24,9 @@ class Learned:
     def __init__(self) -> None:
         self.entries: dict[tuple[Any, ...], Any] = {}
         self.layouts: dict[Layout, int] = {}
+        self.tapes: dict[Any, Any] = {}
+        """What models did in a micro-step (tape.py)."""
+        self._added_tapes: dict[Any, Any] = {}
         self._added: list[tuple[Any, tuple[Any, ...]]] = []
         self._first_layout = 0
 
@@ -33,20 +38,28 @@ class Learned:
         self.entries[key] = entry
         self._added.append((func, key))
 
+    def add_tape(self, key: Any, tape: Any) -> None:
+        """The latest few are kept."""
+        while len(self.tapes) >= MOST_TAPES:
+            del self.tapes[next(iter(self.tapes))]
+        self.tapes[key] = self._added_tapes[key] = tape
+
     def start(self) -> None:
         """What is added from now on is news to the parent."""
-        self._added = []
+        self._added, self._added_tapes = [], {}
         self._first_layout = len(self.layouts)
 
     def news(self) -> bytes:
         """What was added since the start, for the parent's `absorb`; operations travel by name."""
         layouts = list(self.layouts)[self._first_layout :]
         entries = [(str(func), key[1:], self.entries[key]) for func, key in self._added]
-        return pickle.dumps((self._first_layout, layouts, entries))
+        return pickle.dumps((self._first_layout, layouts, entries, self._added_tapes))
 
     def absorb(self, news: bytes) -> None:
         """Take over what a fork has learned; its numbers continue those of this process at the time of the fork."""
-        first_layout, layouts, entries = pickle.loads(news)
+        first_layout, layouts, entries, tapes = pickle.loads(news)
+        for key, tape in tapes.items():
+            self.add_tape(key, tape)
         if first_layout != len(self.layouts) or len(self.entries) > MOST_ENTRIES:
             return
         for layout in layouts:

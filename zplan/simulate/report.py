@@ -84,10 +84,13 @@ class SimulationReport:
     """Of the run alone, in a worker that has imported everything; not of a model that it found built."""
     worker_rss_bytes: int
     num_operations: int
+    """With those that were played."""
     versions: Mapping[str, str]
     replaced: tuple[str, ...]
     """The pieces of the trainer that did not run as they are, one line each."""
     notes: tuple[str, ...] = field(default=())
+    num_played: int = 0
+    """Micro-steps whose model was played from an earlier run's tape (tape.py)."""
 
     @property
     def host_tensor_bytes(self) -> int:

@@ -33,6 +33,8 @@ class SimulationRequest:
     """As PYTORCH_CUDA_ALLOC_CONF: the options that the replayed allocator runs under."""
     initialise: bool = False
     """Fill the weights as from_config does; from_pretrained does not, and neither does a simulation unless asked."""
+    replay: bool = True
+    """Play what an earlier run of the same model recorded, where it fits (tape.py); else every operation runs."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:

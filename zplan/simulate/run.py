@@ -35,9 +35,11 @@ from zplan.simulate.patches import (
     install_gpu_patches,
     install_process_patches,
 )
+from zplan.simulate.playing import Tapes
 from zplan.simulate.report import CollectiveTotal, SimulationReport
 from zplan.simulate.request import SimulationRequest
 from zplan.simulate.selfcheck import VERIFIED, check_seams
+from zplan.simulate.tape import tape_key
 from zplan.simulate.trace import write_trace
 from zplan.simulate.tracker import Tracker
 from zplan.simulate.trainer import REPLACED, Run
@@ -104,7 +106,9 @@ class DryRun:
             leave_group()
             join_fake_group(world_size=ranks, local_size=min(request.cluster.gpus_per_node, ranks))
         with self._simulated():
-            self.engine = trainer.train_model(self._run(request), self.model, self.tracker)
+            key = tape_key(request)
+            tapes = Tapes(key, self.tracker) if key is not None else None
+            self.engine = trainer.train_model(self._run(request), self.model, self.tracker, tapes)
         report = make_report(request, self.tracker, self.recorder, wall_seconds=time.monotonic() - started)
         if request.trace:
             write_trace(request.trace, self.tracker, self.recorder)
@@ -268,6 +272,7 @@ def make_report(
         cpu_seconds=usage.ru_utime + usage.ru_stime,
         worker_rss_bytes=usage.ru_maxrss * 1024,
         num_operations=tracker.num_operations,
+        num_played=tracker.num_played,
         versions=installed_versions(),
         replaced=REPLACED,
         notes=(f"the allocator is replayed under PYTORCH_CUDA_ALLOC_CONF={request.alloc_conf}",)

@@ -48,6 +48,8 @@ SEAMS = (
     Seam("torch._C", "_storage_Use_Count"),
     Seam("torch._prims_common", "is_non_overlapping_and_dense_or_false", ("a",)),
     Seam("torch.autograd.graph", "_engine_run_backward", ("t_outputs",)),
+    Seam("torch.autograd.graph", "Node.register_prehook", ("self", "fn")),
+    Seam("torch", "Tensor._post_accumulate_grad_hooks"),
     Seam("torch.autograd.function", "inspect"),
     Seam("torch.nn", "Module._apply", ("self", "fn", "recurse")),
     Seam("torch.nn.functional", "scaled_dot_product_attention"),

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zplan.simulate import kernels
-from zplan.simulate.dispatch_cache import DispatchCache
+from zplan.simulate.dispatch_cache import DispatchCache, view_of
 from zplan.simulate.report import Category, MemoryKind
 from zplan.values import dataclass
 
@@ -53,6 +53,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, kinds: dict[str, MemoryKind], *, fake_mode: FakeTensorMode | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.kinds = kinds
+        self.fake_mode = fake_mode
         self.fake = fake_mode is not None
         self.phase = "load"
         self.stream = 0
@@ -67,7 +68,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.flops: dict[int, int] = {}
         """Optimizer step -> floating point operations."""
         self.step_index = 0
-        self.host_reads: dict[str, int] = {}
+        self.num_played = 0
+        """Micro-steps that were played from a tape."""
         self.operation: Any = ""
         """The operation that was dispatched last."""
         self._pin_next = False
@@ -145,13 +147,33 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _allocate(self, kind: MemoryKind, requested: int) -> Block:
         counted = (requested + 511) & ~511 if kind == "gpu" else requested
         site = call_site() if counted >= SITE_BYTES else ""
-        block = Block(kind, requested, counted, self.stream, self.phase, site)
-        if requested:
-            self.current[kind] += counted
+        return self._taken(Block(kind, requested, counted, self.stream, self.phase, site))
+
+    def _taken(self, block: Block) -> Block:
+        if block.requested_bytes:
+            self.current[block.kind] += block.counted_bytes
             self.events.append((ALLOCATE, block, self.num_operations))
         return block
 
-    def _release(self, block: Block) -> None:
+    def take(self, kind: MemoryKind, requested: int, stream: int, site: str, category: Category | None) -> Block:
+        """A block of a tape; nothing holds it but the tape's player."""
+        counted = (requested + 511) & ~511 if kind == "gpu" else requested
+        return self._taken(Block(kind, requested, counted, stream, self.phase, site, category))
+
+    def adopt(self, storage: torch.UntypedStorage, block: Block) -> None:
+        """From now on the block lives as long as the storage."""
+        key = storage._cdata
+        self.live[key] = (block, weakref.ref(storage, partial(self._forget, key)))
+
+    def tensor_on(self, storage: torch.UntypedStorage, *layout: Any) -> Any:
+        """A fake tensor on the storage: shape, stride, offset, dtype, device."""
+        return view_of(storage, *layout, fake_mode=self.fake_mode)
+
+    def forget(self, storage: torch.UntypedStorage) -> None:
+        """The storage is as good as freed."""
+        self._forget(storage._cdata)
+
+    def release(self, block: Block) -> None:
         if block.requested_bytes:
             self.current[block.kind] -= block.counted_bytes
             self.events.append((FREE, block, self.num_operations))
@@ -159,7 +181,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _forget(self, key: int, _: object = None) -> None:
         entry = self.live.pop(key, None)
         if entry is not None:
-            self._release(entry[0])
+            self.release(entry[0])
 
     def resized(self, storage: torch.UntypedStorage) -> None:
         """`UntypedStorage.resize_` is not dispatched; a resize frees the old size and allocates the new one."""
@@ -167,7 +189,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if entry is None or entry[0].requested_bytes == storage.nbytes():
             return
         old, reference = entry
-        self._release(old)
+        self.release(old)
         self.live[storage._cdata] = (self._allocate(old.kind, storage.nbytes()), reference)
 
     def scratch(self, sizes: list[int]) -> None:
@@ -176,7 +198,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for block in blocks:
             block.category = "temporary"
         for block in reversed(blocks):
-            self._release(block)
+            self.release(block)
 
     def categorise(self, tensor: Any, category: Category, *, overwrite: bool = True) -> None:
         """Say what a tensor's storage is for; the last word counts."""

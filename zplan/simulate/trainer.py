@@ -29,6 +29,7 @@ from trl import SFTTrainer
 from zplan.recipe import Recipe
 from zplan.simulate import optimizer_process
 from zplan.simulate.bitsandbytes import peft_with_4bit, quantize_model
+from zplan.simulate.playing import Tapes
 from zplan.simulate.report import SimulationError
 from zplan.simulate.tracker import Tracker
 from zplan.values import dataclass
@@ -47,6 +48,8 @@ REPLACED = (
     "torch.compile, with which DeepSpeed decorates Muon's update: it runs operation by operation, as it is written",
     optimizer_process.REPLACED,
     "DeepSpeed's quantizer and bitsandbytes' 4-bit weights: the tensors of their CUDA code, without its arithmetic",
+    "below stage 3, from a worker's second run of a model on: its forward and backward, played from the first run's"
+    " record if two steps of that were alike; DeepSpeed, the loss and the optimizer run as they are",
     "Trainer's loop: TRL's compute_loss, accelerate's backward and step in its order, no callbacks, no logging",
 )
 
@@ -105,18 +108,22 @@ def load_model(run: Run, tracker: Tracker) -> Any:
         return get_peft_model(model, lora_config(recipe), **_adapter_dtype(run)) if recipe.method == "lora" else model
 
 
-def train_model(run: Run, model: Any, tracker: Tracker) -> Any:
+def train_model(run: Run, model: Any, tracker: Tracker, tapes: Tapes | None = None) -> Any:
     """All that follows, up to the last step; returns the engine."""
     with configured(run):
         prepare_model(run, model)
         tracker.enter_phase("init")
         engine = build_engine(run, model, tracker)
+        if tapes is not None:
+            tapes.begin(engine.module)
         trainer = trainer_stand_in(run, engine)
         for step in range(run.steps):
             tracker.step_index = step
             optimizer_step(run, engine, trainer, tracker)
             if step == 0:
                 label_states(engine, tracker)
+            if tapes is not None:
+                tapes.end_step()
         return engine
 
 
