@@ -44,6 +44,21 @@ def _gemma3(
     }
 
 
+def _gemma3_seeing(h: int, layers: int, heads: int, kv: int, head_dim: int, ffn: int) -> dict[str, Any]:
+    """Gemma 3 from 4 B on: the trainer loads SigLIP beside the text tower."""
+    siglip = {
+        "hidden_size": 1152,
+        "image_size": 896,
+        "intermediate_size": 4304,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "patch_size": 14,
+        "vision_use_head": False,
+    }
+    text = _gemma3(h, layers, heads, kv, head_dim, ffn, 262208, 1024)
+    return {"model_type": "gemma3", "text_config": text, "vision_config": siglip}
+
+
 def _gpt2(h: int, layers: int, heads: int) -> dict[str, Any]:
     return {
         "model_type": "gpt2",
@@ -152,9 +167,9 @@ MODELS: list[Entry] = [
     ("gemma-2-9b", ["google/gemma-2-9b", "google/gemma-2-9b-it"], _gemma2(3584, 42, 16, 8, 256, 14336), 9_241_705_984),
     ("gemma-2-27b", ["google/gemma-2-27b", "google/gemma-2-27b-it"], _gemma2(4608, 46, 32, 16, 128, 36864), 27_227_128_320),
     ("gemma-3-1b", ["google/gemma-3-1b-pt", "google/gemma-3-1b-it"], _gemma3(1152, 26, 4, 1, 256, 6912, 262144, 512), 999_885_952),
-    ("gemma-3-4b", ["google/gemma-3-4b-pt", "google/gemma-3-4b-it"], _gemma3(2560, 34, 8, 4, 256, 10240, 262208, 1024), None),
-    ("gemma-3-12b", ["google/gemma-3-12b-pt", "google/gemma-3-12b-it"], _gemma3(3840, 48, 16, 8, 256, 15360, 262208, 1024), None),
-    ("gemma-3-27b", ["google/gemma-3-27b-pt", "google/gemma-3-27b-it"], _gemma3(5376, 62, 32, 16, 128, 21504, 262208, 1024), None),
+    ("gemma-3-4b", ["google/gemma-3-4b-pt", "google/gemma-3-4b-it"], _gemma3_seeing(2560, 34, 8, 4, 256, 10240), 4_300_079_472),
+    ("gemma-3-12b", ["google/gemma-3-12b-pt", "google/gemma-3-12b-it"], _gemma3_seeing(3840, 48, 16, 8, 256, 15360), 12_187_325_040),
+    ("gemma-3-27b", ["google/gemma-3-27b-pt", "google/gemma-3-27b-it"], _gemma3_seeing(5376, 62, 32, 16, 128, 21504), 27_432_406_640),
     ("phi-3-mini", ["microsoft/Phi-3-mini-4k-instruct", "microsoft/Phi-3-mini-128k-instruct", "microsoft/Phi-3.5-mini-instruct"],
      {**_llama(3072, 32, 32, 32, 8192, 32064, max_position_embeddings=4096), "model_type": "phi3", "sliding_window": 2047, "pad_token_id": 32000}, 3_821_079_552),
     ("phi-4", ["microsoft/phi-4", "microsoft/Phi-4-reasoning", "microsoft/Phi-4-reasoning-plus"], {**_llama(5120, 40, 40, 10, 17920, 100352, max_position_embeddings=16384), "model_type": "phi3", "sliding_window": None, "pad_token_id": 100349}, 14_659_507_200),

@@ -29,7 +29,15 @@ def test_counts_equal_the_published_ones() -> None:
     for name, count in published.items():
         shape = find_model(name)
         assert isinstance(shape, ModelShape)
-        assert shape.num_parameters == count, name
+        assert shape.num_parameters + (shape.beside_numel or 0) == count, name
+
+
+def test_gemma_3_has_siglip_beside_its_text_tower() -> None:
+    shape = find_model("google/gemma-3-4b-it")
+    assert isinstance(shape, ModelShape)
+    layer = 4 * (1152 * 1152 + 1152) + 2 * 1152 * 4304 + 4304 + 1152 + 4 * 1152  # attention, MLP, two norms
+    embeddings = 3 * 14 * 14 * 1152 + 1152 + (896 // 14) ** 2 * 1152
+    assert shape.beside_numel == 27 * layer + embeddings + 2 * 1152 + 1152 * 2560 + 1152
 
 
 def test_mistral_adds_up_by_hand() -> None:
