@@ -303,4 +303,6 @@ def _of_wide_draws() -> list[Case]:
         _added("llama-3.2-1b", "full", 3, adapter={"optimizer": "sgd"}),
         _added("mistral-7b", "full", 3, world_size=5, max_length=64, reduce_bucket_size=1000,
                stage3_max_live_parameters=0, offload_optimizer=OffloadOptimizer(device="nvme", nvme_path="/nvme")),
+        _added("qwen2.5-0.5b", "lora", 3, checkpointing=False, adapter={"lora_r": 4},
+               offload_optimizer=OffloadOptimizer(device="nvme", nvme_path="/nvme")),
     ]  # fmt: skip

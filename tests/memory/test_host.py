@@ -53,6 +53,15 @@ def test_small_sub_groups_stay_in_host_memory_and_small_gradients_of_the_others_
     assert not swapped_parameters(items, replace(zero, offload_optimizer=OffloadOptimizer(device="cpu")), 1)
 
 
+def test_states_are_counted_once_where_every_sub_group_is_small() -> None:
+    """An adapter's are: their states are made where they stay, and none is swapped out."""
+    zero = ZeroConfig(stage=3, offload_optimizer=OffloadOptimizer(device="nvme", nvme_path="/nvme"))
+    small, large = estimate(zero, world_size=1, method="lora", lora_r=1), offloaded("nvme")
+    assert host_term(small, "states of small sub-groups") > 0
+    assert host_term(small, "states before they are swapped out") == 0
+    assert host_term(large, "states before they are swapped out") == 8 * MATRICES + 4
+
+
 def test_nvme_below_stage_3_is_the_cpu() -> None:
     assert offloaded("nvme", stage=2).host.phases == offloaded("cpu", stage=2).host.phases
 

@@ -273,7 +273,7 @@ def _optimizer_on_nvme(
         buffers:    ranks * buffer_count * 4 * largest sub-group
         gradients:  ranks * b S
         small sub-groups, below 1 MiB: masters and gradients, and their states from the first step
-        first step: ranks * states of the largest sub-group, made by the optimizer before they are swapped out
+        first step: ranks * states of the largest swapped sub-group, made by the optimizer before they are swapped out
 
     The buffers hold a whole sub-group, of one parameter at least: they can be larger than the states they replace.
 
@@ -286,8 +286,10 @@ def _optimizer_on_nvme(
     swap = ranks * config.buffer_count * FP32 * largest
     source = "deepspeed 0.19.8, runtime/zero/stage3.py, swap_tensor/optimizer_utils.py"
     formula = f"{ranks} ranks x {config.buffer_count} buffers x 4 x {largest} (the largest sub-group)"
-    states, firsts = (ranks * offloaded_state_bytes(recipe.optimizer, size) for size in (small, largest))
-    on_largest = f"{recipe.optimizer} on {largest} elements a rank, first step"
+    swapped = largest if is_swapped(largest) else 0
+    states = ranks * offloaded_state_bytes(recipe.optimizer, small)
+    firsts = ranks * offloaded_state_bytes(recipe.optimizer, swapped) if swapped else 0
+    on_largest = f"{recipe.optimizer} on {swapped} elements a rank, first step"
     terms = [
         _term("NVMe swap buffers", swap, STEADY, formula, source),
         _term("offloaded gradients", ranks * low, STEADY, f"{ranks} ranks x b S", source),
