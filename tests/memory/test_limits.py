@@ -176,6 +176,16 @@ def test_bf16_at_stage_1_holds_fp32_gradients_of_the_whole_model() -> None:
     assert half.gpu.verdict == "fits"
 
 
+def test_qlora_in_fp32_is_named_for_its_adapters_in_bf16() -> None:
+    """TRL casts them; in bf16 and fp16 they have the size that the formula counts."""
+    named = "not modelled: adapters in bf16 beside fp32"
+    notes = {
+        dtype: estimate(ZeroConfig(stage=2), method="qlora", dtype=dtype).notes for dtype in ("bf16", "fp16", "fp32")
+    }
+    assert [dtype for dtype, lines in notes.items() if any(line.startswith(named) for line in lines)] == ["fp32"]
+    assert not any(line.startswith(named) for line in estimate(ZeroConfig(stage=2), method="lora", dtype="fp32").notes)
+
+
 def test_qlora_is_modelled_at_every_stage_of_gpus_and_its_scales_are_whole_at_stage_3() -> None:
     for stage in (0, 1, 2, 3):
         found = estimate(ZeroConfig(stage=stage), method="qlora")  # type: ignore[arg-type]

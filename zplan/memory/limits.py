@@ -68,6 +68,11 @@ def _of_recipe(recipe: Recipe, on_cpu: bool) -> list[str]:
         lines.append("8-bit copies of the inputs that LLM.int8() keeps for backward, and its outlier columns")
     elif recipe.method == "qlora" and on_cpu:
         lines.append("4-bit weights on CPU ranks: bitsandbytes multiplies there in other ways than on GPUs")
+    if recipe.method == "qlora" and recipe.dtype == "fp32":
+        lines.append(
+            "adapters in bf16 beside fp32, as TRL casts those of a quantised model (trl 1.16.0, sft_trainer.py:908):"
+            " they are counted in fp32, and the copies of their inputs are missing; try --dtype bf16"
+        )
     return lines
 
 
