@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.shapes import llama_like
 from zplan.hardware import Cluster, Gpu, Host
-from zplan.memory.estimate import course_of, estimate_memory
+from zplan.memory.estimate import course_of, estimate_memory, largest_of_engine
 from zplan.memory.instances import instances
 from zplan.memory.meter import Kind
 from zplan.memory.replay import replay_of
@@ -150,6 +150,21 @@ def test_terms_add_up_and_none_is_negative(
             assert peak == sum(term.bytes for term in part.terms if phase in term.phases)
     assert found.gpu.allocated.low <= found.gpu.allocated.expected <= found.gpu.allocated.high
     assert found.gpu.used.high >= found.gpu.reserved.high >= found.gpu.allocated.high
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "num_bytes"),
+    [(0, 1, 4 * 256_000), (1, 1, 8 * 256_000), (2, 1, 8 * 256_000), (2, 8, 4 * 256_000), (3, 1, 8 * 256_000),
+     (3, 2, 4 * 256_000)],
+)  # fmt: skip
+def test_the_largest_tensor_that_comes_and_goes_is_a_gradient_in_fp64(stage: Any, ranks: int, num_bytes: int) -> None:
+    """Of what a rank has of the embedding, 1000 x 256; of several ranks the whole of it in fp32."""
+    batch = BatchSizes(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, world_size=ranks)
+    recipe = Recipe(model="llama-like", train_batch_size=ranks)
+    laid = layout(llama_like(hidden_size=256, num_hidden_layers=1, vocab_size=1000, intermediate_size=8), recipe)
+    for states in (OffloadOptimizer(), OffloadOptimizer(device="cpu")):
+        zero = ZeroConfig(stage=stage, reduce_bucket_size=1, offload_optimizer=states)
+        assert largest_of_engine(laid, recipe, Choice(zero=zero, batch=batch)) == num_bytes
 
 
 @settings(max_examples=30, deadline=None)

@@ -26,6 +26,7 @@ from zplan.memory.resident import Resident, resident
 from zplan.memory.script import STEP_PHASES, Course, Kinds, StepPhase
 from zplan.memory.shards import shard
 from zplan.memory.stage12 import partition
+from zplan.memory.sub_groups import COPY_CHUNK_NUMEL
 from zplan.memory.terms import PHASES, VERDICTS, ByteRange, GpuEstimate, MemoryEstimate, Phase, Term
 from zplan.memory.timeline import record
 from zplan.memory.trainable import Layout, layout
@@ -35,6 +36,7 @@ from zplan.values import dataclass
 from zplan.zero_config import Choice, ZeroConfig
 
 BucketRule = Literal["engine", "documented"]
+FP64 = 8
 MARGIN_LOW_PERCENT, MARGIN_HIGH_PERCENT = 98, 104
 """The formula's own error, assumed; reports/ shows where it is larger."""
 
@@ -263,17 +265,37 @@ def gpu_ranges(peak: int, largest_block: int, outside: ByteRange, *, on_cpu: boo
 
 
 def largest_of_engine(laid: Layout, recipe: Recipe, choice: Choice) -> int:
-    """The largest tensor of the engine that comes and goes: a reduce bucket, an fp32 gradient, a gathered weight."""
+    """The largest tensor of the engine that comes and goes: a reduce bucket, an fp32 gradient, a gradient in fp64 for
+    its norm, a gathered weight."""
     zero, b = choice.zero, recipe.weight_bytes
     gathers_for_muon = laid.muon and zero.stage == 3
     reduced = Exchange.of(recipe).for_batch(choice.batch, b).communicated_bytes(b) if zero.stage == 3 else b
+    normed = _normed_numel(laid, choice)
     if takes_bf16_optimizer(zero, Exchange.of(recipe), b):
-        reduced = 0  # it has no buckets
+        reduced = normed = 0  # it has no buckets, and takes its norm in fp32
     return max(
         reduced * zero.reduce_bucket_size if zero.stage and (zero.contiguous_gradients or gathers_for_muon) else 0,
         FP32 * laid.largest_trainable,
+        FP64 * normed,
         b * laid.largest if zero.stage == 3 else 0,
     )
+
+
+def _normed_numel(laid: Layout, choice: Choice) -> int:
+    """Most elements of a gradient of which ZeRO takes the norm at once: of what one rank has of it.
+
+    Source: deepspeed 0.19.8, runtime/zero/utils.py:59 (get_norm_dtype); stage_1_and_2.py:1873
+    (set_norm_for_param_grad_in_gpu), :2684 (get_grad_norm_direct); stage3.py:1960 (_constant_buffered_norm2), :2457.
+    """
+    zero, ranks = choice.zero, choice.batch.zero_ranks
+    match zero.stage:
+        case 0:
+            return 0
+        case 3:
+            part = -(-laid.largest_trainable // ranks)
+            return min(part, COPY_CHUNK_NUMEL) if zero.offloads_optimizer else part
+        case _:
+            return min(laid.largest_trainable, -(-laid.trainable_numel // ranks))
 
 
 def largest_of_model(shape: ModelShape, recipe: Recipe, choice: Choice) -> int:
