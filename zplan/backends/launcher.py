@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -19,17 +18,15 @@ import psutil
 from zplan.backends.host_memory import available_host_bytes, count_oom_kills
 from zplan.backends.outcome import Observed, RankError, RankExit, Watchdog
 from zplan.errors import MachineError
+from zplan.processes import die_with_parent
 from zplan.trial import RESULT_FILE, error_file, log_file
 from zplan.units import MIB, format_bytes, format_seconds
 from zplan.values import dataclass
 
 _POLL_SECONDS = 0.05
-_PR_SET_PDEATHSIG = 1
-"""linux/prctl.h"""
 _TAIL_BYTES = 16 << 10
 TRIAL_MARK = "ZPLAN_TRIAL"
 """Environment variable in every process of a trial: how left-over processes are found, whatever their parent is now."""
-_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,15 +89,6 @@ def _start(command: Sequence[str], env: Mapping[str, str], out_dir: Path, rank: 
             command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             start_new_session=True, preexec_fn=die_with_parent,
         )  # fmt: skip
-
-
-def die_with_parent() -> None:
-    """In the child, before exec: a tuner that is killed by SIGKILL takes its ranks along.
-
-    Source: prctl(2), PR_SET_PDEATHSIG; it survives execve of a program that is not set-uid.
-    """
-    if _libc is not None:
-        _libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 def free_port() -> int:

@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from zplan.backends.launcher import TRIAL_MARK, Limits, Watch, die_with_parent, end_marked, read_tail
+from zplan.backends.launcher import TRIAL_MARK, Limits, Watch, end_marked, read_tail
 from zplan.backends.outcome import Observed, RankError, RankExit
 from zplan.hardware import DeviceKind
+from zplan.processes import die_with_parent
 
 _POLL_SECONDS = 0.05
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from zplan import files
 from zplan.errors import MachineError
+from zplan.processes import die_with_parent
 from zplan.simulate.report import SimulationError, SimulationReport
 from zplan.simulate.request import SimulationRequest
 
@@ -95,6 +96,7 @@ class WorkerClient:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "zplan.simulate.worker"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, start_new_session=True,
+            preexec_fn=die_with_parent,
         )  # fmt: skip
         if self._read_line(START_SECONDS) is None:
             tail = self._log_tail()

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import IO
 
 from zplan import files
+from zplan.processes import die_with_parent
 from zplan.simulate.request import SimulationRequest
 
 AFTER_LOADING = frozenset(
@@ -58,6 +59,7 @@ class Template:
         ours, theirs = socket.socketpair()
         self._child = os.fork()
         if self._child == 0:
+            die_with_parent()
             ours.close()
             _serve(build, theirs.makefile("rw", encoding="utf-8"))
         theirs.close()

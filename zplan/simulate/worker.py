@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from zplan import files
 from zplan.errors import ZplanError
+from zplan.processes import die_with_parent
 from zplan.simulate.report import SimulationError, SimulationReport
 from zplan.simulate.request import SimulationRequest
 from zplan.simulate.template import Template, loading_key
@@ -169,6 +170,7 @@ def in_fork(respond: Callable[[], dict[str, Any]], answers: IO[str]) -> None:
     if child == 0:
         code = 1
         try:
+            die_with_parent()
             _refuse_network()
             LEARNED.start()
             answers.write(json.dumps(respond()) + "\n")
