@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 CODE = """
-import json
+import json, sys
 from benchmarks.added_cases import added_cases
 from benchmarks.formula_case import Case
 from benchmarks.formula_vs_simulation import compare
@@ -56,7 +57,7 @@ CASES = {
 CASES |= {f"added case {number}": case for number, case in enumerate(added_cases())}
 with WorkerClient() as client:
     measured = Measured(None, client.ask, errors=(ZplanError,))
-    rows = {name: compare(case, measured) for name, case in CASES.items()}
+    rows = {name: compare(case, measured) for name, case in list(CASES.items())[int(sys.argv[1])::2]}
 print(json.dumps({
     name: [row.error, row.peak_error if not row.error else 0, row.host_error or 0,
            *(row.phase_error(p) for p in row.simulated)]
@@ -67,10 +68,19 @@ print(json.dumps({
 
 @pytest.mark.slow
 def test_every_mechanism_is_within_four_percent_at_its_peak_and_five_in_each_phase() -> None:
-    done = subprocess.run([sys.executable, "-c", CODE], cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    for name, (message, peak, host, *phases) in json.loads(done.stdout.strip().splitlines()[-1]).items():
+    """On two cores: it is the longest test."""
+    rows = {}
+    with ThreadPoolExecutor(2) as pool:
+        for done in pool.map(half_of_the_cases, "01"):
+            assert done.returncode == 0, done.stderr[-2000:]
+            rows |= json.loads(done.stdout.strip().splitlines()[-1])
+    assert len(rows) > 100
+    for name, (message, peak, host, *phases) in rows.items():
         assert not message, name
         assert abs(peak) <= 0.04, name  # the goals of reports/formula_vs_simulation.md
         assert max(map(abs, phases)) <= 0.05, name
         assert abs(host) <= 0.05, name  # whole tensors: nothing comes and goes there
+
+
+def half_of_the_cases(half: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", CODE, half], cwd=ROOT, capture_output=True, text=True, timeout=600)

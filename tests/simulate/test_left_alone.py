@@ -17,9 +17,9 @@ from tests.simulate.test_template import question
 from zplan.simulate.client import WorkerClient
 
 client = WorkerClient()
-many_layers = {**question(3).config, "num_hidden_layers": 200}
+many_layers = {**question(3).config, "num_hidden_layers": 40}
 print(client._started().pid, flush=True)
-for _ in range(3):
+while True:
     client.ask(question(3, config=many_layers))
 """
 
