@@ -113,6 +113,14 @@ def test_a_machine_without_compiler_or_ninja_is_warned(monkeypatch: pytest.Monke
     assert about("ninja", findings).fix == "pip install ninja"
 
 
+@pytest.mark.parametrize(("prefix", "warned"), [("/home/ann lee/zplan/.venv", True), ("/home/ann/zplan/.venv", False)])
+def test_an_environment_that_extensions_cannot_be_linked_in_is_warned(
+    prefix: str, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor.sys, "prefix", prefix)
+    assert any("has a space" in finding.what for finding in diagnose(machine())) == warned
+
+
 @pytest.mark.parametrize(("memlock_bytes", "warned"), [(8 * MIB, True), (None, False), (GIB, False)])
 def test_a_small_memlock_is_warned_and_unlimited_is_not(memlock_bytes: int | None, warned: bool) -> None:
     findings = diagnose(machine(memlock_bytes=memlock_bytes))

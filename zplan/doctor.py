@@ -48,6 +48,7 @@ def diagnose(cluster: Cluster) -> tuple[Finding, ...]:
         *_packages(),
         *_cuda(cluster),
         *_compiler(cluster),
+        *_environment(),
         *_stale_locks(),
         *_limits(cluster),
         *_nvme(),
@@ -144,6 +145,16 @@ def _compiler(cluster: Cluster) -> Iterator[Finding]:
             severity="warning", what="nvcc is not on PATH",
             because="DeepSpeed's fused optimizers and CPU Adam on a CUDA machine are compiled with it",
             fix="install the CUDA toolkit of torch's CUDA version, or train without optimizer offload",
+        )  # fmt: skip
+
+
+def _environment() -> Iterator[Finding]:
+    """Source: torch 2.13.0, utils/cpp_extension.py (_prepare_ldflags: `-L{TORCH_LIB_PATH}`, without quotes)."""
+    if any(character.isspace() for character in sys.prefix):
+        yield Finding(
+            severity="warning", what=f"the environment's path has a space: {sys.prefix}",
+            because="torch hands it to the linker without quotes: CPU Adam and DeepSpeed's other ops cannot be built",
+            fix="make the environment in a folder without a space in its path",
         )  # fmt: skip
 
 
