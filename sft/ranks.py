@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import os
 import signal
@@ -10,11 +9,9 @@ import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
+from zplan import processes
 from zplan.errors import MachineError
 from zplan.hardware import DeviceKind
-
-_PR_SET_PDEATHSIG = 1
-"""linux/prctl.h."""
 
 CPU_ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
@@ -148,11 +145,6 @@ def free_port() -> int:
 
 
 def die_with_parent(death_signal: signal.Signals = signal.SIGKILL) -> None:
-    """Ask the kernel to end this process when its parent ends (Linux), and dump tracebacks on a crash."""
+    """As `zplan.processes`, and tracebacks are dumped on a crash."""
     faulthandler.enable()
-    parent = os.getppid()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, int(death_signal), 0, 0, 0) != 0:
-        raise MachineError(f"prctl(PR_SET_PDEATHSIG) failed: {os.strerror(ctypes.get_errno())}")
-    if os.getppid() != parent:
-        os.kill(os.getpid(), death_signal)
+    processes.die_with_parent(death_signal)
