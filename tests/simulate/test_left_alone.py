@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -28,12 +26,14 @@ def test_a_run_and_a_kept_model_end_when_their_client_is_killed() -> None:
     client = subprocess.Popen(
         [sys.executable, "-c", ASK], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
     )
-    assert client.stdout is not None
-    worker = psutil.Process(int(client.stdout.readline()))
-    wait_until(lambda: len(worker.children(recursive=True)) > 1, 300.0)  # the template, and the run in its fork
-    everyone = [worker, *worker.children(recursive=True)]
-    os.kill(client.pid, signal.SIGKILL)
-    client.wait()
+    try:
+        assert client.stdout is not None
+        worker = psutil.Process(int(client.stdout.readline()))
+        wait_until(lambda: len(worker.children(recursive=True)) > 1, 300.0)  # the template, and the run in its fork
+        everyone = [worker, *worker.children(recursive=True)]
+    finally:
+        client.kill()
+        client.wait()
     wait_until(lambda: not any(map(is_alive, everyone)), 10.0)
 
 

@@ -42,6 +42,11 @@ class Block:
     category: Category | None = None
 
 
+def _counted_bytes(kind: MemoryKind, requested: int) -> int:
+    """The caching allocator gives multiples of 512."""
+    return (requested + 511) & ~511 if kind == "gpu" else requested
+
+
 class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts bytes per kind of memory and keeps the whole stream of allocations and frees.
 
@@ -141,11 +146,10 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _count(self, storage: torch.UntypedStorage, kind: MemoryKind, num_bytes: int) -> None:
         if self._pin_next and kind == "host":
             kind = "pinned"
-        key = storage._cdata
-        self.live[key] = (self._allocate(kind, num_bytes), weakref.ref(storage, partial(self._forget, key)))
+        self.adopt(storage, self._allocate(kind, num_bytes))
 
     def _allocate(self, kind: MemoryKind, requested: int) -> Block:
-        counted = (requested + 511) & ~511 if kind == "gpu" else requested
+        counted = _counted_bytes(kind, requested)
         site = call_site() if counted >= SITE_BYTES else ""
         return self._taken(Block(kind, requested, counted, self.stream, self.phase, site))
 
@@ -157,7 +161,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def take(self, kind: MemoryKind, requested: int, stream: int, site: str, category: Category | None) -> Block:
         """A block of a tape; nothing holds it but the tape's player."""
-        counted = (requested + 511) & ~511 if kind == "gpu" else requested
+        counted = _counted_bytes(kind, requested)
         return self._taken(Block(kind, requested, counted, stream, self.phase, site, category))
 
     def adopt(self, storage: torch.UntypedStorage, block: Block) -> None:
