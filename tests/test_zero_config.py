@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from zplan.combinations import offload_refused
 from zplan.memory.states import offloaded_state_bytes
 from zplan.recipe import Optimizer, Recipe
-from zplan.zero_config import BatchSizes, Choice, OffloadOptimizer, ZeroConfig, deepspeed_config, offload_refused
+from zplan.zero_config import BatchSizes, Choice, OffloadOptimizer, ZeroConfig, deepspeed_config
 
 BATCH = BatchSizes(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, world_size=1)
 OFFLOADED = ZeroConfig(stage=3, offload_optimizer=OffloadOptimizer(device="cpu"))

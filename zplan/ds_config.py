@@ -10,7 +10,7 @@ from typing import Any
 from zplan.ds_batch import read_batch, read_cutting, read_sharing
 from zplan.ds_keys import HALF_MASTERS, REMOVED_KEYS, TOP_KEYS, ZERO_KEYS, Accepts, read_value
 from zplan.ds_sections import CLOSE, check_sections
-from zplan.ds_zero import Findings, read_zero_section, refused_combinations
+from zplan.ds_zero import Findings, read_zero_section
 from zplan.errors import ConfigError
 from zplan.files import load_json
 from zplan.hardware import Cluster
@@ -20,9 +20,7 @@ from zplan.settings import apply_settings, hf_auto_zero, nearest
 from zplan.values import dataclass
 from zplan.zero_config import BatchSizes, Choice, Origin, ZeroConfig
 
-__all__ = [
-    "DsConfigReading", "apply_settings", "hf_auto_zero", "load_ds_config", "read_ds_config", "refused_combinations",
-]  # fmt: skip
+__all__ = ["DsConfigReading", "apply_settings", "hf_auto_zero", "load_ds_config", "read_ds_config"]
 
 _OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "lion": "lion", "muon": "muon"}
 """DeepSpeed's optimizer types that a Recipe knows. DeepSpeed's Adam is AdamW (adam_w_mode is on by default)."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import field
 from typing import Any
 
+from zplan.combinations import refused_combinations
 from zplan.ds_keys import (
     DEPRECATED,
     OFFLOAD_KEYS,
@@ -173,35 +174,6 @@ def _apply_deprecated(values: dict[str, Any], section: Mapping[str, Any], found:
         else:
             values[new] = values.get(old)
             found.origins[new] = "user"
-
-
-def refused_combinations(zero: ZeroConfig, *, device_kind: str) -> Iterator[str]:
-    """What DeepSpeed's checks or the engine refuse although each value alone is fine.
-
-    Source: deepspeed 0.19.8, runtime/zero/config.py (offload_ratio_check), partition_parameters.py:1229,
-    stage_1_and_2.py:389, stage3.py:300, 316, 390 and 840, op_builder (QuantizerBuilder is a CUDA kernel).
-    """
-    states, params = zero.offload_optimizer, zero.offload_param
-    if states.ratio < 1.0 and zero.stage != 3:
-        yield f"offload_optimizer.ratio is {states.ratio} at stage {zero.stage}; partial offload is for stage 3"
-    if zero.stage == 3:
-        for name, device, path in (
-            ("offload_optimizer", states.device, states.nvme_path),
-            ("offload_param", params.device, params.nvme_path),
-        ):
-            if device == "nvme" and not path:
-                yield f'{name}.device is nvme, but {name}.nvme_path is not given; add "nvme_path": "/path/on/the/drive"'
-    if zero.stage in (1, 2) and zero.allgather_bucket_size % 2:
-        yield (
-            f"allgather_bucket_size is {zero.allgather_bucket_size}, an odd number, which DeepSpeed refuses at stage"
-            f" {zero.stage}; write {zero.allgather_bucket_size + 1}"
-        )
-    if zero.stage == 3 and zero.zero_quantized_gradients and not zero.reduce_scatter:
-        yield "zero_quantized_gradients needs reduce_scatter, and it is false; DeepSpeed asserts it; set it to true"
-    if device_kind == "cpu":
-        for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
-            if getattr(zero, name) and zero.stage == 3:
-                yield f"{name} needs DeepSpeed's CUDA quantizer, and the ranks are CPUs; delete it"
 
 
 def _refused_in_file(section: Mapping[str, Any], zero: ZeroConfig) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from zplan.candidates import Fixed
-from zplan.ds_zero import refused_combinations
+from zplan.combinations import offload_refused, refused_combinations
 from zplan.errors import ConfigError
 from zplan.hardware import Cluster
 from zplan.memory.families import adapters_refused
@@ -13,7 +13,7 @@ from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.settings import setting_value, split_setting
 from zplan.units import format_count, parse_size
-from zplan.zero_config import Choice, offload_refused
+from zplan.zero_config import Choice
 
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
 

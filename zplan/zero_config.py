@@ -186,29 +186,6 @@ KEPT_ON_HOST: frozenset[Optimizer] = frozenset({"sgd", "adafactor"})
 Source: accelerate 1.15.0, utils/deepspeed.py:43 (map_pytorch_optim_to_deepspeed)."""
 
 
-def offload_refused(zero: ZeroConfig, optimizer: Optimizer, *, on_cpu: bool) -> str | None:
-    """Why ZeRO-3's partial offload or super_offload cannot run here, if it cannot.
-
-    Source: deepspeed 0.19.8, stage3.py:314 (the assertion of the backup optimizer);
-    runtime/superoffload/superoffload_stage3.py:18 (_validate_superoffload_accelerator), :43 (it reads the options of
-    Adam), :159 (partition_grads: a swapped gradient is None).
-    """
-    states = zero.offload_optimizer
-    if zero.stage != 3 or states.device == "none":
-        return None
-    if states.ratio < 1 and optimizer not in CPU_ADAM:
-        return f"offload_optimizer.ratio of {optimizer}: DeepSpeed asserts DeepSpeedCPUAdam"
-    if not states.super_offload:
-        return None
-    if on_cpu:
-        return "super_offload on CPU ranks: DeepSpeed asserts NVIDIA GPUs"
-    if states.device == "nvme":
-        return "super_offload with offload_optimizer.device nvme: DeepSpeed's has no swapping and fails in backward"
-    if optimizer not in ("adamw", "paged_adamw"):
-        return f"super_offload of {optimizer}: its process runs DeepSpeedCPUAdam and nothing else"
-    return None
-
-
 def batch_sizes(
     recipe: Recipe, *, micro_batch: int, world_size: int, sequence_parallel_size: int = 1, autotp_size: int = 1
 ) -> BatchSizes:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from zplan.autotp import cannot_cut
+from zplan.combinations import offload_refused
 from zplan.memory.attention import attention_widths
 from zplan.memory.families import refused, unknown_layers
 from zplan.memory.quantized import num_groups
 from zplan.memory.trainable import layout
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
-from zplan.zero_config import Choice, offload_refused
+from zplan.zero_config import Choice
 
 CHECKED_OPTIMIZERS = frozenset({"adamw", "sgd", "muon"})
 """Muon where `_of_muon` says nothing."""
