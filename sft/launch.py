@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from sft.ranks import environment, free_port, rank_variables
+from sft.ranks import environment, rank_variables
 from zplan.errors import ExitCode
 from zplan.hardware import DeviceKind
+from zplan.processes import free_port
 from zplan.trial import log_file
 
 PARENT_VARIABLE = "ZPLAN_TRAIN_PARENT"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
-import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
@@ -134,14 +133,7 @@ def num_threads(place: Rank) -> int:
 def ensure_rank(target: MutableMapping[str, str] = os.environ) -> None:
     """Make a process that nobody launched a world of its own."""
     if "RANK" not in target:
-        target.update(rank_variables(rank=0, world_size=1, port=free_port()))
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+        target.update(rank_variables(rank=0, world_size=1, port=processes.free_port()))
 
 
 def die_with_parent(death_signal: signal.Signals = signal.SIGKILL) -> None:

@@ -27,10 +27,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sft.ranks import die_with_parent, free_port, rank_variables
+from sft.ranks import die_with_parent, rank_variables
 from sft.trial import preload, run_rank
 from zplan import files
 from zplan.errors import ConfigError, ExitCode, ZplanError
+from zplan.processes import free_port
 from zplan.trial import TrialSpec, log_file
 
 _POLL_SECONDS = 0.02

@@ -1,10 +1,11 @@
-"""Processes that end with their parent, however that ends; the tuner's, the simulation's and the trainer's."""
+"""What the tuner, the simulation and the trainer need for processes of their own: an end with their parent, a port."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import signal
+import socket
 import sys
 
 from zplan.errors import MachineError
@@ -29,3 +30,10 @@ def die_with_parent(death_signal: signal.Signals = signal.SIGKILL) -> None:
         raise MachineError(f"prctl(PR_SET_PDEATHSIG) failed: {os.strerror(ctypes.get_errno())}")
     if os.getppid() != parent:
         os.kill(os.getpid(), death_signal)
+
+
+def free_port() -> int:
+    """A TCP port of this machine on which nobody listens now. Somebody may before it is used."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -18,10 +18,11 @@ from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
 from transformers.integrations import deepspeed as integration
 
 from sft import build, partitioned_weights
-from sft.ranks import Rank, free_port, rank_variables
+from sft.ranks import Rank, rank_variables
 from tests.sft.warm import make_plan, make_recipe
 from zplan.errors import ConfigError
 from zplan.plan import Plan
+from zplan.processes import free_port
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from sft.ranks import free_port
 from tests.sft.warm import make_plan, make_recipe
 from zplan import files
+from zplan.processes import free_port
 
 BIN = Path(sys.executable).parent
 SECONDS = 240

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ import psutil
 from zplan.backends.host_memory import available_host_bytes, count_oom_kills
 from zplan.backends.outcome import Observed, RankError, RankExit, Watchdog
 from zplan.errors import MachineError
-from zplan.processes import die_with_parent
+from zplan.processes import die_with_parent, free_port
 from zplan.trial import RESULT_FILE, error_file, log_file
 from zplan.units import MIB, format_bytes, format_seconds
 from zplan.values import dataclass
@@ -89,13 +88,6 @@ def _start(command: Sequence[str], env: Mapping[str, str], out_dir: Path, rank: 
             command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             start_new_session=True, preexec_fn=die_with_parent,
         )  # fmt: skip
-
-
-def free_port() -> int:
-    """A TCP port that is free now; a trial that still finds it taken is launched again."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Watch:

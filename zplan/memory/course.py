@@ -12,15 +12,15 @@ from collections.abc import Sequence
 
 from zplan.memory.coordinator import Fetches
 from zplan.memory.laps import Laps, laps_of
+from zplan.memory.memo import Kept
 from zplan.memory.owners import leaf_modules, module_parameters, unread_numbers
 from zplan.memory.script import HOOKS, Call, Course, Op, Reduction, Script
 from zplan.memory.timeline import Recording, external_numbers, fetch_order, output_numbers
 from zplan.memory.walk import Walk
 
-_COURSES: dict[tuple[int, bool, bool], tuple[Recording, Course]] = {}
-_SCRIPTS: dict[tuple[object, ...], Script] = {}
-_REDUCTIONS: dict[tuple[object, ...], Reduction] = {}
-MOST_KEPT = 1024
+_COURSES: Kept[tuple[int, bool, bool], tuple[Recording, Course]] = Kept()
+_SCRIPTS: Kept[tuple[object, ...], Script] = Kept()
+_REDUCTIONS: Kept[tuple[object, ...], Reduction] = Kept()
 
 
 def course(recording: Recording, *, checkpointing: bool, fetches: bool) -> Course:
@@ -37,9 +37,7 @@ def course(recording: Recording, *, checkpointing: bool, fetches: bool) -> Cours
     walk = Walk(recording, checkpointing=checkpointing, fetches=fetches)
     walk.run()
     made = Course(script=_script(walk), moments=tuple(walk.moments), spans=tuple(walk.spans), others=tuple(walk.others))
-    if len(_COURSES) >= MOST_KEPT:
-        _COURSES.clear()
-    _COURSES[key] = (recording, made)
+    _COURSES.keep(key, (recording, made))
     return made
 
 
@@ -49,12 +47,10 @@ def _script(walk: Walk) -> Script:
     key = (recording.items, walk.checkpointing, walk.fetches, calls, recording.sizes.on_cpu)
     known = _SCRIPTS.get(key)
     if known is None:
-        if len(_SCRIPTS) >= MOST_KEPT:
-            _SCRIPTS.clear()
         order = tuple(fetch_order(recording, checkpointing=walk.checkpointing)) if walk.fetches else ()
         modules = module_parameters(recording) if walk.fetches else {}
         kept = tuple(number for number, (op, _) in enumerate(calls) if op not in HOOKS)
-        known = _SCRIPTS[key] = Script(
+        script = Script(
             calls=calls,
             phases=tuple(walk.phases),
             reduction=_reduction(recording, calls, kept, walk.phases),
@@ -67,6 +63,7 @@ def _script(walk: Walk) -> Script:
             unread=unread_numbers(recording) if walk.fetches else frozenset(),
             laps=_laps(walk, calls) if walk.fetches else (),
         )
+        known = _SCRIPTS.keep(key, script)
     return known
 
 
@@ -93,6 +90,4 @@ def _reduction(
         on_cpu=recording.sizes.on_cpu,
     )  # fmt: skip
     key = (recording.items, found.calls, found.on_cpu)
-    if len(_REDUCTIONS) >= MOST_KEPT:
-        _REDUCTIONS.clear()
-    return _REDUCTIONS.setdefault(key, found)
+    return _REDUCTIONS.get(key) or _REDUCTIONS.keep(key, found)

@@ -19,9 +19,10 @@ from zplan.memory.host_limits import limit_notes
 from zplan.memory.instances import instances
 from zplan.memory.limits import not_modelled, unchecked
 from zplan.memory.loss import FP32, TOKEN_TILE, VOCAB_TILE
+from zplan.memory.memo import Kept
 from zplan.memory.meter import KIND_NAMES, Kind
 from zplan.memory.outside import outside_allocator
-from zplan.memory.replay import MOST_KEPT, replay_of
+from zplan.memory.replay import replay_of
 from zplan.memory.resident import Resident, resident
 from zplan.memory.script import STEP_PHASES, Course, Kinds, StepPhase
 from zplan.memory.shards import shard
@@ -79,7 +80,7 @@ def estimate_memory(
     )
 
 
-_STANDING: dict[tuple[object, ...], tuple[Layout, Resident]] = {}
+_STANDING: Kept[tuple[object, ...], tuple[Layout, Resident]] = Kept(512)
 
 
 def standing_of(laid: Layout, recipe: Recipe, choice: Choice, cluster: Cluster, rank: int | None) -> Resident:
@@ -91,9 +92,7 @@ def standing_of(laid: Layout, recipe: Recipe, choice: Choice, cluster: Cluster, 
     key = (id(laid), recipe, choice.zero, choice.batch, cluster, rank)
     known = _STANDING.get(key)
     if known is None or known[0] is not laid:
-        if len(_STANDING) >= MOST_KEPT:
-            _STANDING.clear()
-        known = _STANDING[key] = (laid, standing(laid, recipe, choice, cluster, rank))
+        known = _STANDING.keep(key, (laid, standing(laid, recipe, choice, cluster, rank)))
     return known[1]
 
 

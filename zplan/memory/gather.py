@@ -14,6 +14,7 @@ from zplan.memory.exchange import PLAIN, Exchange
 from zplan.memory.fetch_limits import Limits
 from zplan.memory.instances import Instances
 from zplan.memory.laps import Laps
+from zplan.memory.memo import Kept
 from zplan.memory.meter import Gauge, Kind
 from zplan.memory.schedule import Happening, Run, Schedule, Scheduler
 from zplan.memory.script import UPDATED, Op, Script
@@ -22,7 +23,6 @@ from zplan.memory.stage3 import Stage3Engine
 from zplan.values import dataclass
 from zplan.zero_config import Choice
 
-MOST_KEPT = 1024
 NO_TRACE = Limits(prefetch=0, live=0, reuse=0)
 MOST_SCHEDULES = 256
 """Of one set of persistent parameters."""
@@ -78,10 +78,10 @@ class Gathering:
     itemsize: int
     exchange: Exchange = PLAIN
     _schedules: dict[tuple[frozenset[int], ...], list[tuple[Coordinator, Schedule]]] = field(default_factory=dict)
-    _by_limits: dict[tuple[object, ...], Schedule] = field(default_factory=dict)
-    _parts: dict[tuple[object, ...], tuple[Schedule, Parts]] = field(default_factory=dict)
-    _gathered: dict[tuple[int, int], Gathered] = field(default_factory=dict)
-    _first_steps: dict[int, tuple[Shards, _FirstStep]] = field(default_factory=dict)
+    _by_limits: Kept[tuple[object, ...], Schedule] = field(default_factory=Kept)
+    _parts: Kept[tuple[object, ...], tuple[Schedule, Parts]] = field(default_factory=Kept)
+    _gathered: Kept[tuple[int, int], Gathered] = field(default_factory=Kept)
+    _first_steps: Kept[int, tuple[Shards, _FirstStep]] = field(default_factory=Kept)
 
     def steps_of(self, choice: Choice) -> Steps:
         """`parts_of` with the update, which gathers most in a later step: then all that persists is there."""
@@ -131,8 +131,6 @@ class Gathering:
     def _first_step(self, shards: Shards, ranks: int) -> _FirstStep:
         known = self._first_steps.get(id(shards))
         if known is None or known[0] is not shards:
-            if len(self._first_steps) >= MOST_KEPT:
-                self._first_steps.clear()
             missing = shards.persistent - self.never_released
             missing_bytes = sum(self.items.itemsize[p] * shards.partition[p] * ranks for p in missing)
             of_muon = sum(shards.partition[number] for number in self.items.muon)
@@ -141,7 +139,7 @@ class Gathering:
                 missing=missing, missing_bytes=missing_bytes,
                 states_bytes=int(self.exchange.state_bytes * (shards.trainable_numel - of_muon)),
             )  # fmt: skip
-            known = self._first_steps[id(shards)] = (shards, made)
+            known = self._first_steps.keep(id(shards), (shards, made))
         return known[1]
 
     @cached_property
@@ -159,9 +157,7 @@ class Gathering:
     def _with_update(self, parts: Parts, updated: int) -> Gathered:
         known = self._gathered.get((id(parts), updated))
         if known is None or known.parts is not parts:
-            if len(self._gathered) >= MOST_KEPT:
-                self._gathered.clear()
-            known = self._gathered[id(parts), updated] = Gathered(parts, updated)
+            known = self._gathered.keep((id(parts), updated), Gathered(parts, updated))
         return known
 
     def _later(self, choice: Choice) -> Parts:
@@ -181,9 +177,7 @@ class Gathering:
         )  # fmt: skip
         followed = self._parts.get(key)
         if followed is None or followed[0] is not schedule:
-            if len(self._parts) >= MOST_KEPT:
-                self._parts.clear()
-            followed = self._parts[key] = (schedule, follow_hooks(self, choice, shards, schedule, has_copies))
+            followed = self._parts.keep(key, (schedule, follow_hooks(self, choice, shards, schedule, has_copies)))
         return followed[1]
 
     def schedule(self, limits: Limits, persistent: frozenset[int], missing: frozenset[int] = frozenset()) -> Schedule:
@@ -191,9 +185,7 @@ class Gathering:
         key = (limits.prefetch, limits.live, limits.reuse, persistent, missing)
         known = self._by_limits.get(key)
         if known is None:
-            if len(self._by_limits) >= MOST_KEPT:
-                self._by_limits.clear()
-            known = self._by_limits[key] = self._alike(limits, persistent, missing)
+            known = self._by_limits.keep(key, self._alike(limits, persistent, missing))
         return known
 
     def _alike(self, limits: Limits, persistent: frozenset[int], missing: frozenset[int]) -> Schedule:
@@ -230,7 +222,7 @@ class Gathering:
         )  # fmt: skip
 
 
-@lru_cache(MOST_KEPT)
+@lru_cache(1024)
 def _largest(parts: Parts) -> int:
     """The most at any moment; of the update that they were followed with, too."""
     return max(max(part.moments, default=0) + max(0, part.growth * (part.times - 1)) for part in parts)

@@ -1,4 +1,4 @@
-"""Memo: answers kept by what a formula read of its question, and nothing else.
+"""Memo: answers kept by what a formula read of its question, and nothing else. Kept: values under plain keys.
 
 A formula takes a whole `Choice` and reads a few of its fields. Two choices that agree in the fields that it reads have
 one answer, so the answer is kept under those. Which fields they are is noted while the formula runs: no list of them
@@ -17,8 +17,27 @@ from zplan.values import dataclass
 
 Question = TypeVar("Question")
 Answer = TypeVar("Answer")
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 _PLAIN = frozenset({int, str, bool, float, type(None)})
 """Types of nearly everything that is read."""
+
+
+class Kept(dict[Key, Value]):
+    """A dict that forgets everything when it is full; `keep` puts in.
+
+    A key with the `id` of an object needs that object within the value: it lives as long as the key, then.
+    """
+
+    def __init__(self, most: int = 1024) -> None:
+        super().__init__()
+        self.most = most
+
+    def keep(self, key: Key, value: Value) -> Value:
+        if len(self) >= self.most:
+            self.clear()
+        self[key] = value
+        return value
 
 
 class _Reader:

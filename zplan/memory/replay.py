@@ -22,7 +22,7 @@ from zplan.memory.earlier import Earlier, can_hold_more
 from zplan.memory.exchange import PLAIN, Exchange
 from zplan.memory.gather import Gathering, Parts, Steps, one_by_one
 from zplan.memory.instances import Instances
-from zplan.memory.memo import Memo
+from zplan.memory.memo import Kept, Memo
 from zplan.memory.meter import Kind, Meter
 from zplan.memory.muon import Precision, precision
 from zplan.memory.script import (
@@ -104,8 +104,8 @@ class Replay:
     held: Memo[Choice, Held] = field(init=False)
     gathering: Gathering = field(init=False)
     gathered: Memo[Choice, Steps] = field(init=False)
-    _bases: dict[tuple[int, int], tuple[Course, Steps, _Base]] = field(default_factory=dict)
-    _sums: dict[tuple[int, int], tuple[Course, Parts, _Sum]] = field(default_factory=dict)
+    _bases: Kept[tuple[int, int], tuple[Course, Steps, _Base]] = field(default_factory=lambda: Kept(MOST_KEPT))
+    _sums: Kept[tuple[int, int], tuple[Course, Parts, _Sum]] = field(default_factory=lambda: Kept(MOST_KEPT))
 
     def __post_init__(self) -> None:
         self.held = held_by(self.script.reduction, self.items, self.itemsize, self.rank, self.exchange)
@@ -148,9 +148,7 @@ class Replay:
             moments = list(map(max, *there)) if len(there) > 1 else list(there[0])
             at_update = course.moments[UPDATED] + max(gathered.update_bytes - absent for gathered, absent in steps)
             moments[UPDATED_IN_REDUCTION] = max(moments[UPDATED_IN_REDUCTION], at_update)
-            if len(self._bases) >= MOST_KEPT:
-                self._bases.clear()
-            known = self._bases[key] = (course, steps, _Base(moments, sums, at_update))
+            known = self._bases.keep(key, (course, steps, _Base(moments, sums, at_update)))
         return known[2]
 
     def _sum(self, course: Course, parts: Parts) -> _Sum:
@@ -160,9 +158,7 @@ class Replay:
         if known is None:
             totals = list(map(add, course.moments, one_by_one(parts)))
             moments = [max(totals[first:end]) for first, end in pairwise(self.cuts)]
-            if len(self._sums) >= MOST_KEPT:
-                self._sums.clear()
-            known = self._sums[key] = (course, parts, _Sum(moments, totals))
+            known = self._sums.keep(key, (course, parts, _Sum(moments, totals)))
         return known[2]
 
     def _kinds(self, course: Course, base: _Base | None, index: int) -> Kinds:
@@ -179,8 +175,8 @@ class Replay:
         return tuple(kinds)
 
 
-_REPLAYS: dict[tuple[object, ...], tuple[Script, Replay]] = {}
-_HELD: dict[tuple[object, ...], tuple[Reduction, Memo[Choice, Held]]] = {}
+_REPLAYS: Kept[tuple[object, ...], tuple[Script, Replay]] = Kept(MOST_KEPT)
+_HELD: Kept[tuple[object, ...], tuple[Reduction, Memo[Choice, Held]]] = Kept(MOST_KEPT)
 
 
 def replay_of(script: Script, items: Instances, itemsize: int, rank: int | None, exchange: Exchange = PLAIN) -> Replay:
@@ -188,9 +184,7 @@ def replay_of(script: Script, items: Instances, itemsize: int, rank: int | None,
     key = (id(script), itemsize, rank, exchange)
     known = _REPLAYS.get(key)
     if known is None or known[0] is not script:
-        if len(_REPLAYS) >= MOST_KEPT:
-            _REPLAYS.clear()
-        known = _REPLAYS[key] = (script, Replay(script, items, itemsize, rank, exchange))
+        known = _REPLAYS.keep(key, (script, Replay(script, items, itemsize, rank, exchange)))
     return known[1]
 
 
@@ -201,10 +195,8 @@ def held_by(
     key = (id(reduction), itemsize, rank, exchange)
     known = _HELD.get(key)
     if known is None or known[0] is not reduction:
-        if len(_HELD) >= MOST_KEPT:
-            _HELD.clear()
         gradients = Gradients(reduction, items, itemsize, rank, exchange)
-        known = _HELD[key] = (reduction, Memo(gradients.held, most_kept=MOST_KEPT))
+        known = _HELD.keep(key, (reduction, Memo(gradients.held, most_kept=MOST_KEPT)))
     return known[1]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 import traceback
 from datetime import timedelta
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import set_accelerator
 
 from zplan import files
+from zplan.processes import free_port
 from zplan.simulate import trainer
 from zplan.simulate.accelerator import TrackedCpuAccelerator
 from zplan.simulate.collectives import CollectiveRecorder
@@ -36,7 +36,7 @@ def run_on_real_ranks(request: SimulationRequest, folder: Path) -> SimulationRep
         RuntimeError: a rank failed; its last lines are in the message.
     """
     world = request.choice.batch.world_size
-    port = _free_port()
+    port = free_port()
     children = [
         _fork(lambda rank=rank: _real_rank(request, rank, port), folder / f"rank{rank}") for rank in range(world)
     ]
@@ -112,10 +112,3 @@ def _collect(children: list[int], out: Path) -> SimulationReport:
         tail = Path(f"{out}.log").read_text(errors="replace").strip().splitlines()[-1:]
         raise RuntimeError(f"exit {codes}: {' '.join(tail)}")
     return files.from_data(SimulationReport, json.loads(Path(f"{out}.json").read_text()), name=str(out))
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
