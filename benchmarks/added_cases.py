@@ -53,6 +53,7 @@ def _of_layers() -> list[Case]:
                stage3_max_live_parameters=30_000_000, stage3_max_reuse_distance=0),
         _added("falcon-7b", "lora", 3, max_length=2048, attention="eager", stage3_prefetch_bucket_size=0),
         _added("falcon-7b", "lora", 3, micro_batch=2, checkpointing=False, attention="eager"),
+        _added("smollm2-135m", "lora", 3, attention="eager", reduce_bucket_size=5_000_000),
         _added("falcon-40b", "lora", 3, micro_batch=2, checkpointing=False),
         _added("falcon-40b", "full", 1, checkpointing=False, attention="eager"),
         _added("pythia-410m", "lora", 1, micro_batch=4, checkpointing=False, attention="eager"),

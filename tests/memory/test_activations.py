@@ -286,47 +286,6 @@ def test_an_adapter_s_dropout_keeps_its_mask_and_what_passed_it() -> None:
     assert grown == 128 * (per_element * widths - inputs_of_lora_a), "every lora_A keeps its own input instead"
 
 
-def test_the_hooks_of_a_block_stay_outside_its_recomputation() -> None:
-    def build(tape: Tape, x: Value) -> Value:
-        tape.enter(0)
-        tape.enter(1)
-        out = tape.apply(8, [(x, 8)], saves=(x,))
-        tape.exit(1)
-        tape.exit(0)
-        return out
-
-    tape = record_block(build, 8, 8)
-    of_module = [step for step in tape.recompute_whole if step[0] != Event.BYTES]
-    assert of_module == [(Event.PRE_BACKWARD, 0, 0), (Event.PRE_FORWARD, 1, 0), (Event.POST_FORWARD, 1, 0)]
-
-
-def test_a_recomputation_starts_when_a_saved_tensor_is_asked_for() -> None:
-    def build(tape: Tape, x: Value) -> Value:
-        first = tape.apply(8, [(x, 8)], saves=(x,))
-        return tape.apply(8, [(first, 4)])
-
-    before, *_ = record_block(build, 8, 8).recompute
-    assert before == (Event.BYTES, 4 - 8, 4), "the last node has run: its result is there, the incoming gradient gone"
-
-
-def test_what_a_recomputed_block_returns_besides_its_output_stays_until_its_backward_is_done() -> None:
-    def build(tape: Tape, x: Value) -> Value:
-        weights = tape.apply(100, [(x, 8)], saves_output=True)
-        tape.hold(weights)
-        return tape.apply(8, [(weights, 100)], saves=(weights,))
-
-    def peak_of(*, returns_held: bool) -> int:
-        net = peak = 0
-        for event, change, above in record_block(build, 8, 8, returns_held=returns_held).backward_after_whole:
-            if event == Event.BYTES:
-                peak, net = max(peak, net + above), net + change
-        return peak
-
-    assert peak_of(returns_held=False) == 100
-    # the zeros that are its gradient are somebody else's: the sum of the two gradients is a third tensor
-    assert peak_of(returns_held=True) == 100 + 100 - 8
-
-
 def test_dora_s_norm_holds_three_matrices_and_an_identity_beside_the_output() -> None:
     """One adapted matrix of 40 inputs and 24 outputs at rank 4, 100 tokens."""
     size = {"lora_A": (4, 40), "lora_B": (24, 4), "lora_magnitude_vector": (24,)}

@@ -26,6 +26,8 @@ class BlockTape:
     recompute_whole: tuple[Step, ...]
     """Reentrant checkpointing knows no early stop: the whole forward runs again, after the hook of the block itself."""
     backward_after_whole: tuple[Step, ...]
+    """Ends with the incoming gradient live, which CheckpointFunction.backward holds as its argument (torch 2.13.0,
+    utils/checkpoint.py)."""
     frees_input: bool
     """`forward` gives the input up: no operation saves it."""
 
@@ -54,7 +56,7 @@ def record_block(build: Build, input_bytes: int, output_bytes: int, *, returns_h
     loose, *_ = _run(build, input_bytes, output_bytes, Tape(keeps=False), keeps_input=True)
     recomputed = Tape(stop_at=first.last_saving)
     again, again_backward, _ = _run(build, input_bytes, output_bytes, recomputed, keeps_input=True)
-    complete = Tape(returns_held=returns_held)
+    complete = Tape(returns_held=returns_held, keeps_gradient=True)
     whole, whole_backward, _ = _run(build, input_bytes, output_bytes, complete, keeps_input=True)
     before = recomputed.unpacks_at
     again, whole = _without_own_hooks(again), _without_own_hooks(whole)

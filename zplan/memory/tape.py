@@ -99,11 +99,14 @@ class Tape:
             (torch.utils.checkpoint, early_stop); the graph goes on, its bytes do not exist.
         returns_held: what the block holds is returned beside its output and stays with who recomputes it, until its
             backward has run; it has a gradient then, zeros that are not counted here.
+        keeps_gradient: who recomputes the block holds the gradient of its output, too, until its backward has run:
+            nothing is added into it.
     """
 
     keeps: bool = True
     stop_at: int | None = None
     returns_held: bool = False
+    keeps_gradient: bool = False
     steps: list[Step] = field(default_factory=list)
     operations: list[Operation | Division | Marker] = field(default_factory=list)
     num_operations: int = 0
@@ -304,6 +307,7 @@ class Tape:
     def backward(self, out: Value, gradient_bytes: int) -> None:
         """Play the recorded operations backwards from a gradient that is already live outside (not counted here)."""
         out.gradient = Tensor(gradient_bytes)
+        out.gradient.refs += self.keeps_gradient
         self.unpacks_at = 0
         for value in self._held:
             value.gradient = Tensor(value.storage.bytes)

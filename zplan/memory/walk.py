@@ -237,7 +237,8 @@ class Walk:
                     meter.add(Kind.ACTIVATIONS, -returned)
                     if reentrant:
                         self.call(Op.END_RECOMPUTED)
-                    meter.add(Kind.ACTIVATIONS, -r.hidden_bytes * (1 + reentrant))
+                    # its input; the recomputed output and its gradient
+                    meter.add(Kind.ACTIVATIONS, -r.hidden_bytes * (3 if reentrant else 1))
                 else:
                     self._play(plain_steps(block, layer)[1], index, layer)
         meter.add(Kind.ACTIVATIONS, self._input_bytes() // 2)
