@@ -87,7 +87,13 @@ def _of_expert_adapters() -> list[Case]:
         _added("deepseek-v2-lite", "lora", 3, checkpointing=False, micro_batch=2, **small),
         _added("deepseek-v2-lite", "lora", 0, micro_batch=2, **small),
         _added("mixtral-8x7b", "lora", 0, checkpointing=False, micro_batch=2, adapter=attention, **small),
-    ]
+        _added("mixtral-8x7b", "lora", 2, checkpointing=False, micro_batch=2,
+               adapter={"lora_target": ("w1", "w2", "w3")}, **small),
+        _added("llama-3.2-1b", "lora", 3, checkpointing=False, micro_batch=4,
+               adapter={"lora_target": ("down_proj", "up_proj")}, **small),
+        _added("llama-3.2-1b", "lora", 3, checkpointing=False, micro_batch=4, attention="eager",
+               adapter={"lora_target": ("v_proj",)}, **small),
+    ]  # fmt: skip
 
 
 def _of_muon() -> list[Case]:

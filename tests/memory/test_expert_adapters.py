@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.family_configs import FAMILIES
 from benchmarks.formula_case import cut_layers
 from zplan.catalog.find import find_model
 from zplan.memory.course import course
 from zplan.memory.owners import module_parameters, viewed_numbers
+from zplan.memory.tape import Event
 from zplan.memory.timeline import Recording, local_embedding_bytes, record
 from zplan.memory.trainable import Weight, layout
+from zplan.model_probe import shape_of_config
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 
@@ -62,6 +65,42 @@ def test_an_adapter_on_a_router_in_fp32_keeps_the_fp32_hidden_states() -> None:
         sum(step[1] for step in recording.blocks[2].tape.forward if step[0] == 0) for recording in (adapted, others)
     ]  # type: ignore[union-attr]
     assert kept[0] - kept[1] >= 4 * TOKENS * 2048
+
+
+def kept_apart(recording: Recording) -> int:
+    """Bytes that the forward of the model's first layer keeps less than another's."""
+    block = next(block for block in recording.blocks if block.first)
+    assert block.first
+    assert block.tape
+    first, others = (
+        sum(net for event, net, _ in steps if event == Event.BYTES)
+        for steps in (block.first.forward, block.tape.forward)
+    )
+    return others - first
+
+
+def test_before_the_first_adapter_a_product_keeps_only_what_the_other_factor_s_gradient_needs() -> None:
+    """No norm keeps anything; q, k, v, the output of attention and its sums are none of the graph's."""
+    fused, mlp = (recorded("llama-3.2-1b", lora_target=targets) for targets in (("gate_proj", "up_proj"), ("up_proj",)))
+    inner = 2 * TOKENS * 8192  # gate_proj's result, for the activation, and up_proj's, for that gradient
+    assert kept_apart(mlp) - kept_apart(fused) == 2 * inner
+
+
+def test_adapted_experts_are_not_kept_for_a_gradient_that_the_first_layer_s_input_does_not_have() -> None:
+    """gate_up_proj with its adapter is; down_proj is multiplied with what has a gradient."""
+    both = recorded("mixtral-8x7b", lora_target=("w1", "w2", "w3"))
+    shape = both.shape
+    experts, rows = 8 * 2 * 14336 * 4096, TOKENS * 2 * 4096
+    attention = kept_apart(recorded("mixtral-8x7b", lora_target=("w1", "w2", "w3", "o_proj")))
+    assert shape.hidden_size == 4096
+    assert kept_apart(both) - attention >= 2 * (experts + rows)
+
+
+def test_a_layer_that_has_no_latent_is_attention_as_any_other() -> None:
+    """Kimi Linear's config.json speaks of a latent; its linear layers have none, and could not be asked about."""
+    shape = shape_of_config(FAMILIES["Kimi Linear"], name="kimi-linear")
+    recipe = Recipe(model="kimi-linear", method="lora", train_batch_size=1, max_length=TOKENS)
+    assert record(shape, recipe, layout(shape, recipe), micro_batch=1, on_cpu=False).blocks
 
 
 def test_the_embedding_is_a_local_of_the_model_until_its_forward_ends() -> None:

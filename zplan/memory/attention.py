@@ -45,7 +45,7 @@ def attend(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Modules, x: V
     tape.enter(container)
     widths = attention_widths(shape)
     locals_: list[Value] = []
-    if shape.config.get("kv_lora_rank"):
+    if shape.config.get("kv_lora_rank") and layer.latent_norms:
         q, k, v = _latent(tape, layer, sizes, modules, x)
     else:
         q, k, v, *locals_ = _plain(tape, layer, sizes, modules, x)

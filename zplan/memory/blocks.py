@@ -13,7 +13,7 @@ from zplan.memory.block_tape import Build
 from zplan.memory.experts import run_experts
 from zplan.memory.layer_modules import LayerModules
 from zplan.memory.operations import Modules, Sizes
-from zplan.memory.tape import Tape, Value
+from zplan.memory.tape import Tape, Value, kept_factors
 from zplan.memory.trainable import LaidBlock
 from zplan.model_shape import ModelShape
 
@@ -143,7 +143,7 @@ def _feed_forward(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Module
         acted = _activated(tape, sizes, act_number, gate, inner, layer.shape.hidden_act)
         tape.drop(gate)
         up = ops.linear(tape, modules, sizes, names[1], x)
-        product = tape.apply(whole, [(acted, whole), (up, whole)], saves=(acted, up))
+        product = tape.apply(whole, [(acted, whole), (up, whole)], saves=kept_factors(acted, up))
         tape.drop(acted, up)
         out = ops.linear(tape, modules, sizes, names[2], product)
         tape.drop(product)
@@ -153,7 +153,7 @@ def _feed_forward(tape: Tape, layer: LayerModules, sizes: Sizes, modules: Module
         gate, up = tape.split(first, 2, 2 * whole)
         tape.drop(first)
         acted = _activated(tape, sizes, act_number, gate, inner, layer.shape.hidden_act)
-        product = tape.apply(whole, [(acted, whole), (up, whole)], saves=(acted, up))
+        product = tape.apply(whole, [(acted, whole), (up, whole)], saves=kept_factors(acted, up))
         tape.drop(gate, up, acted)
     else:
         product = _activated(tape, sizes, act_number, first, inner, layer.shape.hidden_act)

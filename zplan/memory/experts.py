@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from zplan.memory import operations as ops
 from zplan.memory.layer_modules import LayerModules
 from zplan.memory.operations import FP32, Modules, Sizes
-from zplan.memory.tape import Tape, Value
+from zplan.memory.tape import Tape, Value, kept_factors
 from zplan.memory.trainable import EXPERT_ADAPTERS, Weight
 
 LEAF_FAMILIES = frozenset({"mixtral", "qwen2_moe", "qwen3_moe"})
@@ -128,7 +128,7 @@ def _gate(tape: Tape, both: Value, rows_inner: int, act_number: int) -> Value:
     tape.enter(act_number)
     acted = tape.apply(rows_inner, [(gate, rows_inner)], saves=(gate,))
     tape.exit(act_number)
-    product = tape.apply(rows_inner, [(acted, rows_inner), (up, rows_inner)], saves=(acted, up))
+    product = tape.apply(rows_inner, [(acted, rows_inner), (up, rows_inner)], saves=kept_factors(acted, up))
     tape.drop(both, gate, up, acted)
     return product
 
@@ -188,12 +188,17 @@ def wrappers(weights: Sequence[Weight]) -> dict[str, str]:
 def _product(
     tape: Tape, num_bytes: int, rows: Value, row_bytes: int, merged: tuple[Value, ...], owned: list[tuple[int, Weight]]
 ) -> Value:
-    """One grouped product: keeps the rows if the experts or their adapters train."""
+    """One grouped product: keeps the rows for the gradient of experts or adapters that train, and the experts with
+    adapters folded in for the gradient of the rows, which have none before the first adapter of the model.
+
+    Source: torch 2.13.0, derivatives.yaml (_grouped_mm).
+    """
     gradients = ops.gradients_of(owned)
+    kept_rows = (rows,) if merged or gradients else ()
     return tape.apply(
         num_bytes,
         [(rows, row_bytes), *((value, value.storage.bytes) for value in merged)],
-        saves=(rows, *merged) if merged or gradients else (),
+        saves=(*kept_rows, *merged) if rows.needs_gradient else kept_rows,
         weights=gradients,
     )
 
@@ -205,7 +210,10 @@ def _weigh(tape: Tape, layer: LayerModules, sizes: Sizes, rows: Value, scores: V
     low = layer.shape.model_type in LOW_WEIGHTS
     wide = plain if low else sizes.fp32_bytes(picked * hidden)
     weighted = tape.apply(
-        wide, [(rows, plain), (scores, scores.storage.bytes)], saves=(rows,), temporary=wide if low else 2 * wide
+        wide,
+        [(rows, plain), (scores, scores.storage.bytes)],
+        saves=(rows,) if scores.needs_gradient else (),
+        temporary=wide if low else 2 * wide,
     )
     ordered = tape.apply(wide, [(weighted, wide)])
     tape.drop(weighted)

@@ -7,7 +7,7 @@ Source: transformers 5.23.0, integrations/sdpa_attention.py and models/*; torch 
 from __future__ import annotations
 
 from zplan.memory.operations import FP32, Sizes
-from zplan.memory.tape import Tape, Value
+from zplan.memory.tape import Tape, Value, kept_factors
 
 
 def fused_attention(
@@ -84,14 +84,14 @@ def _math_attention(
     keys, values = (tape.apply(wide, [(x, narrow)]) for x in (k, v))
     scaled = tape.apply(wide, [(keys, wide)])
     flat_queries = tape.apply(wide if batched and not joined else None, [(queries, None)])
-    product = tape.apply(scores, [(flat_queries, wide), (scaled, wide)], saves=(flat_queries, scaled))
+    product = tape.apply(scores, [(flat_queries, wide), (scaled, wide)], saves=kept_factors(flat_queries, scaled))
     tape.drop(flat_queries, scaled)
     masked = tape.apply(scores, [(product, None)])
     tape.drop(product)
     weights = tape.apply(scores, [(masked, scores)], saves_output=True, forward_temporary=num_scores)
     tape.drop(masked)
     weights = _attention_dropout(tape, sizes, weights, scores, num_scores)
-    out = tape.apply(wide, [(weights, scores), (values, wide)], saves=(weights, values))
+    out = tape.apply(wide, [(weights, scores), (values, wide)], saves=kept_factors(weights, values))
     tape.drop(weights, values, keys, queries, mask)
     viewed = tape.apply(None, [(out, wide if batched else None)])
     flat = tape.apply(wide, [(viewed, None)])
@@ -138,7 +138,7 @@ def eager_attention(
     else:
         keys = tape.apply(wide, [(k, None)]) if batched and not joined else tape.apply(None, [(k, None)])
     queries = tape.apply(wide, [(q, None)]) if batched and not joined else tape.apply(None, [(q, None)])
-    product = tape.apply(small, [(queries, wide), (keys, wide)], saves=(queries, keys))
+    product = tape.apply(small, [(queries, wide), (keys, wide)], saves=kept_factors(queries, keys))
     tape.drop(queries)
     if not repeats:
         tape.drop(keys)
@@ -153,7 +153,7 @@ def eager_attention(
     weights = _attention_dropout(tape, sizes, weights, small, scores)
     if not repeats:
         values = tape.apply(out_wide if batched else None, [(v, None)])
-    out = tape.apply(out_wide, [(weights, small), (values, out_wide)], saves=(weights, values))
+    out = tape.apply(out_wide, [(weights, small), (values, out_wide)], saves=kept_factors(weights, values))
     tape.drop(values)
     if repeats:
         tape.drop(keys)
@@ -179,13 +179,13 @@ def falcon_attention(
     k_bytes, v_bytes = (wide, wide) if batched else (sizes.bytes(k_width), sizes.bytes(v_width))
     q = tape.apply(wide if batched else None, [(q, None)])
     k = tape.apply(wide if batched else None, [(k, sizes.bytes(k_width) if batched and k_width != q_width else None)])
-    scores = tape.apply(small, [(q, wide), (k, k_bytes)], saves=(q, k), temporary=shared)
+    scores = tape.apply(small, [(q, wide), (k, k_bytes)], saves=kept_factors(q, k), temporary=shared)
     tape.drop(q, k)
     masked = tape.apply(small, [(scores, None)])
     weights = tape.apply(small, [(masked, small)], saves_output=True)
     tape.drop(scores, masked)
     v = tape.apply(wide if batched else None, [(v, sizes.bytes(v_width) if batched and v_width != q_width else None)])
-    out = tape.apply(wide, [(weights, small), (v, v_bytes)], saves=(weights, v), temporary=shared)
+    out = tape.apply(wide, [(weights, small), (v, v_bytes)], saves=kept_factors(weights, v), temporary=shared)
     tape.drop(v)
     flat = tape.apply(wide, [(out, None)])
     tape.drop(out)
@@ -207,10 +207,10 @@ def bloom_attention(
     q, k, v = (
         tape.apply(wide, [(x, None)]) if sizes.micro_batch > 1 else tape.apply(None, [(x, None)]) for x in (q, k, v)
     )
-    product = tape.apply(small, [(q, wide), (k, wide)], saves=(q, k))
+    product = tape.apply(small, [(q, wide), (k, wide)], saves=kept_factors(q, k))
     masked = tape.apply(small, [(product, None)])
     weights = _attention_dropout(tape, sizes, _fp32_softmax(tape, masked, small, large), small, scores)
-    out = tape.apply(wide, [(weights, small), (v, wide)], saves=(weights, v))
+    out = tape.apply(wide, [(weights, small), (v, wide)], saves=kept_factors(weights, v))
     flat = tape.apply(wide, [(out, None)])
     tape.drop(product, masked, out, q, k, v)
     tape.hold(weights)

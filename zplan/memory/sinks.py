@@ -9,7 +9,7 @@ from zplan.memory import operations as ops
 from zplan.memory.layer_modules import LayerModules
 from zplan.memory.operations import Modules, Sizes
 from zplan.memory.scores import repeat_heads
-from zplan.memory.tape import Tape, Value
+from zplan.memory.tape import Tape, Value, kept_factors
 
 INT64 = 8
 
@@ -32,7 +32,7 @@ def sink_attention(
     wide = sizes.bytes(q_width)
     keys = repeat_heads(tape, sizes, k, k_width, q_width, num_heads)
     values = repeat_heads(tape, sizes, v, v_width, q_width, num_heads)
-    product = tape.apply(small, [(q, wide), (keys, wide)], saves=(q, keys))
+    product = tape.apply(small, [(q, wide), (keys, wide)], saves=kept_factors(q, keys))
     scaled = tape.apply(small, [(product, small)])
     tape.drop(product)
     masked = tape.apply(small, [(scaled, None)])
@@ -44,7 +44,7 @@ def sink_attention(
     weights = tape.apply(more, [(shifted, more)], saves_output=True)
     cut = tape.apply(None, [(weights, more)])
     tape.drop(masked, weights)
-    out = tape.apply(wide, [(cut, small), (values, wide)], saves=(cut, values))
+    out = tape.apply(wide, [(cut, small), (values, wide)], saves=kept_factors(cut, values))
     viewed = tape.apply(None, [(out, wide if sizes.micro_batch > 1 else None)])
     flat = tape.apply(wide, [(viewed, None)])
     tape.drop(out, viewed, keys, values, shifted)

@@ -56,6 +56,14 @@ class Value:
         self.gradient: Tensor | None = None
 
 
+def kept_factors(one: Value, other: Value) -> tuple[Value, ...]:
+    """What a product of two keeps: each for the gradient of the other.
+
+    Source: torch 2.13.0, derivatives.yaml (mul, bmm, _grouped_mm: should_compute_output of the other).
+    """
+    return (*((one,) if other.needs_gradient else ()), *((other,) if one.needs_gradient else ()))
+
+
 @dataclass(slots=True)
 class Operation:
     """One autograd node."""
