@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from tests.shapes import described_cluster, llama_like
 from zplan.errors import ConfigError
+from zplan.hardware import Cluster
 from zplan.planner import (
     Fixed,
     evaluate,
@@ -32,6 +34,42 @@ def test_every_stage_is_a_candidate_and_the_fastest_comes_first() -> None:
     speeds = [candidate.speed.tokens_per_second or 0.0 for candidate in candidates if candidate.tier == 0]
     assert speeds == sorted(speeds, reverse=True)
     assert {candidate.choice.batch.world_size for candidate in candidates} == {4, 2, 1}
+
+
+def test_stages_1_and_2_overlap_what_leaves_a_gpu_unless_the_user_says_otherwise() -> None:
+    def overlaps(cluster: Cluster, **decided: Any) -> set[tuple[bool, bool]]:
+        choices = [item.choice for item in rank_candidates(SHAPE, RECIPE, cluster, fixed=Fixed(**decided))]
+        return {(choice.zero.offloads_optimizer, choice.zero.overlaps_comm) for choice in choices}
+
+    on_all = {"settings": ("world_size=4",)}
+    assert overlaps(ROOMY, stage=2, **on_all) == {(False, True), (True, True)}
+    assert overlaps(ROOMY, stage=2, settings=("world_size=4", "overlap_comm=false")) == {(False, False), (True, False)}
+    assert overlaps(ROOMY, stage=0, **on_all) == {(False, False)}
+    assert overlaps(described_cluster(gpus_per_node=1), stage=1) == {(False, False), (True, True)}
+    ranks = described_cluster(gpus_per_node=4, kind="cpu")
+    assert overlaps(ranks, stage=2, **on_all) == {(False, False), (True, False)}
+
+
+def test_with_much_accumulation_stage_1_is_faster_than_stage_3() -> None:
+    """It reduces once a step, and stage 3 gathers and reduces in every micro-batch."""
+    shape = llama_like(hidden_size=4096, intermediate_size=14336, vocab_size=32000, num_hidden_layers=4)
+    recipe = replace(RECIPE, max_length=1024, train_batch_size=256)
+    one, three = (
+        max(
+            item.speed.tokens_per_second or 0.0
+            for item in rank_candidates(shape, recipe, described_cluster(), fixed=Fixed(stage=stage, micro_batch=1))
+        )
+        for stage in (1, 3)
+    )
+    assert one > three
+
+
+def test_a_change_that_only_makes_it_faster_is_a_fix() -> None:
+    choice = make_choice(SHAPE, RECIPE, ROOMY, fixed=Fixed(stage=2))
+    (overlap,) = [item for item in quantify_fixes(SHAPE, RECIPE, choice, ROOMY) if "overlap_comm" in item.change]
+    assert overlap.tokens_per_second is not None
+    assert overlap.tokens_per_second > 1
+    assert overlap.gpu_bytes == 0, "the second bucket is gone when the peak, the update, is reached"
 
 
 def test_ranks_that_share_sequences_train_the_same_batch_in_more_steps() -> None:

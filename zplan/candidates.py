@@ -163,23 +163,32 @@ def _device(name: str) -> OffloadDevice:
     return name  # type: ignore[return-value]
 
 
-def zero_sections(shape: ModelShape, cluster: Cluster, fixed: Fixed) -> tuple[ZeroConfig, ...]:
+def zero_sections(shape: ModelShape, cluster: Cluster, fixed: Fixed, world_size: int) -> tuple[ZeroConfig, ...]:
     """Every ZeRO section that the user's decisions leave open, settings put in.
 
     NVMe is tried at stage 3 and where the cluster has one: below, the engine keeps the states on the CPU.
     """
-    return _sections(shape.hidden_size, cluster.host.nvme_path, bool(cluster.host.nvme_free_bytes), fixed)
+    host, gpus = cluster.host, world_size if cluster.gpu.kind == "cuda" else 0
+    return _sections(shape.hidden_size, host.nvme_path, bool(host.nvme_free_bytes), gpus, fixed)
 
 
 @lru_cache(64)
-def _sections(hidden_size: int, nvme_path: str | None, has_nvme: bool, fixed: Fixed) -> tuple[ZeroConfig, ...]:
-    """A search for changes asks for the same ones again and again."""
+def _sections(
+    hidden_size: int, nvme_path: str | None, has_nvme: bool, gpus: int, fixed: Fixed
+) -> tuple[ZeroConfig, ...]:
+    """A search for changes asks for the same ones again and again.
+
+    Stages 1 and 2 overlap what they reduce or copy to the host, as the examples of transformers' documentation do: by
+    DeepSpeed's default they would stand behind stage 3, which does.
+    """
     found = []
     for stage in STAGES if fixed.stage is None else (check_stage(fixed.stage),):
         for optimizer in _devices(fixed.offload_optimizer, allowed=stage >= 1, nvme=has_nvme and stage == 3):
             # Parameters go to the drive only after the states, which are six times as large.
             for param in _devices(fixed.offload_param, allowed=stage == 3, nvme=optimizer == "nvme"):
                 zero = base_zero(stage, hidden_size, nvme_path, optimizer, param)
+                if stage in (1, 2) and (gpus > 1 or (gpus and optimizer != "none")):
+                    zero = replace(zero, overlap_comm=True)
                 found.append(apply_settings(zero, fixed.settings))
     return tuple(found)
 

@@ -49,7 +49,7 @@ def quantify_fixes(
         for change, changed in _changes(shape, recipe, choice, cluster)
         if changed != choice
     ]
-    acting = [fix for fix in fixes if fix.gpu_bytes or fix.host_bytes]
+    acting = [fix for fix in fixes if fix.gpu_bytes or fix.host_bytes or abs((fix.tokens_per_second or 1) - 1) >= 0.005]
     return tuple(sorted(acting, key=lambda fix: fix.gpu_bytes))
 
 

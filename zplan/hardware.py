@@ -57,6 +57,7 @@ class Cluster:
     intra_node_bytes_per_second: float | None = None
     """NVLink or PCIe between two GPUs of a node, one direction."""
     inter_node_bytes_per_second: float | None = None
+    """Of each GPU's own port, one direction."""
     host_link_bytes_per_second: float | None = None
     """PCIe between one GPU and its host, one direction, pinned memory."""
     described: bool = False

@@ -185,7 +185,7 @@ def _ladders(shape: ModelShape, recipe: Recipe, cluster: Cluster, fixed: Fixed, 
     sizes = micro_batches(recipe, world_size, fixed)
     batches = [batch_sizes(recipe, micro_batch=size, world_size=world_size, **splits(fixed)) for size in sizes]
     checkpointing = (True, False) if fixed.gradient_checkpointing is None else (fixed.gradient_checkpointing,)
-    for zero in zero_sections(shape, cluster, fixed):
+    for zero in zero_sections(shape, cluster, fixed, world_size):
         for recompute in checkpointing:
             yield tuple(Choice(zero=zero, batch=batch, gradient_checkpointing=recompute) for batch in batches)
 

@@ -15,8 +15,10 @@ from zplan.hardware import DESCRIBED_NVME, DESCRIBED_RAM_PER_GPU, Cluster, Gpu, 
 from zplan.values import dataclass
 
 CPU_RANKS_VARIABLE = "ZPLAN_CPU_RANKS"
-_INTER_NODE_BYTES_PER_SECOND = 50e9
-"""Between described nodes: one 400 Gbit/s port per GPU, the common choice for A100 and H100 nodes."""
+_PORT_BYTES_PER_SECOND = 50e9
+"""Between described nodes, of each GPU: 400 Gbit/s, as in NVIDIA's DGX H100 and later ones."""
+_OLDER_PORT_BYTES_PER_SECOND = 25e9
+"""200 Gbit/s, as in its DGX A100."""
 _NO_LIMIT = 1 << 60
 """cgroup v1 writes a number near 2**63 for "no limit"."""
 _CGROUP_FILES = (
@@ -275,7 +277,12 @@ def describe_cluster(
         gpus_per_node=gpus_per_node,
         nodes=nodes,
         intra_node_bytes_per_second=links.intra_node_bytes_per_second if links else None,
-        inter_node_bytes_per_second=_INTER_NODE_BYTES_PER_SECOND if nodes > 1 else None,
+        inter_node_bytes_per_second=_port_bytes_per_second(gpu) if nodes > 1 else None,
         host_link_bytes_per_second=links.host_link_bytes_per_second if links else None,
         described=True,
     )
+
+
+def _port_bytes_per_second(gpu: Gpu) -> float:
+    is_new = gpu.compute_capability is None or float(gpu.compute_capability) >= 9.0
+    return _PORT_BYTES_PER_SECOND if is_new else _OLDER_PORT_BYTES_PER_SECOND

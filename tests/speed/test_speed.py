@@ -12,8 +12,15 @@ from hypothesis import strategies as st
 from tests.shapes import described_cluster, llama_like
 from zplan.model_shape import Block, ParameterShape
 from zplan.recipe import Recipe
-from zplan.speed.communication import COLLECTIVE_SECONDS, gradient_bytes, link_bytes_per_second, traffic
-from zplan.speed.compute import ACHIEVABLE_SHARE, backward_flops, flops_per_token, forward_flops
+from zplan.speed.communication import (
+    COLLECTIVE_SECONDS,
+    LINK_SHARE,
+    gradient_bytes,
+    link_bytes_per_second,
+    ring_bytes_per_second,
+    traffic,
+)
+from zplan.speed.compute import ACHIEVABLE_SHARE, OVERLAP_SLOWDOWN, backward_flops, flops_per_token, forward_flops
 from zplan.speed.estimate import estimate_speed
 from zplan.speed.exchange import exchange_seconds, sum_seconds
 from zplan.speed.offload import (
@@ -21,8 +28,8 @@ from zplan.speed.offload import (
     PAGEABLE_SHARE,
     cpu_adam_seconds,
     nvme_seconds,
-    optimizer_link_seconds,
     parameter_link_seconds,
+    state_copies,
 )
 from zplan.speed.work import attention_flops, work_of
 from zplan.zero_config import BatchSizes, Choice, OffloadOptimizer, OffloadParam, ZeroConfig
@@ -97,7 +104,7 @@ def test_compute_is_flops_over_the_achievable_share() -> None:
 
 
 def test_each_stage_moves_its_own_volume() -> None:
-    num_bytes, ring, link = 2 * SHAPE.num_parameters, 7 / 8, 400e9
+    num_bytes, ring, link = 2 * SHAPE.num_parameters, 7 / 8, 400e9 * LINK_SHARE
     cluster = described_cluster()
     seconds = {}
     for stage in (0, 1, 2, 3):
@@ -137,27 +144,55 @@ def test_gradients_are_quantised_between_nodes_only() -> None:
         assert quantised == (plain / 4 if is_less else plain)
 
 
-def test_a_ring_over_nodes_is_as_fast_as_its_slowest_link() -> None:
-    cluster = described_cluster(nodes=2)
-    assert link_bytes_per_second(cluster, 8) == 400e9
-    assert link_bytes_per_second(cluster, 16) == 50e9
+def test_the_ports_of_a_node_add_up_for_a_ring_and_not_for_one_gpu() -> None:
+    cluster = described_cluster(gpus_per_node=4, nodes=2)
+    for world_size, ring, alone in ((4, 400e9, 400e9), (8, 4 * 50e9, 50e9)):
+        assert ring_bytes_per_second(cluster, world_size) == ring * LINK_SHARE
+        assert link_bytes_per_second(cluster, world_size) == alone * LINK_SHARE
+    single = described_cluster(gpus_per_node=1, nodes=8)
+    assert ring_bytes_per_second(single, 8) == 50e9 * LINK_SHARE
+    slow_inside = described_cluster(gpus_per_node=8, nodes=2, link=32e9)
+    assert ring_bytes_per_second(slow_inside, 16) == 32e9 * LINK_SHARE
 
 
-def test_optimizer_offload_moves_gradients_down_each_time_and_weights_up_once() -> None:
+def test_gathers_and_reductions_share_what_hides_them() -> None:
+    """Where all collectives together take longer than the arithmetic, the rest is seen, and what is hidden slows it."""
+    cluster = described_cluster(link=10e9)
+    speed = estimate_speed(SHAPE, RECIPE, choice(stage=3), cluster)
+    parts = speed.parts
+    moved = traffic(work_of(SHAPE, RECIPE), RECIPE, choice(stage=3), cluster)
+    assert moved is not None
+    assert moved.gradients + moved.parameters == parts["communication"]
+    assert parts["communication"] > parts["compute"]
+    assert speed.step_seconds == pytest.approx(
+        parts["communication"] + OVERLAP_SLOWDOWN * parts["compute"] + parts["memory_bandwidth"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("stage", "steps", "copies"), [(1, 1, 0), (1, 4, 2), (2, 1, 0), (2, 4, 4 + 3), (3, 1, 2), (3, 4, 2 * 4)]
+)
+def test_offloaded_sums_of_gradients_come_back_for_each_micro_batch(stage: int, steps: int, copies: int) -> None:
     work, cluster = work_of(SHAPE, RECIPE), described_cluster()
-    pinned = choice(stage=2, offload_optimizer=OffloadOptimizer(device="cpu"))
-    share = SHAPE.num_parameters / 8 * 2
-    assert optimizer_link_seconds(work, RECIPE, pinned, cluster) == pytest.approx((4 + 1) * share / 50e9)
-    pageable = choice(stage=2, offload_optimizer=OffloadOptimizer(device="cpu", pin_memory=False))
-    assert optimizer_link_seconds(work, RECIPE, pageable, cluster) == pytest.approx(5 * share / (50e9 * PAGEABLE_SHARE))
-    none = choice(stage=0, offload_optimizer=OffloadOptimizer(device="cpu"))
-    assert optimizer_link_seconds(work, RECIPE, none, cluster) == 0
+    pinned = choice(stage=stage, steps=steps, offload_optimizer=OffloadOptimizer(device="cpu"))
+    share, link = SHAPE.num_parameters / 8, 50e9 * LINK_SHARE
+    moved = state_copies(work, RECIPE, pinned, cluster)
+    assert moved is not None
+    assert moved.during_backward == pytest.approx(share * (copies * 2 + 4) / link)
+    assert moved.after_update == pytest.approx(share * 2 / link)
+    pageable = choice(stage=stage, steps=steps, offload_optimizer=OffloadOptimizer(device="cpu", pin_memory=False))
+    slow = state_copies(work, RECIPE, pageable, cluster)
+    assert slow is not None
+    assert slow.total == pytest.approx(moved.total / PAGEABLE_SHARE)
+    none = state_copies(work, RECIPE, choice(stage=0, offload_optimizer=OffloadOptimizer(device="cpu")), cluster)
+    assert none is not None
+    assert none.total == 0
 
 
 def test_parameter_offload_brings_each_partition_up_twice_a_micro_batch() -> None:
     offloaded = choice(stage=3, offload_param=OffloadParam(device="cpu"))
     seconds = parameter_link_seconds(work_of(SHAPE, RECIPE), RECIPE, offloaded, described_cluster())
-    assert seconds == pytest.approx(2 * 4 * SHAPE.num_parameters / 8 * 2 / 50e9)
+    assert seconds == pytest.approx(2 * 4 * SHAPE.num_parameters / 8 * 2 / (50e9 * LINK_SHARE))
 
 
 def test_the_cpu_updates_all_partitions_of_its_node() -> None:
@@ -239,7 +274,7 @@ def test_shared_sequences_are_exchanged_around_every_attention() -> None:
     cluster = described_cluster(gpus_per_node=4)
     shared = Choice(zero=ZeroConfig(stage=1), batch=batch)
     sent = 2 * 2048 // 2 * 4 * H * 2 / 2  # tokens of a rank, q, k, v and the result, bf16, half of it leaves
-    each = sent / (cluster.intra_node_bytes_per_second or 0) + 4 * COLLECTIVE_SECONDS
+    each = sent / (cluster.intra_node_bytes_per_second or 0) / LINK_SHARE + 4 * COLLECTIVE_SECONDS
     assert exchange_seconds(SHAPE, RECIPE, shared, cluster) == pytest.approx(L * 3 * 3 * each)
     alone = replace(shared, batch=replace(batch, sequence_parallel_size=1))
     assert exchange_seconds(SHAPE, RECIPE, alone, cluster) == 0
@@ -249,7 +284,7 @@ def test_cut_matrices_are_added_up_behind_every_pair() -> None:
     batch = BatchSizes(train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=3, world_size=4, autotp_size=2)
     cluster = described_cluster(gpus_per_node=4)
     cut = Choice(zero=ZeroConfig(stage=1), batch=batch)
-    each = 2 * (2 * 2048 * H * 2) / 2 / (cluster.intra_node_bytes_per_second or 0) + COLLECTIVE_SECONDS
+    each = 2 * (2 * 2048 * H * 2) / 2 / (cluster.intra_node_bytes_per_second or 0) / LINK_SHARE + COLLECTIVE_SECONDS
     assert sum_seconds(SHAPE, RECIPE, cut, cluster) == pytest.approx(L * 3 * (2 + 5 + 2) * each)
     speed = estimate_speed(SHAPE, RECIPE, cut, cluster)
     alone = estimate_speed(SHAPE, RECIPE, replace(cut, batch=replace(batch, autotp_size=1)), cluster)

@@ -68,11 +68,14 @@ def test_contiguous_gradients_is_forced_by_offload_at_stage_2() -> None:
     assert not _same(Space(PROBLEM), ZeroConfig(stage=2), ZeroConfig(stage=2, contiguous_gradients=False))
 
 
-def test_overlap_comm_needs_a_second_rank_and_a_gpu() -> None:
+def test_overlap_comm_needs_a_gpu_and_gradients_that_leave_it() -> None:
     on, off = ZeroConfig(stage=2, overlap_comm=True), ZeroConfig(stage=2, overlap_comm=False)
     assert not _same(Space(PROBLEM), on, off)
     assert _same(Space(PROBLEM), on, off, world_size=1)
     assert _same(Space(CPU), on, off)
+    cpu = OffloadOptimizer(device="cpu")
+    copied, waited = replace(on, offload_optimizer=cpu), replace(off, offload_optimizer=cpu)
+    assert not _same(Space(PROBLEM), copied, waited, world_size=1)
 
 
 def test_pin_memory_does_nothing_on_cpu_ranks() -> None:

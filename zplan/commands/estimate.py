@@ -129,6 +129,8 @@ def _flags(candidate: Candidate, cluster: Cluster) -> str:
         flags.append(f"--offload-optimizer {choice.zero.offload_optimizer.device}")
     if choice.zero.offloads_param:
         flags.append(f"--offload-param {choice.zero.offload_param.device}")
+    if choice.zero.overlap_comm:
+        flags.append("--set overlap_comm=true")
     flags.append("--gradient-checkpointing" if choice.gradient_checkpointing else "--no-gradient-checkpointing")
     if choice.batch.sequence_parallel_size > 1:
         flags.append(f"--set sequence_parallel_size={choice.batch.sequence_parallel_size}")

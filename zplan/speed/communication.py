@@ -13,6 +13,10 @@ COLLECTIVE_SECONDS = 20e-6
 microseconds for small messages within a node."""
 GLOO_BYTES_PER_SECOND = 1e9
 """gloo between CPU ranks of one host, over loopback TCP. An assumption."""
+LINK_SHARE = 370 / 450
+"""Of a link's published rate that carries data: NCCL reaches 370 of NVLink's 450 GB/s on H100, the rest is protocol.
+PCIe and the ports between nodes are taken to lose as much.
+Source: NCCL's maintainers, https://github.com/NVIDIA/nccl-tests/issues/212."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,17 +46,31 @@ def ring_share(world_size: int) -> float:
 
 
 def link_bytes_per_second(cluster: Cluster, world_size: int) -> float | None:
-    """The slowest link that a ring over `world_size` ranks crosses; None if it is not known."""
+    """The slowest link of one GPU to `world_size` ranks, as achieved; None if it is not known."""
+    return _achieved(cluster, world_size, ports=1)
+
+
+def ring_bytes_per_second(cluster: Cluster, world_size: int) -> float | None:
+    """What each rank sends around a ring over `world_size` ranks, as achieved; None if it is not known.
+
+    Between nodes every GPU has a port, and NCCL lays a ring through each of them: the ports of a node add up, as far as
+    the links within it carry them.
+
+    Source: NCCL's maintainers, https://github.com/NVIDIA/nccl/issues/412; issue 812: 192 GB/s over eight ports of 25.
+    """
+    return _achieved(cluster, world_size, ports=cluster.gpus_per_node)
+
+
+def _achieved(cluster: Cluster, world_size: int, *, ports: int) -> float | None:
+    intra = cluster.intra_node_bytes_per_second
     if cluster.gpu.kind == "cpu":
-        intra: float | None = cluster.intra_node_bytes_per_second or GLOO_BYTES_PER_SECOND
-    else:
-        intra = cluster.intra_node_bytes_per_second
-    if world_size <= cluster.gpus_per_node:
-        return intra
-    if intra is None and cluster.gpus_per_node > 1:
-        return None
+        intra = intra or GLOO_BYTES_PER_SECOND / LINK_SHARE
     inter = cluster.inter_node_bytes_per_second
-    return inter if inter is None or intra is None else min(intra, inter)
+    if world_size <= cluster.gpus_per_node:
+        return None if intra is None else intra * LINK_SHARE
+    if inter is None or (intra is None and cluster.gpus_per_node > 1):
+        return None
+    return min(intra or inter, ports * inter) * LINK_SHARE
 
 
 def gradient_bytes(work: Work, recipe: Recipe, choice: Choice, *, num_nodes: int) -> float:
@@ -85,7 +103,7 @@ def traffic(work: Work, recipe: Recipe, choice: Choice, cluster: Cluster) -> Tra
     zero, world_size = choice.zero, choice.batch.zero_ranks
     if world_size == 1:
         return NOTHING
-    link = link_bytes_per_second(cluster, world_size)
+    link = ring_bytes_per_second(cluster, world_size)
     if link is None:
         return None
     once = gradient_bytes(work, recipe, choice, num_nodes=cluster.nodes)
@@ -113,7 +131,7 @@ def _gathers(work: Work, recipe: Recipe, choice: Choice, cluster: Cluster, link:
     backward = forward
     group = zero.zero_hpz_partition_size
     if 1 < group <= cluster.gpus_per_node:
-        inner = link_bytes_per_second(cluster, group) or link
+        inner = ring_bytes_per_second(cluster, group) or link
         backward = work.total_numel * recipe.weight_bytes * ring_share(group) / inner
     num_gathers = 2 * max(work.total_numel / max(zero.stage3_prefetch_bucket_size, 1), 1.0)
     starts = min(num_gathers, work.total_numel) * COLLECTIVE_SECONDS

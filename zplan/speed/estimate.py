@@ -7,6 +7,7 @@ from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.speed.communication import Traffic, traffic
 from zplan.speed.compute import (
+    OVERLAP_SLOWDOWN,
     achieved_flops,
     backward_flops,
     flops_per_token,
@@ -15,15 +16,16 @@ from zplan.speed.compute import (
 )
 from zplan.speed.exchange import exchange_seconds, sum_seconds
 from zplan.speed.offload import (
+    StateCopies,
     cpu_adam_seconds,
     nvme_seconds,
-    optimizer_link_seconds,
     parameter_link_seconds,
     ranks_on_a_node,
+    state_copies,
 )
 from zplan.speed.types import BoundBy, SpeedEstimate
 from zplan.speed.work import Work, part_of, work_of
-from zplan.zero_config import Choice
+from zplan.zero_config import Choice, ZeroConfig
 
 
 def estimate_speed(shape: ModelShape, recipe: Recipe, choice: Choice, cluster: Cluster) -> SpeedEstimate:
@@ -33,7 +35,7 @@ def estimate_speed(shape: ModelShape, recipe: Recipe, choice: Choice, cluster: C
     moved = traffic(work, recipe, choice, cluster)
     exchanged = exchange_seconds(shape, recipe, choice, cluster) if moved else 0.0
     exchanged += sum_seconds(shape, recipe, choice, cluster) if moved else 0.0
-    states = optimizer_link_seconds(work, recipe, choice, cluster)
+    states = state_copies(work, recipe, choice, cluster)
     weights = parameter_link_seconds(work, recipe, choice, cluster)
     disk = nvme_seconds(work, recipe, choice, cluster)
     host_step = cpu_adam_seconds(work, recipe, choice, cluster)
@@ -42,7 +44,7 @@ def estimate_speed(shape: ModelShape, recipe: Recipe, choice: Choice, cluster: C
         "compute": arithmetic,
         "memory_bandwidth": gpu_step,
         "communication": moved.total + exchanged if moved else None,
-        "host_link": None if states is None or weights is None else states + weights,
+        "host_link": None if states is None or weights is None else states.total + weights,
         "cpu_adam": host_step,
         "nvme": disk,
     }
@@ -78,29 +80,41 @@ def _arithmetic(work: Work, recipe: Recipe, choice: Choice, cluster: Cluster) ->
 
 
 def _passes_seconds(
-    work: Work, recipe: Recipe, choice: Choice, arithmetic: float, moved: Traffic, states: float, weights: float
+    work: Work, recipe: Recipe, choice: Choice, arithmetic: float, moved: Traffic, states: StateCopies, weights: float
 ) -> float:
-    """Forward and backward with what runs beside them.
-
-    With overlap_comm the reduction hides behind backward but for its last bucket; at stage 3 gathers hide behind the
-    arithmetic if there is a prefetch bucket. Pinned offload copies run on their own stream; pageable ones block.
+    """Forward and backward with what runs beside them. Pinned offload copies run on their own stream; pageable ones
+    block. The gradients' way down can hide behind backward, the new weights' way up cannot.
     """
     zero = choice.zero
-    recompute = choice.gradient_checkpointing
-    all_flops = flops_per_token(work, recipe, gradient_checkpointing=recompute)
+    all_flops = flops_per_token(work, recipe, gradient_checkpointing=choice.gradient_checkpointing)
     backward = arithmetic * backward_flops(work, recipe) / all_flops
-    prefetches = zero.stage3_prefetch_bucket_size > 0 and zero.overlaps_comm
-    if zero.overlaps_comm or zero.stage == 0:
-        reduction = max(moved.gradients - backward, moved.last_bucket)
-    else:
-        reduction = moved.gradients
-    gathers = max(moved.parameters - arithmetic, 0.0) if prefetches else moved.parameters
-    weight_copies = max(weights - arithmetic, 0.0) if prefetches and zero.offload_param.pin_memory else weights
-    # The gradients' way down can hide behind backward, the new weights' way up cannot.
-    up = states / (choice.batch.gradient_accumulation_steps + 1)
-    down = states - up
-    hidden_down = zero.overlaps_comm and zero.offload_optimizer.pin_memory
-    return arithmetic + reduction + gathers + weight_copies + up + (max(down - backward, 0.0) if hidden_down else down)
+    shown = _shown_seconds(zero, moved, arithmetic, backward)
+    slowed = OVERLAP_SLOWDOWN * (moved.gradients + moved.parameters - shown)
+    if prefetches(zero) and zero.offload_param.pin_memory:
+        weights = max(weights - arithmetic, 0.0)
+    copies = states.during_backward
+    if zero.overlaps_comm and zero.offload_optimizer.pin_memory:
+        copies = max(copies - backward, 0.0)
+    return arithmetic + slowed + shown + weights + copies + states.after_update
+
+
+def prefetches(zero: ZeroConfig) -> bool:
+    """Stage 3 gathers what comes next while this is computed."""
+    return zero.overlaps_comm and zero.stage3_prefetch_bucket_size > 0
+
+
+def _shown_seconds(zero: ZeroConfig, moved: Traffic, arithmetic: float, backward: float) -> float:
+    """Collectives that the arithmetic does not hide.
+
+    With overlap_comm reductions hide behind backward but for the last bucket, and gathers, which share the links with
+    them, behind what is left of forward and backward if there is a prefetch bucket.
+    """
+    if not zero.overlaps_comm:
+        return moved.gradients + moved.parameters
+    reductions = max(moved.gradients - backward, moved.last_bucket)
+    if not prefetches(zero):
+        return reductions + moved.parameters
+    return max(reductions, moved.gradients + moved.parameters - arithmetic)
 
 
 def _host_update(choice: Choice, host_step: float, disk: float) -> float:

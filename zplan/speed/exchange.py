@@ -9,7 +9,7 @@ from __future__ import annotations
 from zplan.hardware import Cluster
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
-from zplan.speed.communication import COLLECTIVE_SECONDS, link_bytes_per_second, ring_share
+from zplan.speed.communication import COLLECTIVE_SECONDS, link_bytes_per_second, ring_bytes_per_second, ring_share
 from zplan.zero_config import Choice
 
 EXCHANGES = 4
@@ -47,7 +47,7 @@ def sum_seconds(shape: ModelShape, recipe: Recipe, choice: Choice, cluster: Clus
     Limits: 0 where the link's speed is not known; the head's gathered logits are not counted.
     """
     batch = choice.batch
-    link = link_bytes_per_second(cluster, batch.autotp_size)
+    link = ring_bytes_per_second(cluster, batch.autotp_size)
     if batch.autotp_size == 1 or link is None:
         return 0.0
     hidden_bytes = batch.train_micro_batch_size_per_gpu * recipe.max_length * shape.hidden_size * recipe.weight_bytes

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from zplan.hardware import Cluster
 from zplan.recipe import Recipe
+from zplan.speed.communication import LINK_SHARE
 from zplan.speed.compute import STATE_BYTES_PER_ELEMENT, offloaded_share
 from zplan.speed.work import Work
+from zplan.values import dataclass
 from zplan.zero_config import Choice
 
 PAGEABLE_SHARE = 0.4
@@ -26,28 +28,72 @@ def _partition(numel: int, choice: Choice) -> float:
     return numel / choice.batch.zero_ranks
 
 
-def optimizer_link_seconds(work: Work, recipe: Recipe, choice: Choice, cluster: Cluster) -> float | None:
-    """Gradients down after each micro-batch, updated 16-bit weights up once a step; per rank, one direction at a time.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateCopies:
+    """Seconds of one optimizer step's copies between a GPU and its offloaded states."""
 
-    Source: deepspeed 0.19.8, stage_1_and_2.py (async_accumulate_grad_in_cpu_via_gpu), stage3.py (partition_grads).
+    during_backward: float
+    """Gradients, of all micro-batches."""
+    after_update: float
+    """The new weights."""
+
+    @property
+    def total(self) -> float:
+        return self.during_backward + self.after_update
+
+
+NO_COPIES = StateCopies(during_backward=0.0, after_update=0.0)
+
+
+def gradient_copy_bytes(choice: Choice, weight_bytes: int) -> int:
+    """Bytes that one trainable element of a rank's partition costs the link before the update, w = `weight_bytes`.
+
+        stage 3            A down and A up                each micro-batch reads the sum back and adds to it
+        stage 2            A down and A - 1 up, if A > 1
+        stage 1            1 down and 1 up, if A > 1      it adds up on the GPU
+        and at the end     4 down                         the fp32 gradient
+
+    Source: deepspeed 0.19.8, stage3.py:2006 (partition_grads), stage_1_and_2.py:2142 (copy_grads_in_partition), :1809
+    (async_accumulate_grad_in_cpu_via_gpu), :1888 (async_inplace_copy_grad_to_fp32_buffer_from_gpu).
     """
+    steps = choice.batch.gradient_accumulation_steps
+    if choice.zero.stage == 3:
+        copies = 2 * steps
+    elif steps == 1:
+        copies = 0
+    else:
+        copies = 2 * steps - 1 if choice.zero.stage == 2 else 2
+    return copies * weight_bytes + 4
+
+
+def state_copies(work: Work, recipe: Recipe, choice: Choice, cluster: Cluster) -> StateCopies | None:
+    """Gradients down and back during the micro-batches, updated weights up once a step; one direction at a time."""
     share = offloaded_share(choice)
     if not share or cluster.gpu.kind == "cpu":
-        return 0.0
-    if cluster.host_link_bytes_per_second is None:
+        return NO_COPIES
+    speed = _host_link(cluster, pinned=choice.zero.offload_optimizer.pin_memory)
+    if speed is None:
         return None
-    speed = cluster.host_link_bytes_per_second * (1.0 if choice.zero.offload_optimizer.pin_memory else PAGEABLE_SHARE)
-    trips = choice.batch.gradient_accumulation_steps + 1
-    return trips * share * _partition(work.trainable_numel, choice) * recipe.weight_bytes / speed
+    elements = share * _partition(work.trainable_numel, choice)
+    return StateCopies(
+        during_backward=elements * gradient_copy_bytes(choice, recipe.weight_bytes) / speed,
+        after_update=elements * recipe.weight_bytes / speed,
+    )
+
+
+def _host_link(cluster: Cluster, *, pinned: bool) -> float | None:
+    """Bytes a second between one GPU and its host, as achieved; None if the link is not known."""
+    link = cluster.host_link_bytes_per_second
+    return None if link is None else link * LINK_SHARE * (1.0 if pinned else PAGEABLE_SHARE)
 
 
 def parameter_link_seconds(work: Work, recipe: Recipe, choice: Choice, cluster: Cluster) -> float | None:
     """This rank's partition of every parameter up to the GPU, for forward and for backward of each micro-batch."""
     if not choice.zero.offloads_param or cluster.gpu.kind == "cpu":
         return 0.0
-    if cluster.host_link_bytes_per_second is None:
+    speed = _host_link(cluster, pinned=choice.zero.offload_param.pin_memory)
+    if speed is None:
         return None
-    speed = cluster.host_link_bytes_per_second * (1.0 if choice.zero.offload_param.pin_memory else PAGEABLE_SHARE)
     trips = 2 * choice.batch.gradient_accumulation_steps
     return trips * _partition(work.total_numel, choice) * recipe.weight_bytes / speed
 

@@ -260,6 +260,10 @@ def _gradient_knobs(shape: ModelShape, *, on_gpu: bool) -> list[Knob]:
     def reduces(draft: Draft) -> bool:
         return int(draft["stage"]) >= 1 and int(draft["world_size"]) > 1
 
+    def moves(draft: Draft) -> bool:
+        """Gradients leave the GPU, on the stream that overlap_comm gives them (stage_1_and_2.py:2240)."""
+        return reduces(draft) or (int(draft["stage"]) >= 1 and draft["offload_optimizer.device"] != "none")
+
     def may_be_scattered(draft: Draft) -> bool:
         stage = int(draft["stage"])
         return stage == 3 or (stage in (1, 2) and draft["offload_optimizer.device"] == "none")
@@ -268,7 +272,7 @@ def _gradient_knobs(shape: ModelShape, *, on_gpu: bool) -> list[Knob]:
     """transformers' "auto" is hidden_size squared."""
     return [
         Knob(
-            name="overlap_comm", range=Options((True, False)), acts=_only_if(on_gpu, reduces),
+            name="overlap_comm", range=Options((True, False)), acts=_only_if(on_gpu, moves),
             because="CPU ranks have no streams to overlap (is_synchronized_device)",
         ),
         Knob(
