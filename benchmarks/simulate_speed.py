@@ -5,9 +5,8 @@
 
 Cold is `zplan simulate` as typed: a new process, all imports, two optimizer steps, the answer. Warm is a worker that
 has imported everything and is asked about one model as a tuner asks: a series of configurations in a row, no two alike.
-It builds the model for the first one, builds it once more to keep it, and answers the others from there; all of that
-counts. Seconds of CPU stand beside those of the clock: on a machine that does other work as well, only they can be
-compared. One core, micro-batch 1, 2048 tokens, 8 GPUs (64 for 70 B). Rows are kept short: one cold command each,
+It builds the model for the first one, and answers this one and the others from there; all of that counts. Seconds of
+CPU stand beside those of the clock: on a machine that does other work as well, only they can be compared. One core, micro-batch 1, 2048 tokens, 8 GPUs (64 for 70 B). Rows are kept short: one cold command each,
 offload at stages 2 and 3 alone, and what of a run is ours for the rows of FLOOR_MODEL at those stages without offload.
 """
 
@@ -36,7 +35,7 @@ REPORT = Path(__file__).parents[1] / "reports" / "simulate_speed.md"
 GIB = 1 << 30
 TOKENS = 2048
 SERIES = 4
-"""Configurations in a row, unless told; a tuner asks dozens, so the two that build the model weigh more here."""
+"""Configurations in a row, unless told; a tuner asks dozens, so the first one, which builds the model, weighs more here."""
 FLOOR_MODEL = "mistral-7b"
 """Three more runs for each row of it that has_floor."""
 
@@ -83,6 +82,7 @@ class Row:
     cold_cpu: float
     first_wall: float
     first_cpu: float
+    """With building the model and keeping it, as in all of the series."""
     next_cpu: float
     """Of the last of the series, whose model was built."""
     series_cpu: float
@@ -149,7 +149,7 @@ def measure(case: Case, series: int) -> Row:
         assert worker.pid is not None
         before, started = tree_cpu_seconds(worker.pid), time.monotonic()
         first = worker.ask(question(case))
-        first_wall = time.monotonic() - started
+        first_wall, first_cpu = time.monotonic() - started, tree_cpu_seconds(worker.pid) - before
         others = [worker.ask(question(case, number)) for number in range(1, series)]
         spent = tree_cpu_seconds(worker.pid) - before
     return Row(
@@ -157,7 +157,7 @@ def measure(case: Case, series: int) -> Row:
         cold_wall=cold_wall,
         cold_cpu=cold_cpu,
         first_wall=first_wall,
-        first_cpu=first.cpu_seconds,
+        first_cpu=first_cpu,
         next_cpu=others[-1].cpu_seconds,
         series_cpu=spent / series,
         rss_bytes=max(report.worker_rss_bytes for report in (first, *others)),
@@ -215,8 +215,8 @@ def render(rows: list[Row], *, series: int, minutes: float) -> str:
         f" minute of CPU: median {median(ratios):.1f}, smallest {min(ratios):.1f}, largest {max(ratios):.1f};"
         f" {reached} of {len(rows)} rows reach 5.",
         "",
-        "Series: all that the worker and its forks used, over the number of configurations; the model is built twice in"
-        " it (for the first question, and to be kept). Next: the last configuration of the series alone.",
+        "Series: all that the worker and its forks used, over the number of configurations; the model is built once in"
+        " it. First: what they used for the first one. Next: the run of the last one alone.",
         "",
         "| model | GPUs | stage | method | offload | cold wall s | cold CPU s | first wall s | first CPU s | next CPU s"
         " | series CPU s | RSS MiB | a minute, cold | a minute, warm | ratio |",

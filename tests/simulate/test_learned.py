@@ -101,6 +101,26 @@ def test_news_of_another_start_is_not_taken(learned: Learned) -> None:
     assert not parent.entries
 
 
+def test_of_two_forks_from_the_same_state_only_the_first_one_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both number a layout of their own 0, so the length of the list says nothing."""
+    parent = Learned()
+    told = []
+    for columns in (2, 3):
+        child = Learned()
+        child.start()
+        child.number((torch.Size((columns,)), (1,), torch.float32, torch.device("cpu")))
+        told.append([child.news()])
+        child.start()
+        monkeypatch.setattr(dispatch_cache, "LEARNED", child)
+        run(lambda columns=columns: torch.ones(columns) * 2)  # type: ignore[misc]
+        told[-1].append(child.news())
+    parent.absorb(told[0][0])
+    parent.absorb(told[1][1])
+    assert not parent.entries
+    parent.absorb(told[0][1])
+    assert len(parent.entries) == 2
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_second_answer_is_the_first(worker: WorkerClient, stage: int) -> None:
     asked = question(stage)

@@ -39,7 +39,7 @@ def said(report: SimulationReport) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def fresh() -> Iterator[WorkerClient]:
-    """A worker that is asked once about each model, and keeps none."""
+    """A worker that is asked once about each model."""
     with WorkerClient() as client:
         yield client
 
@@ -93,13 +93,31 @@ def test_what_zero_init_reads_takes_a_model_of_its_own(changed: dict[str, Any]) 
     assert loading_key(question(3, zero=changed)) != loading_key(question(3))
 
 
+def template_of(client: WorkerClient) -> int:
+    """The one child of an idle worker."""
+    (template,) = Path(f"/proc/{client.pid}/task/{client.pid}/children").read_text().split()
+    return int(template)
+
+
+def test_the_first_question_about_a_model_leaves_it_built_for_the_next(fresh: WorkerClient) -> None:
+    fresh.ask(question(1, recipe={"lora_r": 3}))
+    template = template_of(fresh)
+    played = fresh.ask(question(2, recipe={"lora_r": 3}))
+    assert (template_of(fresh), played.num_played) == (template, 2)
+    fresh.ask(question(1, recipe={"method": "lora"}))
+    assert template_of(fresh) != template
+
+
+def test_what_a_model_taught_is_known_when_it_is_built_again(fresh: WorkerClient) -> None:
+    request = question(1, recipe={"lora_r": 5})
+    assert fresh.ask(request).num_played == 0
+    fresh.ask(question(3))
+    assert fresh.ask(request).num_played == 2
+
+
 def test_a_template_that_was_lost_is_replaced(fresh: WorkerClient) -> None:
-    for _ in range(2):
-        before = fresh.ask(question(1, recipe={"lora_r": 2}))
-    worker = fresh._process
-    assert worker is not None
-    (template,) = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
-    os.kill(int(template), signal.SIGKILL)
+    before = fresh.ask(question(1, recipe={"lora_r": 2}))
+    os.kill(template_of(fresh), signal.SIGKILL)
     for _ in range(2):
         assert said(fresh.ask(question(1, recipe={"lora_r": 2}))) == said(before)
 

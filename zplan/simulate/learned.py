@@ -1,10 +1,13 @@
 """Learned: what operations returned for arguments of these layouts; a fork tells its parent, so no run learns it again.
 
 An entry says nothing of a run: the outputs' layouts follow from the operation, its arguments and the default dtype.
+News speak of layouts by number, and continue those that the parent had when it forked: a parent that has taken other
+news since then numbers otherwise, and passes them over.
 """
 
 from __future__ import annotations
 
+import os
 import pickle
 from typing import Any
 
@@ -29,6 +32,8 @@ class Learned:
         self._added_tapes: dict[Any, Any] = {}
         self._added: list[tuple[Any, tuple[Any, ...]]] = []
         self._first_layout = 0
+        self._state = b""
+        """Equal in two processes that have taken the same news in the same order."""
 
     def number(self, layout: Layout) -> int:
         """Two tensors of one number are the same to every operation."""
@@ -50,18 +55,23 @@ class Learned:
         self._first_layout = len(self.layouts)
 
     def news(self) -> bytes:
-        """What was added since the start, for the parent's `absorb`; operations travel by name."""
+        """What was added since the start, for the parent's `absorb`; operations travel by name.
+
+        This process is then in the state of a parent that has taken them, and may send it more.
+        """
         layouts = list(self.layouts)[self._first_layout :]
         entries = [(str(func), key[1:], self.entries[key]) for func, key in self._added]
-        return pickle.dumps((self._first_layout, layouts, entries, self._added_tapes))
+        before, self._state = self._state, os.urandom(8)
+        return pickle.dumps((before, self._state, self._first_layout, layouts, entries, self._added_tapes))
 
     def absorb(self, news: bytes) -> None:
         """Take over what a fork has learned; its numbers continue those of this process at the time of the fork."""
-        first_layout, layouts, entries, tapes = pickle.loads(news)
+        before, after, first_layout, layouts, entries, tapes = pickle.loads(news)
         for key, tape in tapes.items():
             self.add_tape(key, tape)
-        if first_layout != len(self.layouts) or len(self.entries) > MOST_ENTRIES:
+        if before != self._state or first_layout != len(self.layouts) or len(self.entries) > MOST_ENTRIES:
             return
+        self._state = after
         for layout in layouts:
             self.number(layout)
         for name, rest, entry in entries:

@@ -1,7 +1,8 @@
 """Template: a process that holds a built model; each question about that model is answered in a fork of it.
 
 A tuner asks dozens of configurations of one model, and building it is a sixth of a run. It is the run's own first part
-(run.DryRun.load), so an answer is the same whether the model was built for it or for an earlier question.
+(run.DryRun.load), so an answer is the same whether the model was built for it or for an earlier question. What the
+forks learn goes up to the template, for the next question, and on to the worker, for the next model.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import socket
 from collections.abc import Callable
-from typing import IO
+from io import BufferedRWPair
 
 from zplan import files
 from zplan.processes import die_with_parent
@@ -52,42 +54,42 @@ class Template:
     """The parent's end. `_serve` runs in the process that is forked here, and never returns.
 
     Args:
-        build: makes the model and returns what answers a question about it, line by line.
+        build: makes the model and returns what answers a question about it and tells the news (learned.py).
     """
 
-    def __init__(self, build: Callable[[], Callable[[str], None]]) -> None:
+    def __init__(self, build: Callable[[], Callable[[str], list[bytes]]]) -> None:
         ours, theirs = socket.socketpair()
         self._child = os.fork()
         if self._child == 0:
             die_with_parent()
             ours.close()
-            _serve(build, theirs.makefile("rw", encoding="utf-8"))
+            _serve(build, theirs.makefile("rwb"))
         theirs.close()
         self._socket = ours
-        self._lines = ours.makefile("rw", encoding="utf-8")
+        self._pipe: BufferedRWPair = ours.makefile("rwb")
 
-    def answers(self, line: str) -> bool:
-        """Let it answer; False when it cannot, and is gone."""
-        with contextlib.suppress(OSError):
-            self._lines.write(line.strip() + "\n")
-            self._lines.flush()
-            return bool(self._lines.readline())
-        return False
+    def ask(self, line: str) -> list[bytes] | None:
+        """Let it answer, and hear what was learned; None when it cannot, and is gone."""
+        with contextlib.suppress(OSError, EOFError, pickle.UnpicklingError):
+            self._pipe.write(line.strip().encode() + b"\n")
+            self._pipe.flush()
+            news: list[bytes] = pickle.load(self._pipe)
+            return news
+        return None
 
     def close(self) -> None:
         """It ends when nobody can ask it any more."""
         with contextlib.suppress(OSError):
-            self._lines.close()
+            self._pipe.close()
         self._socket.close()
         os.waitpid(self._child, 0)
 
 
-def _serve(build: Callable[[], Callable[[str], None]], lines: IO[str]) -> None:
+def _serve(build: Callable[[], Callable[[str], list[bytes]]], pipe: BufferedRWPair) -> None:
     try:
         answer = build()
-        for line in lines:
-            answer(line)
-            lines.write("answered\n")
-            lines.flush()
+        for line in pipe:
+            pickle.dump(answer(line.decode()), pipe)
+            pipe.flush()
     finally:
         os._exit(0)

@@ -1,8 +1,8 @@
 """`python -m zplan.simulate.worker`: one JSON request per line on stdin, one JSON answer per line on stdout.
 
-The libraries are imported once; every request runs in a fork of this process, so that no run leaves anything behind
-for the next but what operations return for arguments of known layouts. A model that is asked for again is kept built,
-in a fork of its own (template.py). It ends when stdin does.
+The libraries are imported once, and the model that was asked for last is kept built, in a fork of this process
+(template.py); every request runs in a fork of that one, so that no run leaves anything behind for the next but what
+operations return for arguments of known layouts, and what the model does in a micro-step. It ends when stdin does.
 """
 
 from __future__ import annotations
@@ -116,11 +116,10 @@ def _set_decorators(compile_: Any, disable: Any) -> None:
 
 
 class Worker:
-    """Answers one line after the other, each in a fork; keeps the last model that was asked for twice."""
+    """Answers one line after the other, each in a fork; keeps the last model."""
 
     def __init__(self, answers: IO[str]) -> None:
         self._answers = answers
-        self._asked: set[str] = set()
         self._kept: tuple[str, Template] | None = None
 
     def answer(self, line: str) -> None:
@@ -132,17 +131,19 @@ class Worker:
             in_fork(partial(answer, json.loads(line)), self._answers)
 
     def _from_template(self, key: str, line: str) -> bool:
-        """The first question about a model pays for nothing but itself."""
-        if key not in self._asked:
-            self._asked.add(key)
-            return False
+        """False if the model cannot be built; a run of its own says why."""
+        from zplan.simulate.learned import LEARNED
+
         if self._kept is None or self._kept[0] != key:
             self.close()
             self._kept = (key, Template(partial(_built, line, self._answers)))
-        if self._kept[1].answers(line):
-            return True
-        self.close()
-        return False
+        news = self._kept[1].ask(line)
+        if news is None:
+            self.close()
+            return False
+        for learned in news:
+            LEARNED.absorb(learned)
+        return True
 
     def close(self) -> None:
         """Let go of the model."""
@@ -151,17 +152,26 @@ class Worker:
             kept[1].close()
 
 
-def _built(line: str, answers: IO[str]) -> Callable[[str], None]:
-    """In the template's process: the model of a question, and what answers others about it."""
+def _built(line: str, answers: IO[str]) -> Callable[[str], list[bytes]]:
+    """In the template's process: the model of a question, and what answers this one and others about it."""
+    from zplan.simulate.learned import LEARNED
     from zplan.simulate.run import DryRun
 
     _refuse_network()
+    LEARNED.start()
     run = DryRun(_request(json.loads(line))).__enter__()
     run.load()
-    return lambda line: in_fork(partial(_responded, lambda: run.finish(_request(json.loads(line)))), answers)
+    of_building = [LEARNED.news()]
+
+    def answer(line: str) -> list[bytes]:
+        news = [*of_building, *in_fork(partial(_responded, lambda: run.finish(_request(json.loads(line)))), answers)]
+        of_building.clear()
+        return news
+
+    return answer
 
 
-def in_fork(respond: Callable[[], dict[str, Any]], answers: IO[str]) -> None:
+def in_fork(respond: Callable[[], dict[str, Any]], answers: IO[str]) -> list[bytes]:
     """Fork, run, and say how it ended if the child cannot; what operations return need not be learned again."""
     from zplan.simulate.learned import LEARNED
 
@@ -187,10 +197,11 @@ def in_fork(respond: Callable[[], dict[str, Any]], answers: IO[str]) -> None:
     code = os.waitstatus_to_exitcode(status)
     if code == 0:
         LEARNED.absorb(news)
-    else:
-        how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-        answers.write(json.dumps({"error": {"what": f"the simulation ended with {how}", "cause": "broken"}}) + "\n")
-        answers.flush()
+        return [news]
+    how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+    answers.write(json.dumps({"error": {"what": f"the simulation ended with {how}", "cause": "broken"}}) + "\n")
+    answers.flush()
+    return []
 
 
 def answer(data: dict[str, Any]) -> dict[str, Any]:
