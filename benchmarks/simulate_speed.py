@@ -6,8 +6,9 @@
 Cold is `zplan simulate` as typed: a new process, all imports, two optimizer steps, the answer. Warm is a worker that
 has imported everything and is asked about one model as a tuner asks: a series of configurations in a row, no two alike.
 It builds the model for the first one, and answers this one and the others from there; all of that counts. Seconds of
-CPU stand beside those of the clock: on a machine that does other work as well, only they can be compared. One core, micro-batch 1, 2048 tokens, 8 GPUs (64 for 70 B). Rows are kept short: one cold command each,
-offload at stages 2 and 3 alone, and what of a run is ours for the rows of FLOOR_MODEL at those stages without offload.
+CPU stand beside those of the clock: on a machine that does other work as well, only they can be compared. One core,
+micro-batch 1, 2048 tokens, 8 GPUs (64 for 70 B). Rows are kept short: one cold command each, offload at stages 2
+and 3 alone, and what of a run is ours for the rows of FLOOR_MODEL at those stages without offload.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ REPORT = Path(__file__).parents[1] / "reports" / "simulate_speed.md"
 GIB = 1 << 30
 TOKENS = 2048
 SERIES = 4
-"""Configurations in a row, unless told; a tuner asks dozens, so the first one, which builds the model, weighs more here."""
+"""Configurations in a row, unless told; a tuner asks dozens, so the one that builds the model weighs more here."""
 FLOOR_MODEL = "mistral-7b"
 """Three more runs for each row of it that has_floor."""
 
