@@ -65,6 +65,8 @@ def _of_layers() -> list[Case]:
         _added("smollm2-135m", "full", 3, world_size=2, sub_group_size=2_000_000,
                offload_optimizer=OffloadOptimizer(device="cpu", ratio=0.4)),
         _added("qwen2.5-7b", "lora", 2, adapter={"use_dora": True}),
+        _added("smollm2-135m", "lora", 2, max_length=64, checkpointing=False, adapter={"use_dora": True},
+               reduce_bucket_size=5_000_000),
         _added("mistral-7b", "lora", 3, checkpointing=False, adapter={"use_dora": True},
                stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0),
         _added("qwen2.5-0.5b", "lora", 3, max_length=4096, adapter={"use_dora": True, "lora_dropout": 0.05},

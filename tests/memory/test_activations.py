@@ -312,10 +312,13 @@ def test_dora_s_norm_holds_three_matrices_and_an_identity_beside_the_output() ->
             peak, net = max(peak, net + above), net + change
     matrix, output = 2 * 24 * 40, 2 * 100 * 24
     identity_and_its_way = 2 * 40 * 40 + 2 * 40 * 4
-    products = 4  # the base's, B A x, and the two products with the magnitude
-    assert peak == max(output + 3 * matrix, (products + 1) * output + matrix, output + identity_and_its_way + matrix)
+    products, vectors = 4, 2 * 2 * 24  # the base's, B A x, and the two products with the magnitude; it and the norm
+    most = (products + 1) * output + matrix + vectors
+    assert peak == max(output + 3 * matrix, most, output + identity_and_its_way + matrix)
     gradients = [weights[step[1]].module for step in tape.backward if step[0] == Event.GRADIENT]
     assert sorted(gradients) == sorted(module for module, _, _, trains in parts if trains)
+    kept = sum(change for event, change, _ in tape.forward if event == Event.BYTES)
+    assert kept == output + 2 * output + 3 * 2 * 24 + 2 * 100 * 4, "two factors, three vectors, A x"
 
 
 def kept_by_a_layer(model: str, attention: str, micro_batch: int, **config: object) -> tuple[int, int]:

@@ -138,7 +138,8 @@ def _dora(tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, resul
     """result + (m - 1) * result + m * lora_B(lora_A(x)) * scaling, m the trained magnitude over the norm of W + B A.
 
     For the norm B A is made out of an identity (in x in, kept by its graph as long as B A is), then scaled and added to
-    W: two more of out x in. Both products with m keep their other factor and take one temporary for m's gradient.
+    W: two more of out x in. Both products with m keep both factors and take one temporary for m's gradient; with the
+    norm these are three vectors of the output's width.
     Under dropout W multiplies the thinned input once more, in place of `result`; without it a bias is taken off first.
 
     Source: peft 0.21.2, tuners/lora/dora.py (DoraLinearLayer.forward, get_lora_weight, get_weight_norm), variants.py
@@ -153,17 +154,20 @@ def _dora(tape: Tape, modules: Modules, sizes: Sizes, name: str, x: Value, resul
         thinned = _adapter_dropout(tape, modules, sizes, f"{name}.lora_dropout.default", x, in_features)
     tape.enter(modules.number(inner))
     product = _norm_of_sum(tape, modules, sizes, (lora_a, lora_b), (rank, in_features, out_features))
+    norm, magnitude, less_one = (tape.new(sizes.itemsize * out_features) for _ in range(3))
     middle = _matmul(tape, modules, sizes, lora_a, modules.owner_of(lora_a), thinned, (in_features, rank), flat)
     lora = _matmul(tape, modules, sizes, lora_b, modules.owner_of(lora_b), middle, (rank, out_features), flat)
     tape.drop(middle)
     again = _base_result(tape, modules, sizes, name, thinned, result, (in_features, out_features))
     owned = modules.owner_of(inner)
-    left = tape.apply(wide, [(again, wide)], saves=(again,), weights=gradients_of(owned), temporary=wide)
-    right = tape.apply(wide, [(lora, wide)], saves=(lora,), temporary=wide)
+    saves = (again, less_one, norm)
+    left = tape.apply(wide, [(again, wide)], saves=saves, weights=gradients_of(owned), temporary=wide)
+    right = tape.apply(wide, [(lora, wide)], saves=(lora, magnitude), temporary=wide)
+    tape.drop(less_one)
     scaled = tape.apply(wide, [(right, wide)])
     tape.drop(right)
     both = tape.apply(wide, [(left, None), (scaled, None)])
-    tape.drop(left, scaled, lora, *product, *((again,) if again is not result else ()))
+    tape.drop(left, scaled, lora, norm, magnitude, *product, *((again,) if again is not result else ()))
     tape.exit(modules.number(inner))
     out = tape.apply(wide, [(result, None), (both, None)])
     tape.drop(result, both, *((thinned,) if thinned is not x else ()))
