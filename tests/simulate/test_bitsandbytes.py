@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.simulate.conftest import question
 from zplan.memory.operations import dequantised_bytes
 from zplan.memory.trainable import nf4_bytes
 from zplan.simulate.analysis import find_peaks
 from zplan.simulate.bitsandbytes import Linear4bit, peft_with_4bit, quantize_4bit
+from zplan.simulate.client import WorkerClient
 from zplan.simulate.tracker import Tracker
 
 ROWS, COLUMNS, TOKENS = 1024, 2048, 512
@@ -115,3 +117,8 @@ def test_the_librarys_own_graph_keeps_the_packed_weight_too() -> None:
 
 def _nodes(node: Any) -> list[Any]:
     return [node, *(found for child, _ in node.next_functions if child is not None for found in _nodes(child))]
+
+
+def test_a_model_that_is_quantised_while_it_is_loaded_is_never_whole_on_the_host(worker: WorkerClient) -> None:
+    report = worker.ask(question(2, recipe={"method": "qlora"}))
+    assert report.host_phases["load"] < 2 * 512 * 64, "less than the embedding in 16 bits"

@@ -91,6 +91,8 @@ def install_fake_tensor_patches(patches: Patches, tracker: Tracker) -> None:
     patches.set(FakeTensor, "__deepcopy__", copied_parameter)
     # data from Python goes through a real CPU tensor, which a device without kernels cannot take
     constructor = tensor_constructor(torch.tensor)
+    # torch notes once what `with torch.device(...)` moves, and would note the functions set below instead of its own
+    torch.utils._device._device_constructors()
     patches.set(torch, "tensor", constructor)
     patches.set(torch, "empty", empty_constructor(torch.empty, tracker))
     partition = importlib.import_module("deepspeed.runtime.zero.partition_parameters")
