@@ -132,6 +132,12 @@ def _of_limits() -> list[Case]:
                stage3_param_persistence_threshold=5_000_000, reduce_bucket_size=5_000_000),
         _added("mistral-7b", "lora", 3, checkpointing=False, micro_batch=2, accumulation=2,
                stage3_prefetch_bucket_size=500_000_000, stage3_max_reuse_distance=30_000_000),
+        _added("mixtral-8x7b", "lora", 3, stage3_use_all_reduce_for_fetch_params=True),
+        _added("mixtral-8x7b", "lora", 3, accumulation=2, stage3_use_all_reduce_for_fetch_params=True,
+               offload_param=PARAMETERS_ON_CPU, offload_optimizer=CPU),
+        _added("mixtral-8x7b", "full", 3, stage3_use_all_reduce_for_fetch_params=True, reduce_bucket_size=5_000_000),
+        _added("llama-3.2-1b", "lora", 3, accumulation=2, checkpointing=False, stage3_prefetch_bucket_size=500_000_000,
+               stage3_use_all_reduce_for_fetch_params=True, stage3_param_persistence_threshold=5_000_000),
     ]  # fmt: skip
 
 

@@ -144,6 +144,7 @@ class Coordinator:
         staying: those of them that it keeps until it goes itself, whoever released them.
         unread: parameters that a module reads without owning them; not known as its own before they were read.
         num_unread: steps of the first forward, in which they are read.
+        resting: frozen parameters that stay when the recomputation that fetched them is over.
     """
 
     def __init__(
@@ -159,8 +160,9 @@ class Coordinator:
         missing: frozenset[int] = frozenset(),
         unread: frozenset[int] = frozenset(),
         num_unread: int = 0,
+        resting: frozenset[int] = frozenset(),
     ) -> None:
-        self.unread, self.num_unread = unread, num_unread
+        self.unread, self.num_unread, self.resting = unread, num_unread, resting
         self.fetches, self.persistent, self.external = fetches, persistent, frozenset(external)
         self.trainable = trainable
         self.limits = limits
@@ -260,7 +262,7 @@ class Coordinator:
         released = []
         for number in self.recomputed:
             self._leave(number, RECOMPUTED)
-            if number not in self.external and self._release(number):
+            if number not in self.external and number not in self.resting and self._release(number):
                 released.append(number)
         self.recomputed = []
         return ((Act.RELEASE, tuple(released)),) if released else ()

@@ -24,6 +24,8 @@ from zplan.values import dataclass
 from zplan.zero_config import Choice
 
 NO_TRACE = Limits(prefetch=0, live=0, reuse=0)
+LEFT = -4
+"""Among the moments of a script of ZeRO-3: what is still gathered when the update begins."""
 MOST_SCHEDULES = 256
 """Of one set of persistent parameters."""
 _PADDINGS: dict[tuple[int, ...], int] = {}
@@ -81,6 +83,7 @@ class Gathering:
     _by_limits: Kept[tuple[object, ...], Schedule] = field(default_factory=Kept)
     _parts: Kept[tuple[object, ...], tuple[Schedule, Parts]] = field(default_factory=Kept)
     _gathered: Kept[tuple[int, int], Gathered] = field(default_factory=Kept)
+    _firsts: Kept[frozenset[int], Schedule] = field(default_factory=Kept)
     _first_steps: Kept[int, tuple[Shards, _FirstStep]] = field(default_factory=Kept)
 
     def steps_of(self, choice: Choice) -> Steps:
@@ -110,10 +113,13 @@ class Gathering:
         start = self._first_step(shards, ranks)
         later = self._later(choice)
         states = 0 if zero.offloads_optimizer else start.states_bytes
-        first = self._bytes(choice, start.untraced, self.first_schedule, has_copies=True)
+        shares = zero.stage3_use_all_reduce_for_fetch_params
+        resting = shards.persistent & self.never_released if shares else frozenset()
+        first = self._bytes(choice, start.untraced, self.first_schedule(resting), has_copies=True)
         second, missing_bytes = self._second_micro_step(choice, shards, start) or (later, 0)
-        early = ((first, states + shards.persistent_bytes), (second, states + missing_bytes))
-        return (later, 0), *(step for step in early if step[0] is not later and _largest(step[0]) > step[1])
+        left = first[-1].moments[LEFT] if resting and choice.batch.gradient_accumulation_steps > 1 else 0
+        early = ((first, states + shards.persistent_bytes), (second, states + missing_bytes - left))
+        return (later, 0), *(s for s in early if (s[0] is not later or s[1] < 0) and _largest(s[0]) > s[1])
 
     def _second_micro_step(self, choice: Choice, shards: Shards, start: _FirstStep) -> tuple[Parts, int] | None:
         """The first step's second micro-step has the trace of the first one, which has released the persistent
@@ -170,10 +176,13 @@ class Gathering:
         """What a schedule holds. Choices whose schedules turn out alike share it, all but the end of the update."""
         zero, ranks = choice.zero, choice.batch.zero_ranks
         copies = secondary_group(zero, ranks)
+        shares = zero.stage3_use_all_reduce_for_fetch_params
+        persistent = shard(self.items, zero, ranks).persistent if shares else None
         key = (
             id(schedule), zero.stage3_allgather_sequential, zero.offloads_param,
             ranks == 1, copies, copies > 1 and has_copies, zero.zero_quantized_weights,
             ranks if zero.offloads_param or zero.zero_quantized_weights else padding(self.items, ranks),
+            persistent,
         )  # fmt: skip
         followed = self._parts.get(key)
         if followed is None or followed[0] is not schedule:
@@ -203,22 +212,29 @@ class Gathering:
     def scheduler(self) -> Scheduler:
         return Scheduler(self.script)
 
-    @cached_property
-    def first_schedule(self) -> Schedule:
-        """Of the first step, whose forward begins with a model that does not own its output projection yet."""
+    def first_schedule(self, resting: frozenset[int]) -> Schedule:
+        """Of the first step, whose forward begins with a model that does not own its output projection yet.
+
+        Args:
+            resting: what persists of a recomputation and stays; empty where nothing else lies in its buffers.
+        """
+        known = self._firsts.get(resting)
+        if known is not None:
+            return known
         first = self.script.calls.index((Op.PRE_MODULE, self.script.root))
         forward = sum(op == Op.PRE_MODULE for op, _ in self.script.calls[: self.script.phases[1]]) - 1
-        coordinator = self._coordinator(NO_TRACE, frozenset(), num_unread=forward)
-        return self.scheduler.schedule(coordinator, without=first)
+        coordinator = self._coordinator(NO_TRACE, frozenset(), num_unread=forward, resting=resting)
+        return self._firsts.keep(resting, self.scheduler.schedule(coordinator, without=first))
 
     def _coordinator(
-        self, limits: Limits, persistent: frozenset[int], missing: frozenset[int] = frozenset(), num_unread: int = 0
-    ) -> Coordinator:
+        self, limits: Limits, persistent: frozenset[int], missing: frozenset[int] = frozenset(), num_unread: int = 0,
+        resting: frozenset[int] = frozenset(),
+    ) -> Coordinator:  # fmt: skip
         return Coordinator(
             self.script.fetches, limits, persistent=persistent, external=self.script.external,
             trainable=self.items.trainable, viewed=self.script.viewed,
             staying=self.script.viewed & self.items.packed, missing=missing, unread=self.script.unread,
-            num_unread=num_unread,
+            num_unread=num_unread, resting=resting,
         )  # fmt: skip
 
 
@@ -254,6 +270,7 @@ def follow_hooks(of: Gathering, choice: Choice, shards: Shards, schedule: Schedu
     engine = Stage3Engine(
         meter, of.items, shards, choice.zero, num_ranks=choice.batch.zero_ranks, itemsize=of.itemsize,
         exchange=of.exchange, on_cpu=of.script.reduction.on_cpu,
+        persistent=shard(of.items, choice.zero, choice.batch.zero_ranks).persistent,
     )  # fmt: skip
     if has_copies:
         engine.cut_all_again()

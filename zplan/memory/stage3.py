@@ -16,6 +16,7 @@ from zplan.memory.meter import Kind, Meter
 from zplan.memory.muon import BF16, Precision
 from zplan.memory.quantized import FP16, Given, QuantizedGather, gather_alone, gather_together, scatter_bytes
 from zplan.memory.shards import Shards, padded_bytes, secondary_group, update_bytes, whole_bytes
+from zplan.memory.shared_buffers import SharedBuffers
 from zplan.memory.sub_groups import muon_bytes, staging_bytes, sub_groups, unswapped_bytes
 from zplan.zero_config import ZeroConfig
 
@@ -27,6 +28,7 @@ class Stage3Engine:
 
     Args:
         swapped: parameters whose gradients go to the NVMe (sub_groups.py).
+        persistent: parameters that stay when backward is over.
     """
 
     def __init__(
@@ -42,8 +44,11 @@ class Stage3Engine:
         exchange: Exchange = PLAIN,
         of_muon: Precision = BF16,
         swapped: frozenset[int] = frozenset(),
+        persistent: frozenset[int] = frozenset(),
         on_cpu: bool = False,
     ) -> None:
+        self.persistent, self.held_over = persistent, 0
+        self.shared = SharedBuffers(len(items.numel)) if zero.stage3_use_all_reduce_for_fetch_params else None
         self.copies_here = on_cpu or not zero.offloads_param
         self.of_muon, self.swapped = of_muon, swapped
         self.meter, self.items, self.shards, self.zero = meter, items, shards, zero
@@ -74,7 +79,8 @@ class Stage3Engine:
     @property
     def by_parameter(self) -> tuple[list[int], ...]:
         """All that it remembers of gathered parameters, in the order of all parameters."""
-        return self.held, self.kept, self.secondary
+        shared = (self.shared.held, self.shared.kept) if self.shared else ()
+        return self.held, self.kept, self.secondary, *shared
 
     @cached_property
     def second_copies(self) -> int:
@@ -111,6 +117,11 @@ class Stage3Engine:
             gather = self._quantized(numbers)
             self.meter.touch(Kind.GATHERED_PARAMETERS, gather.launching)
             self.meter.add(Kind.GATHERED_PARAMETERS, gather.flying)
+            return
+        if self.shared and self._is_coalesced(numbers) and not self._has_second_copy(numbers[0]):
+            together = sum(self.padded_bytes[number] for number in numbers)
+            self.shared.gather(numbers, together)
+            self.meter.add(Kind.GATHERED_PARAMETERS, together)
             return
         flat = 0
         if self._is_coalesced(numbers):
@@ -164,14 +175,14 @@ class Stage3Engine:
             self.meter.touch(Kind.GATHERED_PARAMETERS, gather.arriving)
             self._hold(numbers, [self.bytes[number] for number in numbers])
             self.meter.add(Kind.GATHERED_PARAMETERS, gather.unpacked)
-        elif self._is_coalesced(numbers):
+        elif self._is_coalesced(numbers) and not (self.shared and self.shared.has(numbers)):
             self._hold(numbers, [self.bytes[number] for number in numbers])
 
     def _settle(self, numbers: tuple[int, ...]) -> None:
         if self.quantizes:
             gather = self._quantized(numbers)
             self.meter.add(Kind.GATHERED_PARAMETERS, -gather.flying - gather.unpacked)
-        elif self._is_coalesced(numbers):
+        elif self._is_coalesced(numbers) and not (self.shared and self.shared.settle(numbers)):
             self.meter.add(Kind.GATHERED_PARAMETERS, -sum(self.padded_bytes[number] for number in numbers))
 
     def cut_all_again(self) -> None:
@@ -194,7 +205,7 @@ class Stage3Engine:
 
     def _release(self, numbers: tuple[int, ...]) -> None:
         self._cut_again(numbers)
-        released = 0
+        released = self.shared.release(numbers) if self.shared else 0
         for number in numbers:
             released += self.held[number]
             self.held[number] = 0
@@ -207,6 +218,8 @@ class Stage3Engine:
         for number in numbers:
             if number not in again:
                 self.kept[number], self.held[number] = self.held[number], 0
+        if self.shared:
+            self.shared.keep([number for number in numbers if number not in again])
         self._release(again)
 
     def _forget(self, numbers: tuple[int, ...]) -> None:
@@ -217,7 +230,8 @@ class Stage3Engine:
         """
         for number in numbers:
             if number not in self.items.packed:
-                self.meter.add(Kind.GATHERED_PARAMETERS, -self.kept[number])
+                shared = self.shared.forget((number,)) if self.shared else 0
+                self.meter.add(Kind.GATHERED_PARAMETERS, -self.kept[number] - shared)
                 self.kept[number] = 0
 
     def _drop(self, numbers: tuple[int, ...]) -> None:
@@ -230,12 +244,21 @@ class Stage3Engine:
         self.meter.mark()
 
     def end_step(self, _numbers: tuple[int, ...]) -> None:
-        """Persistent parameters are gathered again."""
+        """What persists is given back before the update, and gathered again behind it.
+
+        Source: deepspeed 0.19.8, runtime/zero/stage3.py (_partition_all_parameters, _post_step).
+        """
+        if self.shared:
+            self.meter.add(Kind.GATHERED_PARAMETERS, -self.held_over)
+            self.held_over = 0
         again = update_bytes(self.items, self.shards, self.zero, num_ranks=self.num_ranks)
         self.meter.touch(Kind.GATHERED_PARAMETERS, again)
 
     def _give_back(self, _numbers: tuple[int, ...]) -> None:
         stays = sum(self.kept[number] for number in self.items.packed)
+        if self.shared:
+            self.held_over = self.shared.give_back(self.persistent, self.items.packed)
+            stays += self.held_over
         self.meter.add(Kind.GATHERED_PARAMETERS, stays - self.meter.by_kind[Kind.GATHERED_PARAMETERS])
 
     # -- gradients -----------------------------------------------------------------------------------------------
