@@ -112,6 +112,8 @@ def _of_muon() -> list[Case]:
         _added("olmo-2-1b", "full", 2, world_size=1, accumulation=2, contiguous_gradients=False,
                reduce_bucket_size=50_000_000, adapter=MUON),
         _added("qwen2.5-7b", "lora", 2, accumulation=2, adapter=MUON),
+        _added("gemma-3-1b", "lora", 2, reduce_bucket_size=1_000_000,
+               adapter={**MUON, "modules_to_save": ("lm_head",), "lora_target": ("q_proj", "down_proj")}),
     ]  # fmt: skip
 
 

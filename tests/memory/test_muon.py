@@ -302,3 +302,21 @@ def test_the_host_keeps_momentum_of_matrices_in_fp32_or_bf16_and_two_states_of_t
         found = estimate(zero, world_size=1)
         made = sum(term.bytes for term in found.host.terms if term.name == "offloaded optimizer states")
         assert made == momentum * MATRICES + 8 * rest
+
+
+def test_a_group_of_one_parameter_without_padding_is_flat_already() -> None:
+    """The saved head is all that Muon leaves to AdamW; over 7 ranks it is padded, and copied once more."""
+    assert EMBEDDING % 16 == 0
+    for ranks, copied in ((8, 0), (7, 14 * -(-EMBEDDING // 14))):
+        zero = ZeroConfig(stage=2, reduce_bucket_size=1_000_000)
+        found = estimate(zero, world_size=ranks, method="lora", lora_target=("q_proj",), modules_to_save=("lm_head",))
+        parts = {term.name: term.bytes for term in found.gpu.terms if "init" in term.phases}
+        masters = parts["master weights"]
+        beside = parts.get("flattening", 0)
+        assert beside == (2 * copied - masters + 4 * partition_of_adapters(ranks) if copied else 0)
+
+
+def partition_of_adapters(ranks: int) -> int:
+    """Master elements of a rank of q_proj's adapters, in Muon's group ahead of the head's."""
+    numel = LAYERS * 16 * 2 * HIDDEN
+    return 2 * -(-numel // (2 * ranks))

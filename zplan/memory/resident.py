@@ -150,24 +150,31 @@ def _stage12(laid: Layout, recipe: Recipe, choice: Choice, cut: Partitions) -> R
         whole = _term("fp32 gradients", accumulated_bytes(cut), AFTER_LOAD, f"4 x {padded}, on every rank", BF16_SOURCE)
         return Resident(terms=(*terms, *after, whole), partition_numel=numel)
     made = sum(term.bytes for term in after if "init" in term.phases)
-    return Resident(terms=(*terms, *after, _flattening(choice, cut, b, made)), partition_numel=numel)
+    return Resident(terms=(*terms, *after, _flattening(instances(laid), choice, cut, b, made)), partition_numel=numel)
 
 
-def _flattening(choice: Choice, cut: Partitions, b: int, made: int) -> Term:
+def _flattening(items: Instances, choice: Choice, cut: Partitions, b: int, made: int) -> Term:
     """What comes and goes beside all masters: the gradients of zeros at the end, or earlier a group that is flattened
     while its old copy lives, beside the masters of the groups before it.
 
         max(4 S, max over groups of   b PAD_g + 4 (S_1 + ... + S_g-1) - made)
 
+    A group of one parameter that needs no padding is flat already, and is not copied.
+
     Args:
         made: bytes that are there in the end.
 
-    Source: deepspeed 0.19.8, stage_1_and_2.py (__init__: flatten_dense_tensors_aligned, initialize_optimizer_states).
+    Source: deepspeed 0.19.8, stage_1_and_2.py (__init__: flatten_dense_tensors_aligned, initialize_optimizer_states);
+    torch 2.13.0, csrc/utils/tensor_flatten.h (flatten_dense_tensors: one tensor is viewed).
     """
     master = 0 if choice.zero.offloads_optimizer else FP32
     zeros = master * sum(cut.sizes)
     earlier = accumulate((master * size for size in cut.sizes), initial=0)
-    flattening = max(b * size + masters for size, masters in zip(cut.padded, earlier, strict=False)) - made
+    copied = (
+        0 if len(group) == 1 and items.numel[group[0]] == size else size
+        for size, group in zip(cut.padded, items.groups, strict=True)
+    )
+    flattening = max(b * size + masters for size, masters in zip(copied, earlier, strict=False)) - made
     name = "flattening" if flattening > zeros else "zero gradients at initialize"
     formula = f"max({zeros}, {b} x a group of {max(cut.padded)} flattened while the old copy lives, less later masters)"
     source = "deepspeed 0.19.8, runtime/zero/stage_1_and_2.py"
