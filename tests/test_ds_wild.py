@@ -168,6 +168,26 @@ def test_what_deepspeed_refuses_is_refused_with_the_mend(
         runtime.DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, **config}, mpu=mpu)
 
 
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"compile": {"deepcompile": True}},
+        {"torch_autocast": {"enabled": True}},
+        {"hybrid_engine": {"enabled": True}},
+        {"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.05}}},
+        {"optimizer": {"type": "Lamb", "params": {"lr": 1e-3}}},
+    ],
+    ids=str,
+)
+def test_what_changes_memory_and_is_not_modelled_is_refused(section: dict[str, Any]) -> None:
+    """An engine or an optimizer that is counted as another one would be called `fits` all the same."""
+    problems, _ = read_or_refuse({"bf16": {"enabled": True}, **section})
+    assert [problem for problem in problems if "is not modelled" in problem]
+    for name, value in section.items():
+        off = {"compile": {"deepcompile": False}, "zero_optimization": {"stage": 2}}.get(name, {})
+        assert read_or_refuse({"bf16": {"enabled": True}, name: off})[0] == (), value
+
+
 def test_what_deepspeed_ignores_is_read_with_a_warning_and_the_nearest_key() -> None:
     reading = ours({"gradient_cliping": 0.5, "overlap_comm": True, "fp8": {"enabled": True}})
     assert reading.warnings == (

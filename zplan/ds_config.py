@@ -128,6 +128,15 @@ def _check_unplanned(data: Mapping[str, Any], found: Findings) -> None:
         size = section.get("expert_parallel_size", section.get("size", 1))
         if section.get("enabled") is True or (isinstance(size, int) and size > 1):
             found.problems.append("expert_parallel: expert parallelism is not modelled; delete the section")
+    for name, switch in (("compile", "deepcompile"), ("torch_autocast", "enabled"), ("hybrid_engine", "enabled")):
+        section = data.get(name)
+        if isinstance(section, Mapping) and read_value(Accepts("bool"), section.get(switch, False))[0] is True:
+            found.problems.append(f"{name}.{switch} is not modelled; delete the section")
+    zero = data.get("zero_optimization")
+    if isinstance(zero, Mapping) and isinstance(zero.get("zenflow"), Mapping):
+        found.problems.append("zenflow is not modelled; delete the section")
+    if isinstance(zero, Mapping) and isinstance(zero.get("leaf_module"), Mapping):
+        found.warnings.append("leaf_module is not modelled: what is gathered whole may take more than is counted")
     value = data.get("seq_parallel_communication_data_type")
     if value is not None and _read_type("seq_parallel_communication_data_type", value, found) not in (None, "fp32"):
         found.warnings.append(
@@ -241,7 +250,9 @@ def _read_optimizer(section: Any, recipe: Recipe, found: Findings) -> Recipe:
         recipe = replace(recipe, optimizer=_OPTIMIZERS[kind.lower()])  # type: ignore[arg-type]
         found.origins["optimizer.type"] = "user"
     elif kind is not None:
-        found.warnings.append(f"optimizer.type {kind!r} is counted as {recipe.optimizer}")
+        found.problems.append(
+            f'optimizer.type {kind!r} is not modelled; write "AdamW", or delete the section and give --optimizer'
+        )
     params = section.get("params", {})
     rate = params.get("lr", "auto") if isinstance(params, Mapping) else "auto"
     if rate != "auto":
