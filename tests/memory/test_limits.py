@@ -271,3 +271,25 @@ def test_heads_that_flash_attention_would_pad_are_named_and_never_fit() -> None:
         notes = estimate(ZeroConfig(stage=2), shape=shape, attention=attention, dtype=dtype).notes
         assert any("no multiple of 8" in note for note in notes) is named
     assert estimate(ZeroConfig(stage=2), shape=shape).gpu.verdict == "tight"
+
+
+def test_leaf_modules_by_granularity_are_named_and_never_fit() -> None:
+    """ZeRO-3 with all modules as one leaf is 34 % more than without any (LoRA on smollm2-135m)."""
+    leaves = ZeroConfig(stage=3, stage3_module_granularity_threshold=10**12)
+    found = estimate(leaves)
+    assert found.gpu.verdict == "tight"
+    (line,) = (note for note in found.notes if note.startswith("not modelled: "))
+    assert line.endswith("; try --set stage3_module_granularity_threshold=0")
+    assert "fails in backward" not in line
+    below = estimate(replace(leaves, stage=2))
+    assert not any(note.startswith("not modelled: ") for note in below.notes)
+
+
+def test_adapters_in_leaf_modules_are_said_to_fail_without_checkpointing() -> None:
+    zero = ZeroConfig(stage=3, stage3_module_granularity_threshold=1)
+    batch = BatchSizes(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, world_size=8)
+    recipe = Recipe(model="any", train_batch_size=8, max_length=128, method="lora")
+    for recomputes in (False, True):
+        choice = Choice(zero=zero, batch=batch, gradient_checkpointing=recomputes)
+        notes = estimate_memory(SHAPE, recipe, choice, cluster(8)).notes
+        assert any("DeepSpeed fails in backward" in note for note in notes) != recomputes

@@ -24,6 +24,7 @@ def not_modelled(shape: ModelShape, recipe: Recipe, choice: Choice, *, on_cpu: b
         *([] if on_cpu else _of_heads(shape, recipe)),
         *_of_gradient_types(recipe, choice),
         *_of_zero(choice),
+        *_of_granularity(recipe, choice),
     ]
     found += _of_quantizer(shape, recipe, choice)
     uncut = cannot_cut(shape, recipe, choice.batch.autotp_size, stage=choice.zero.stage)
@@ -120,6 +121,22 @@ def _of_zero(choice: Choice) -> list[str]:
     if zero.zero_quantized_gradients and choice.batch.sequence_parallel_size > 1:
         lines.append("zero_quantized_gradients of shared sequences, which are cast to fp32 before (stage3.py:1920)")
     return lines
+
+
+def _of_granularity(recipe: Recipe, choice: Choice) -> list[str]:
+    """Leaf modules are gathered whole and prefetched otherwise; a released one leaves every parameter a tensor of one
+    element, which a kept graph takes for an adapter's weight when its gradient is added.
+
+    Source: deepspeed 0.19.8, runtime/zero/parameter_offload.py:611 (_set_z3_leaf_modules_by_threshold),
+    partitioned_param_coordinator.py (release_sub_module: empty_buffer).
+    """
+    threshold = choice.zero.stage3_module_granularity_threshold
+    if choice.zero.stage != 3 or threshold <= 0:
+        return []
+    line = f"the leaf modules that stage3_module_granularity_threshold {threshold} makes, gathered whole"
+    if recipe.method != "full" and not choice.gradient_checkpointing:
+        line += "; with adapters and without gradient checkpointing DeepSpeed fails in backward"
+    return [f"{line}; try --set stage3_module_granularity_threshold=0"]
 
 
 def _of_quantizer(shape: ModelShape, recipe: Recipe, choice: Choice) -> list[str]:
