@@ -152,6 +152,10 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"gradient_allreduce_op": "max"}, "not mean or sum"),
     ({"gradient_allreduce_op": "sum", "zero_optimization": {"stage": 3}}, '"sum" at stage 3'),
     ({"zero_optimization": {"stage": 5}}, "ZeRO has the stages"),
+    (
+        {"data_efficiency": {"data_sampling": {"curriculum_learning": {"enabled": True}}}},
+        "curriculum_learning is enabled without curriculum_metrics",
+    ),
 ]
 
 

@@ -46,12 +46,30 @@ def check_sections(data: Mapping[str, Any], found: Findings) -> None:
     clock = data.get("wall_clock_breakdown", False)
     if not isinstance(clock, int):  # it is or-ed with the profiler's switch
         found.problems.append(f"wall_clock_breakdown is {clock!r}, not true or false; write false")
+    _check_curriculum(data, found)
     optimizer, checkpoint = data.get("optimizer"), data.get("checkpoint")
     if isinstance(optimizer, Mapping) and not isinstance(optimizer.get("params", {}), Mapping):
         found.problems.append(f"optimizer.params is {optimizer['params']!r}, not a section; delete it")
     if isinstance(checkpoint, Mapping) and str(checkpoint.get("tag_validation", "warn")).upper() not in _VALIDATIONS:
         found.problems.append(
             f"checkpoint.tag_validation is {checkpoint['tag_validation']!r}, not Ignore, Warn or Fail; delete it"
+        )
+
+
+def _check_curriculum(data: Mapping[str, Any], found: Findings) -> None:
+    """DeepSpeed reads it whether data efficiency is enabled or not.
+
+    Source: deepspeed 0.19.8, runtime/data_pipeline/config.py (get_data_efficiency_config, get_curriculum_learning).
+    """
+    section: Any = data
+    for name in ("data_efficiency", "data_sampling", "curriculum_learning"):
+        section = section.get(name)
+        if not isinstance(section, Mapping):
+            return
+    if section.get("enabled") and "curriculum_metrics" not in section:
+        found.problems.append(
+            "data_efficiency.data_sampling.curriculum_learning is enabled without curriculum_metrics, which"
+            ' DeepSpeed asserts; write "enabled": false'
         )
 
 
