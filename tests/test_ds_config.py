@@ -13,6 +13,7 @@ from tests.shapes import described_cluster, llama_like
 from zplan.ds_config import DsConfigReading, load_ds_config, read_ds_config
 from zplan.ds_keys import OFFLOAD_KEYS, REMOVED_KEYS, REMOVED_ZERO_KEYS, TOP_KEYS, ZERO_KEYS
 from zplan.errors import ConfigError
+from zplan.files import load_json
 from zplan.recipe import Recipe
 from zplan.zero_config import BatchSizes
 
@@ -329,3 +330,17 @@ def test_what_autotp_cannot_cut_or_is_not_modelled_is_refused() -> None:
     assert "tensor_parallel.preset_model is not modelled" in problems({"tensor_parallel": own}, recipe=full)
     both = {"tensor_parallel": {"autotp_size": 2}, "sequence_parallel_size": 2}
     assert "delete one" in problems(both, recipe=full)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_file_that_accelerate_cannot_read_is_refused_with_the_encoding_to_save_it_in(
+    encoding: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"stage": 2}}', encoding=encoding)
+    with pytest.raises(ConfigError) as caught:
+        load_json(path)
+    assert caught.value.fix == "save it as UTF-8 without BOM"
+    theirs = pytest.importorskip("accelerate.utils.deepspeed").HfDeepSpeedConfig
+    with pytest.raises(ValueError, match=r"BOM|codec"):
+        theirs(str(path))

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _MAX_JSON_BYTES = 8 << 20
 """A configuration is kilobytes; more is a wrong file."""
+_BYTE_ORDER_MARK = "\ufeff"
+_READERS = "it must be UTF-8 without a byte order mark, as accelerate reads it (utils/deepspeed.py)"
+_AS_UTF8 = "save it as UTF-8 without BOM"
 
 
 _adapters: dict[Any, TypeAdapter[Any]] = {}
@@ -41,7 +44,7 @@ def load_json(path: Path | str, *, on_duplicate: Callable[[str], None] | None = 
         on_duplicate: called with each key that one object has twice; the last one counts.
 
     Raises:
-        ConfigError: missing, unreadable, larger than 8 MiB, not UTF-8, not JSON.
+        ConfigError: missing, unreadable, larger than 8 MiB, not UTF-8 or with a byte order mark, not JSON.
     """
     path = Path(path)
     try:
@@ -51,10 +54,15 @@ def load_json(path: Path | str, *, on_duplicate: Callable[[str], None] | None = 
                 f"{path} is {size} bytes", because="a configuration file is at most 8 MiB", fix="another file"
             )
         pairs = None if on_duplicate is None else partial(_object, on_duplicate)
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=pairs)
+        text = path.read_text(encoding="utf-8")
+        if text.startswith(_BYTE_ORDER_MARK):
+            raise ConfigError(f"{path} begins with a byte order mark", because=_READERS, fix=_AS_UTF8)
+        return json.loads(text, object_pairs_hook=pairs)
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist", fix="check the path") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8: {error}", because=_READERS, fix=_AS_UTF8) from error
+    except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error}", fix="another file") from error
     except (json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}", fix=f"python -m json.tool {path}") from error
