@@ -20,7 +20,9 @@ from zplan.commands import simulate as command
 from zplan.errors import ExitCode
 from zplan.hardware import Host
 from zplan.job import Job
+from zplan.memory.host import PROCESS_CUDA
 from zplan.model_shape import ModelShape
+from zplan.planner import evaluate
 from zplan.simulate.client import WorkerClient
 from zplan.simulate.report import SimulationError
 from zplan.trial import Outcome, TrialResult, TrialSpec
@@ -136,6 +138,23 @@ def test_a_container_that_is_too_small_does_not_fit_in_a_simulation_either(
     assert answer.code is ExitCode.DOES_NOT_FIT
     assert (data["verdict"], data["short_bytes"]) == ("does_not_fit", data["resident_bytes"] - (1 << 30))
     assert "cgroup allows 1.00 GiB" in printed(answer)
+
+
+def test_a_host_that_cannot_read_the_weights_does_not_fit_in_a_simulation_either(
+    worker: WorkerClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps that are simulated take no more of it than the processes; the estimate counts the files, too."""
+    spec = tiny_spec()
+    roomy = simulated_answer(worker, monkeypatch, zero=ZeroConfig(stage=3), host=spec.cluster.host)
+    candidate = evaluate(shape_with(), spec.recipe, replace(spec.choice, zero=ZeroConfig(stage=3)), spec.cluster)
+    reading = candidate.memory.host.phases["load"]
+    simulated_bytes = 4 * (PROCESS_CUDA + max(roomy.data()["simulation"]["host_phases"].values()))
+    assert roomy.code is ExitCode.OK
+    assert roomy.data()["host"]["resident_bytes"] == reading > simulated_bytes
+    small = replace(spec.cluster.host, total_bytes=reading - 1, available_bytes=reading - 1)
+    short = simulated_answer(worker, monkeypatch, zero=ZeroConfig(stage=3), host=small)
+    assert (short.code, short.data()["host"]["short_bytes"]) == (ExitCode.DOES_NOT_FIT, 1)
+    assert "by formula, short by 1 B" in printed(short)
 
 
 def test_a_simulation_tells_the_predicted_step_time_and_that_it_is_the_formulas(

@@ -15,7 +15,7 @@ from zplan.commands import Answer
 from zplan.errors import ConfigError, ExitCode
 from zplan.job import Job
 from zplan.memory.host_limits import limit_notes, verdict_of
-from zplan.memory.terms import VERDICTS, HostLimit, NvmeEstimate, Verdict
+from zplan.memory.terms import VERDICTS, HostLimit, NvmeEstimate, Phase, Verdict
 from zplan.planner import Candidate, evaluate
 from zplan.report.simulation import render_simulation
 from zplan.report.terminal import question_lines, render_detail
@@ -25,6 +25,8 @@ from zplan.units import format_bytes
 
 _OF_RESIDENT = ("available memory", "cgroup")
 """Limits of what is resident; the others keep what the formula says is needed of them."""
+_NOT_PLAYED: tuple[Phase, ...] = ("load", "save")
+"""Phases of the host that a simulation does not go through as training does: weights are neither read nor written."""
 
 
 def simulate(job: Job, *, steps: int, trace: str | None, quiet: bool) -> Answer:
@@ -46,12 +48,20 @@ def simulate(job: Job, *, steps: int, trace: str | None, quiet: bool) -> Answer:
         return _by_formula(job, candidate, error, quiet=quiet)
     spec = TrialSpec(recipe=job.recipe, choice=choice, cluster=job.cluster, model_path="")
     result = as_result(report, spec)
-    limits = _limits(candidate, result)
+    resident = max(result.host_resident_bytes or 0, _files_bytes(candidate))
+    limits = _limits(candidate, resident)
     verdict = max(_gpu_verdict(result, job), verdict_of(limits)[0], candidate.memory.nvme.verdict, key=VERDICTS.index)
-    problems = (result.message, *limit_notes(limits), _nvme_note(candidate.memory.nvme))
+    problems = [result.message, *limit_notes(limits), _nvme_note(candidate.memory.nvme)]
+    if resident > (result.host_resident_bytes or 0):  # reading or writing the weights takes more than the steps do
+        told = f"host while weights are read or written: {format_bytes(resident)} a node, by formula"
+        short = resident - job.cluster.host.available_bytes
+        if short > 0:
+            problems.append(f"{told}, short by {format_bytes(short)}")
+        else:
+            report = replace(report, notes=(*report.notes, told))
     body = render_simulation(report, candidate, verdict=verdict, problems=tuple(filter(None, problems)))
     return Answer(
-        data=lambda: _data(job, candidate, report, result, limits),
+        data=lambda: _data(job, candidate, report, result, resident, limits),
         text=body if quiet else _headed(job, body),
         code=ExitCode.DOES_NOT_FIT if verdict == "does_not_fit" else ExitCode.OK,
     )
@@ -64,9 +74,13 @@ def _gpu_verdict(result: TrialResult, job: Job) -> Verdict:
     return "fits" if (result.gpu_used_bytes or 0) <= job.cluster.gpu.free_bytes else "tight"
 
 
-def _limits(candidate: Candidate, result: TrialResult) -> tuple[HostLimit, ...]:
-    """The node's limits against what the simulation says is resident there."""
-    resident = result.host_resident_bytes or 0
+def _files_bytes(candidate: Candidate) -> int:
+    """A node's host bytes while the weights are read and written, by formula."""
+    return max(candidate.memory.host.phases.get(phase, 0) for phase in _NOT_PLAYED)
+
+
+def _limits(candidate: Candidate, resident: int) -> tuple[HostLimit, ...]:
+    """The node's limits against what is resident there."""
     return tuple(
         replace(limit, needed_bytes=resident) if limit.name in _OF_RESIDENT else limit
         for limit in candidate.memory.host.limits
@@ -113,8 +127,9 @@ def _headed(job: Job, body: RenderableType) -> RenderableType:
 
 
 def _data(
-    job: Job, candidate: Candidate, report: SimulationReport, result: TrialResult, limits: tuple[HostLimit, ...]
-) -> dict[str, Any]:
+    job: Job, candidate: Candidate, report: SimulationReport, result: TrialResult, resident: int,
+    limits: tuple[HostLimit, ...],
+) -> dict[str, Any]:  # fmt: skip
     """The estimate's fields with simulated bytes where the engine ran, and the whole report under `simulation`."""
     data = _estimate(job, candidate, "simulated")
     for name in ("allocated_bytes", "reserved_bytes", "used_bytes"):
@@ -124,7 +139,7 @@ def _data(
     data["gpu"]["short_bytes"] = max(0, report.gpu_used_bytes - job.cluster.gpu.free_bytes)
     verdict, short = verdict_of(limits)
     data["host"] |= {
-        "resident_bytes": result.host_resident_bytes, "pinned_bytes": result.host_pinned_bytes, "short_bytes": short,
+        "resident_bytes": resident, "pinned_bytes": result.host_pinned_bytes, "short_bytes": short,
         "verdict": verdict, "limits": limits_data(limits),
     }  # fmt: skip
     data["speed"]["evidence"] = "formula"
