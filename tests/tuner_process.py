@@ -1,4 +1,4 @@
-"""A tuner in a process of its own: `python -m tests.tuner_process STUDY N_TRIALS SECONDS_PER_TRIAL`."""
+"""A tuner in a process of its own: `python -m tests.tuner_process STUDY N_TRIALS SECONDS...`; it waits for a line."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ SHAPE = toy_shape(2048, 24)
 class SlowOracle(Oracle):
     """Takes its time."""
 
-    seconds: float = 0.0
+    seconds: tuple[float, ...] = (0.0,)
+    """Of the first trial, the second and so on; the last of them of all others, too."""
 
     def run(self, spec: TrialSpec) -> TrialResult:
-        time.sleep(self.seconds)
+        time.sleep(self.seconds[min(self.calls, len(self.seconds) - 1)])
         return super().run(spec)
 
 
@@ -46,8 +47,7 @@ class Printer:
 def tune(
     study_path: str,
     n_trials: int,
-    seconds: float = 0.0,
-    *,
+    *seconds: float,
     timeout_seconds: float | None = None,
     least_gain: float = 0.01,
     **more: object,
@@ -56,7 +56,7 @@ def tune(
     zplan.tuner.study.rank_candidates = lambda *args, **kwargs: ()
     arguments: dict[str, object] = {
         "shape": SHAPE,
-        "backend": SlowOracle(SHAPE, error=0.3, noise=0.02, seconds=seconds),
+        "backend": SlowOracle(SHAPE, error=0.3, noise=0.02, seconds=seconds or (0.0,)),
         "formula": Oracle(SHAPE, evidence="formula"),
         "cluster": toy_cluster(),
         "recipe": TOY_RECIPE,
@@ -69,7 +69,9 @@ def tune(
 
 if __name__ == "__main__":
     try:
-        outcome = tune(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))
+        print("ready", flush=True)
+        sys.stdin.readline()
+        outcome = tune(sys.argv[1], int(sys.argv[2]), *map(float, sys.argv[3:]))
         print("done", len(outcome.records), flush=True)
     except ZplanError as error:
         print(f"error {error.what}", flush=True)

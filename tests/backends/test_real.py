@@ -86,7 +86,7 @@ def test_a_trial_that_hangs_ends_at_its_deadline(tmp_path: Path, behaviour: str)
     started = time.monotonic()
     result = _run(tmp_path, behaviour, deadline_seconds=1.5)
     assert result.outcome is Outcome.TIMED_OUT
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60  # a hang would last for ever
 
 
 def test_a_silent_trial_ends_before_its_deadline(tmp_path: Path) -> None:
@@ -100,11 +100,11 @@ def test_a_silent_trial_ends_before_its_deadline(tmp_path: Path) -> None:
 
 
 def test_host_memory_below_the_floor_ends_the_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started = time.monotonic()
-    # Plenty at first; after half a second another program has taken it.
-    monkeypatch.setattr(
-        launcher_module, "available_host_bytes", lambda: 1 << 50 if time.monotonic() - started < 0.5 else 1 << 20
-    )
+    def available() -> int:
+        """Plenty at first; when a rank has started, another program has taken it."""
+        return 1 << 20 if list(tmp_path.glob("trials/trial-*/pid_*")) else 1 << 50
+
+    monkeypatch.setattr(launcher_module, "available_host_bytes", available)
     result = _run(tmp_path, "hang")
     assert result.outcome is Outcome.HOST_OOM
     assert "1.00 MiB" in result.message
@@ -194,7 +194,7 @@ def test_no_orphans_when_the_tuner_is_ended(tmp_path: Path, signal_number: signa
         _wait_until(lambda: len(list(tmp_path.glob("trials/trial-*/pid_*"))) == 2)
         time.sleep(0.3)
         tuner.send_signal(signal_number)
-        tuner.wait(timeout=30)
+        tuner.wait(timeout=120)
         _wait_until(lambda: nobody_left(tmp_path))
     finally:
         tuner.kill()
@@ -203,7 +203,7 @@ def test_no_orphans_when_the_tuner_is_ended(tmp_path: Path, signal_number: signa
         tuner.stdout.close()
 
 
-def _wait_until(condition: object, timeout_seconds: float = 30.0) -> None:
+def _wait_until(condition: object, timeout_seconds: float = 120.0) -> None:
     deadline = time.monotonic() + timeout_seconds
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline

@@ -222,16 +222,30 @@ def test_a_search_ends_when_too_little_is_promised(tmp_path: Path) -> None:
     assert "16 trials are done" in whole.stop_reason
 
 
-def _start(study: str, n_trials: int, seconds: float, *, limit_bytes: int | None = None) -> subprocess.Popen[str]:
+def _start(
+    study: str, n_trials: int, *seconds: float, number: int = 1, limit_bytes: int | None = None
+) -> list[subprocess.Popen[str]]:
+    """So many tuners, which begin when all have imported what they need."""
+
     def limit() -> None:
         if limit_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.tuner_process", study, str(n_trials), str(seconds)],
-        stdout=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=limit, env={**os.environ, "PYTHONPATH": _path()},
-    )  # fmt: skip
+    command = [sys.executable, "-m", "tests.tuner_process", study, str(n_trials), *map(str, seconds)]
+    tuners = [
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=limit,
+            env={**os.environ, "PYTHONPATH": _path()},
+        ) for _ in range(number)
+    ]  # fmt: skip
+    for tuner in tuners:
+        _read_until(tuner, "ready", 1)
+    for tuner in tuners:
+        assert tuner.stdin is not None
+        tuner.stdin.write("\n")
+        tuner.stdin.flush()
+    return tuners
 
 
 def _path() -> str:
@@ -249,12 +263,12 @@ def _read_until(process: subprocess.Popen[str], word: str, count: int) -> list[s
 
 
 def _finish(process: subprocess.Popen[str]) -> list[str]:
-    text, _ = process.communicate(timeout=120)
+    text, _ = process.communicate(timeout=300)
     return text.splitlines()
 
 
 def test_a_tuner_killed_in_a_trial_loses_only_that_trial_and_runs_it_again(tmp_path: Path) -> None:
-    process = _start(_study(tmp_path), 6, 0.4)
+    (process,) = _start(_study(tmp_path), 6, 0.0, 0.0, 600.0)
     lines = _read_until(process, "started", 3)
     process.send_signal(signal.SIGKILL)
     _finish(process)
@@ -282,7 +296,7 @@ def test_a_configuration_that_ends_the_tuner_twice_is_left_alone(tmp_path: Path)
 
 
 def test_ctrl_c_leaves_a_study_that_resumes(tmp_path: Path) -> None:
-    process = _start(_study(tmp_path), 6, 0.4)
+    (process,) = _start(_study(tmp_path), 6, 0.0, 600.0)
     lines = _read_until(process, "started", 2)
     process.send_signal(signal.SIGINT)
     _finish(process)
@@ -294,7 +308,7 @@ def test_ctrl_c_leaves_a_study_that_resumes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["{}/study.journal", "sqlite:///{}/study.db"])
 def test_two_tuners_share_one_study(tmp_path: Path, place: str) -> None:
     study = place.format(tmp_path)
-    tuners = [_start(study, 8, 0.3) for _ in range(2)]
+    tuners = _start(study, 8, 0.3, number=2)
     outputs = [_finish(tuner) for tuner in tuners]
     assert all(tuner.returncode == 0 for tuner in tuners)
     finished = [[line for line in lines if line.startswith("finished")] for lines in outputs]
@@ -334,7 +348,7 @@ def test_a_file_that_is_no_study_is_refused_and_kept(tmp_path: Path) -> None:
 def test_a_full_disk_ends_the_tuner_but_loses_no_finished_trial(tmp_path: Path) -> None:
     tune(_study(tmp_path), 1)
     size = Path(_study(tmp_path)).stat().st_size
-    process = _start(_study(tmp_path), 20, 0.0, limit_bytes=size + 9_000)
+    (process,) = _start(_study(tmp_path), 20, 0.0, limit_bytes=size + 9_000)
     lines = _finish(process)
     assert process.returncode == 4
     assert any("cannot be read or written" in line for line in lines)
