@@ -172,6 +172,15 @@ def test_a_study_by_formula_is_tuned_reported_and_exported(tmp_path: Path) -> No
     assert "ZeRO" in planned.stdout or "DDP" in planned.stdout
 
 
+def test_a_dead_key_of_a_file_is_called_so_once(tmp_path: Path) -> None:
+    section = {"stage": 2, "allgather_bucket_size": 200_000_000, "offload_param": {"device": "cpu"}}
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": section, "train_batch_size": 16}))
+    told = zplan("estimate", "--model", "mistral-7b", *CARD, "--ds-config", "ds.json", cwd=tmp_path).stdout
+    for key in ("allgather_bucket_size", "offload_param"):
+        assert sum(line.partition(": ")[2].startswith(key) for line in told.splitlines()) == 1
+    assert "without overlap_comm the documentation counts each bucket once" in " ".join(told.split())
+
+
 def test_the_flags_offered_for_the_first_row_ask_about_the_first_row() -> None:
     asked = ("estimate", "--model", "smollm2-135m", "--gpu", "rtx-4090", "--gpus-per-node", "4", "--max-length", "64")
     flags = zplan(*asked).stdout.partition("the first in detail: add ")[2].split()

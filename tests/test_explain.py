@@ -53,9 +53,10 @@ def test_a_stage_3_option_says_that_it_is_shown_at_stage_3() -> None:
 
 
 def test_the_documented_rule_is_named_for_the_buckets() -> None:
-    explanation = ask("allgather_bucket_size")
-    assert explanation.documented_bound_bytes is not None
-    assert "documented 4.5x bound" in explanation.effects[-1]
+    for stage in (1, 2, 3):
+        explanation = ask("allgather_bucket_size", stage=stage)
+        assert explanation.documented_bound_bytes == (500_000_000 + SHAPE.hidden_size**2) * 2 * 9 // 2
+        assert "documented 4.5x bound" in explanation.effects[-1]
 
 
 def test_an_unprefixed_or_hyphenated_name_is_understood() -> None:

@@ -64,7 +64,9 @@ def explain(key: str, shape: ModelShape, recipe: Recipe, choice: Choice, cluster
     rows = tuple(_effect(change, before.answer(), after.answer()) for change, before, after in topic.changes(question))
     bound = None
     if name in ("overlap_comm", "reduce_bucket_size", "allgather_bucket_size"):
-        bound = documented_bucket_bytes(choice.zero, itemsize=recipe.weight_bytes)
+        stage = choice.zero.stage if choice.zero.stage in (1, 2) else 2
+        documented = replace(choice.zero, stage=stage, overlap_comm=True)
+        bound = documented_bucket_bytes(documented, itemsize=recipe.weight_bytes)
     return Explanation(key=name, text=topic.text, rows=rows, documented_bound_bytes=bound)
 
 

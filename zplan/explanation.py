@@ -59,5 +59,6 @@ class Explanation:
         """The rows as lines of text."""
         lines = [str(row) for row in self.rows]
         if self.documented_bound_bytes is not None:
-            lines.append(f"documented 4.5x bound of both buckets: {format_bytes(self.documented_bound_bytes)}")
+            bound = format_bytes(self.documented_bound_bytes)
+            lines.append(f"documented 4.5x bound of both buckets, at stages 1 and 2 with overlap_comm: {bound}")
         return tuple(lines)

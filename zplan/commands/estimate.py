@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from rich.console import Group, RenderableType
@@ -42,7 +43,7 @@ def _detail(job: Job, *, verbose: bool, quiet: bool) -> Answer:
     candidate = correct(candidate, known, job.cluster)
     fixes = quantify_fixes(job.shape, job.recipe, choice, job.cluster, bucket_rule=job.bucket_rule)
     body: list[RenderableType] = [render_detail(candidate, fixes, verbose=verbose)]
-    body += [*_corrections(known), *_warnings(job)]
+    body += [*_corrections(known), *_warnings(job, told=candidate.memory.notes)]
     return Answer(
         data=lambda: estimate_data(
             candidate,
@@ -63,8 +64,18 @@ def _corrections(known: Corrections | None) -> list[RenderableType]:
     return [] if known is None else [Text(correction_line(known), style="dim")]
 
 
-def _warnings(job: Job) -> list[RenderableType]:
-    return [Text(f"warning: {line}", style="yellow") for line in job.warnings]
+def _warnings(job: Job, *, told: Sequence[str] = ()) -> list[RenderableType]:
+    """What the question has that is odd; a key that a note calls dead is not called so again."""
+    dead = {note.partition(_DEAD)[0] for note in told if _DEAD in note}
+    again = [_DEAD in line and line.partition(_DEAD)[0].partition(".")[0] in dead for line in job.warnings]
+    return [
+        Text(f"warning: {line}", style="yellow")
+        for line, is_told in zip(job.warnings, again, strict=True)
+        if not is_told
+    ]
+
+
+_DEAD = " has no effect"
 
 
 def _ranked(job: Job, *, quiet: bool) -> Answer:

@@ -110,7 +110,10 @@ def render_detail(candidate: Candidate, fixes: Sequence[Fix], *, verbose: bool) 
         parts += [Text(f"step time before overlap: {pieces}"), Text()]
     if fixes:
         parts.append(_fixes(fixes, fits_now=candidate.tier == 0))
-    parts += [Text(f"note: {note}", style="dim") for note in memory.notes]
+    notes = list(memory.notes)
+    if memory.gpu.documented_bound_bytes is not None and not candidate.choice.zero.overlaps_comm:
+        notes.append("documented 4.5x bound: without overlap_comm the documentation counts each bucket once")
+    parts += [Text(f"note: {note}", style="dim") for note in notes]
     return Group(*parts)
 
 

@@ -42,7 +42,7 @@ from zplan.simulate.selfcheck import VERIFIED, check_seams
 from zplan.simulate.tape import tape_key
 from zplan.simulate.trace import write_trace
 from zplan.simulate.tracker import Tracker
-from zplan.simulate.trainer import REPLACED, Run
+from zplan.simulate.trainer import Run, replaced
 from zplan.units import format_bytes
 from zplan.zero_config import deepspeed_config
 
@@ -274,7 +274,7 @@ def make_report(
         num_operations=tracker.num_operations,
         num_played=tracker.num_played,
         versions=installed_versions(),
-        replaced=REPLACED,
+        replaced=replaced(request.recipe, request.choice),
         notes=(f"the allocator is replayed under PYTORCH_CUDA_ALLOC_CONF={request.alloc_conf}",)
         if request.alloc_conf
         else (),

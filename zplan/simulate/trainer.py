@@ -42,16 +42,34 @@ OPTIMIZERS: dict[str, Any] = {
 }
 """As Trainer.get_optimizer_cls_and_kwargs makes them; Muon is DeepSpeed's own (build_engine); the
 others need kernels that fake tensors do not have."""
-REPLACED = (
-    "weights are not read and not initialised (no_init_weights)",
-    "the data loader: every batch holds sequences of max_length tokens, no padding, every label counted",
-    "torch.compile, with which DeepSpeed decorates Muon's update: it runs operation by operation, as it is written",
-    optimizer_process.REPLACED,
-    "DeepSpeed's quantizer and bitsandbytes' 4-bit weights: the tensors of their CUDA code, without its arithmetic",
-    "below stage 3, from a worker's second run of a model on: its forward and backward, played from the first run's"
-    " record if two steps of that were alike; DeepSpeed, the loss and the optimizer run as they are",
-    "Trainer's loop: TRL's compute_loss, accelerate's backward and step in its order, no callbacks, no logging",
-)
+
+
+def replaced(recipe: Recipe, choice: Choice) -> tuple[str, ...]:
+    """The pieces of the trainer that do not run as they are in this run, one line each."""
+    zero = choice.zero
+    quantizes = zero.zero_quantized_weights or zero.zero_quantized_gradients
+    pieces = (
+        (True, "weights are not read and not initialised (no_init_weights)"),
+        (True, "the data loader: every batch holds sequences of max_length tokens, no padding, every label counted"),
+        (
+            recipe.optimizer == "muon",
+            "torch.compile, with which DeepSpeed decorates Muon's update: it runs operation by operation, as it is"
+            " written",
+        ),
+        (zero.super_offloads, optimizer_process.REPLACED),
+        (quantizes, "DeepSpeed's quantizer: the tensors of its CUDA code, without its arithmetic"),
+        (recipe.method == "qlora", "bitsandbytes' 4-bit weights: the tensors of its CUDA code, without its arithmetic"),
+        (
+            zero.stage < 3,
+            "from a worker's second run of a model on: its forward and backward, played from the first run's record if"
+            " two steps of that were alike; DeepSpeed, the loss and the optimizer run as they are",
+        ),
+        (
+            True,
+            "Trainer's loop: TRL's compute_loss, accelerate's backward and step in its order, no callbacks, no logging",
+        ),
+    )  # fmt: skip
+    return tuple(line for is_there, line in pieces if is_there)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
