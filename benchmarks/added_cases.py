@@ -93,6 +93,8 @@ def _of_expert_adapters() -> list[Case]:
                adapter={"lora_target": ("w1", "w2", "w3")}, **small),
         _added("llama-3.2-1b", "lora", 3, checkpointing=False, micro_batch=4,
                adapter={"lora_target": ("down_proj", "up_proj")}, **small),
+        _added("qwen3-30b-a3b", "full", 3, micro_batch=2, max_length=128, loss="full", stage3_max_live_parameters=0,
+               stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=1_000_000),
         _added("llama-3.2-1b", "lora", 3, checkpointing=False, micro_batch=4, attention="eager",
                adapter={"lora_target": ("v_proj",)}, **small),
     ]  # fmt: skip

@@ -13,10 +13,11 @@ from zplan.memory.block_tape import record_block
 from zplan.memory.coordinator import Act, Coordinator, Fetches
 from zplan.memory.course import course
 from zplan.memory.estimate import estimate_memory
+from zplan.memory.events import Event
 from zplan.memory.fetch_limits import Limits
 from zplan.memory.operations import Modules, Sizes
 from zplan.memory.script import Op
-from zplan.memory.tape import Event, Tape, Tensor, Value
+from zplan.memory.tape import Tape, Tensor, Value
 from zplan.memory.timeline import INNER, Recording, record, root_module
 from zplan.memory.trainable import Weight, layout
 from zplan.model_shape import ModelShape

@@ -8,8 +8,8 @@ from benchmarks.family_configs import FAMILIES
 from benchmarks.formula_case import cut_layers
 from zplan.catalog.find import find_model
 from zplan.memory.course import course
+from zplan.memory.events import Event
 from zplan.memory.owners import module_parameters, viewed_numbers
-from zplan.memory.tape import Event
 from zplan.memory.timeline import Recording, local_embedding_bytes, record
 from zplan.memory.trainable import Weight, layout
 from zplan.model_probe import shape_of_config
@@ -112,3 +112,23 @@ def test_the_embedding_is_a_local_of_the_model_until_its_forward_ends() -> None:
     assert plain.moments[-1] == 0
     gpt2 = recorded("gpt2", "full")
     assert local_embedding_bytes(gpt2, next(block for block in gpt2.blocks if block.tape)) == 0  # positions are added
+
+
+def test_gradients_of_a_leaf_module_wait_for_its_backward_and_the_views_of_its_weights_do_not() -> None:
+    """At ZeRO-3; below, and in families whose experts are no leaf module, each is reduced when it is there."""
+    steps = backward_of_experts(recorded("qwen3-30b-a3b", "full"))
+    made = [number for event, number in steps if event == Event.MADE]
+    at_once = [number for event, number in steps[steps.index((Event.MADE, made[-1])) :] if event == Event.GRADIENT]
+    assert len(made) == 3  # router, gate_up_proj, down_proj
+    assert at_once[:3] == sorted(made)
+    others = backward_of_experts(recorded("deepseek-v2-lite", "full"))
+    assert not [number for event, number in others if event == Event.MADE]
+
+
+def backward_of_experts(recording: Recording) -> list[tuple[int, int]]:
+    """(event, number) of a recorded layer with experts."""
+    block = next(
+        block for block in recording.blocks if any(len(weight.shape) == 3 for weight in block.laid.weights)
+    )  # fmt: skip
+    assert block.tape
+    return [(event, number) for event, number, _ in block.tape.backward]

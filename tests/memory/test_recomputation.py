@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from zplan.memory.block_tape import record_block
-from zplan.memory.tape import Event, Step, Tape, Value
+from zplan.memory.events import Event, Step
+from zplan.memory.tape import Tape, Value
 
 
 def peak_and_net(steps: Iterable[Step]) -> tuple[int, int]:

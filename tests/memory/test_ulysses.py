@@ -10,6 +10,7 @@ import pytest
 from tests.memory.choices import shape_of
 from tests.memory.test_estimate import cluster
 from zplan.memory.estimate import estimate_memory
+from zplan.memory.events import Event
 from zplan.memory.instances import Instances, instances
 from zplan.memory.meter import Kind, Meter
 from zplan.memory.muon import BF16
@@ -18,7 +19,7 @@ from zplan.memory.shards import shard
 from zplan.memory.stage0 import Stage0Engine
 from zplan.memory.stage3 import Stage3Engine
 from zplan.memory.stage12 import Stage12Engine, partition
-from zplan.memory.tape import Event, Tape
+from zplan.memory.tape import Tape
 from zplan.memory.terms import MemoryEstimate
 from zplan.memory.trainable import layout
 from zplan.memory.ulysses import shared_attention

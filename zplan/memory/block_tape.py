@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from zplan.memory.tape import Event, Step, Tape, Tensor, Value
+from zplan.memory.events import Event, Step
+from zplan.memory.tape import Tape, Tensor, Value
 from zplan.values import dataclass
 
 

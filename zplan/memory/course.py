@@ -73,7 +73,7 @@ def _laps(walk: Walk, calls: tuple[Call, ...]) -> tuple[Laps, ...]:
     for (index, way), starts in walk.starts.items():
         block = walk.recording.blocks[index]
         laps = laps_of(
-            calls, starts, Op.GRADIENT, Op.END_RECOMPUTED, parameters=way * len(block.laid.weights),
+            calls, starts, (Op.GRADIENT, Op.MADE), Op.END_RECOMPUTED, parameters=way * len(block.laid.weights),
             modules=way * max(len(block.modules.numbers), 1),
             low=walk.recording.items.base[index] + walk.num_apart(index) * len(block.laid.weights),
         )  # fmt: skip

@@ -39,7 +39,10 @@ def run_experts(
     whole = sizes.bytes(layer.shape.hidden_size)
     leaf = layer.shape.model_type in LEAF_FAMILIES
     container = modules.number(LEAF if leaf else layer.experts_module.rpartition(".")[0])
-    (tape.enter_leaf if leaf else tape.enter)(container)
+    if leaf:
+        tape.enter_leaf(container, delays=sizes.partitioned)
+    else:
+        tape.enter(container)
     scores = _route(tape, layer, sizes, modules, x)
     summed = _grouped(tape, layer, sizes, modules, x, scores)
     tape.drop(scores)

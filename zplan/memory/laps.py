@@ -82,7 +82,7 @@ class Laps:
 def laps_of(
     calls: Sequence[tuple[int, int]],
     starts: Sequence[int],
-    of_parameter: int,
+    of_parameter: Collection[int],
     of_nothing: int,
     *,
     parameters: int,
@@ -92,13 +92,13 @@ def laps_of(
     """The laps that begin at these calls; None where they are not called alike.
 
     Args:
-        of_parameter: the operation that names a parameter.
+        of_parameter: operations that name a parameter.
         of_nothing: the one that names nothing; all others name modules.
     """
     if len(starts) < 2 or not parameters:
         return None
     first, size = starts[0], starts[1] - starts[0]
-    ways = {of_parameter: parameters, of_nothing: 0}
+    ways = dict.fromkeys(of_parameter, parameters) | {of_nothing: 0}
     one = [(op, number, ways.get(op, modules)) for op, number in calls[first : first + size]]
     for lap, start in enumerate(starts):
         moved = [(op, number + lap * way) for op, number, way in one]

@@ -156,7 +156,7 @@ class Scheduler:
         for call in range(first, end):
             op, module = self.script.calls[call]
             if op not in _LEAVING and op not in _STEPS and op not in _OTHERS:
-                if op == Op.GRADIENT and self._keeps:
+                if op in (Op.GRADIENT, Op.MADE) and self._keeps:
                     hooks.append((call, op, module))
                 continue
             steps += op in _STEPS
@@ -179,6 +179,7 @@ class Scheduler:
             Op.END_RECOMPUTED: lambda _: coordinator.end_recomputed(),
             Op.READ_HEAD: lambda _: coordinator.read_head(self.script.head),
             Op.GRADIENT: lambda number: ((Act.DROP, (number,)),),
+            Op.MADE: lambda number: ((Act.DROP, (number,)),),
             Op.END_BACKWARD: lambda _: ((Act.GIVE_BACK, self.script.head),),
             Op.END_STEP: lambda _: ((Act.UPDATE, self.script.head),),
         }

@@ -36,6 +36,8 @@ class Op:
     """POST_MODULE within a non-reentrant recomputation."""
     VIEWED_MODULE: Final = 12
     """POST_MODULE of a module whose weights the graph keeps a view of."""
+    MADE: Final = 13
+    """A weight's gradient is there, and is reduced later (GRADIENT)."""
     END_STEP: Final = 11
     """The update is done."""
 
@@ -47,7 +49,7 @@ Call = tuple[int, int]
 HOOKS = frozenset(
     {
         Op.PRE_MODULE, Op.POST_MODULE, Op.RECOMPUTED_MODULE, Op.END_RECOMPUTED, Op.READ_HEAD, Op.KEPT_MODULE,
-        Op.VIEWED_MODULE, Op.END_STEP,
+        Op.VIEWED_MODULE, Op.END_STEP, Op.MADE,
     }
 )  # fmt: skip
 """Calls that gather and release parameters; no gradient comes or goes in them."""

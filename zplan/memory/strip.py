@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from zplan.memory.tape import Event, Step
+from zplan.memory.events import Event, Step
 from zplan.values import dataclass
 
 WEIGHT, MODULE = 0, 1
@@ -42,7 +42,7 @@ def strip(steps: Iterable[Step], operation: Callable[[int, int], int | None]) ->
             net, peak = stretches[-1]
             stretches[-1] = [net + a, max(peak, net + a, net + b)]
         elif (called := operation(event, a)) is not None:
-            calls.append((called, WEIGHT if event == Event.GRADIENT else MODULE, a))
+            calls.append((called, WEIGHT if event in (Event.GRADIENT, Event.MADE) else MODULE, a))
             stretches.append([0, 0])
     moments: list[int] = []
     level = 0

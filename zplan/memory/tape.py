@@ -11,24 +11,9 @@ after the node ran), input_buffer.cpp (can_accumulate_inplace: nobody else holds
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Final
 
+from zplan.memory.events import Event, Step
 from zplan.values import dataclass
-
-
-class Event:
-    """What the replay of a step must do next."""
-
-    BYTES: Final = 0
-    GRADIENT: Final = 1
-    PRE_FORWARD: Final = 2
-    POST_FORWARD: Final = 3
-    PRE_BACKWARD: Final = 4
-    POST_BACKWARD: Final = 5
-
-
-Step = tuple[int, int, int]
-"""(Event, a, b): BYTES net, peak above the start; GRADIENT weight index; the others module index."""
 
 
 class Tensor:
@@ -78,6 +63,8 @@ class Operation:
     """Bytes that the node's backward needs besides its results."""
     viewed: bool
     """Its results are views."""
+    delayed: bool
+    """Gradients of its weights wait for the end of the module in which they lie."""
 
 
 @dataclass(slots=True)
@@ -95,6 +82,7 @@ class Marker:
 
     module: int
     enters: bool
+    hands_over: bool = False
 
 
 @dataclass(slots=True)
@@ -125,6 +113,8 @@ class Tape:
     _peak: int = 0
     _stopped: bool = False
     _in_leaf: bool = False
+    _delays: bool = False
+    _waiting: list[tuple[int, int]] = field(default_factory=list)
     _live: int = 0
     _held: list[Value] = field(default_factory=list)
 
@@ -179,14 +169,21 @@ class Tape:
         if tensor.refs == 0:
             self._add(-tensor.bytes)
 
-    def enter_leaf(self, module: int) -> None:
-        """A module's forward begins, of whose parts ZeRO-3 sees nothing."""
-        self.enter(module)
-        self._in_leaf = True
+    def enter_leaf(self, module: int, *, delays: bool) -> None:
+        """A module's forward begins, of whose parts ZeRO-3 sees nothing.
+
+        Args:
+            delays: its gradients are reduced together when its backward is over.
+
+        Source: deepspeed 0.19.8, runtime/zero/stage3.py:1533 (reduce_leaf_module_grads).
+        """
+        self.operations.append(Marker(module, True, hands_over=delays))
+        self._emit(Event.PRE_FORWARD, module)
+        self._in_leaf, self._delays = True, delays
 
     def exit_leaf(self, module: int) -> None:
         """Its forward ends."""
-        self._in_leaf = False
+        self._in_leaf = self._delays = False
         self.exit(module)
 
     def enter(self, module: int, x: Value | None = None) -> None:
@@ -262,7 +259,7 @@ class Tape:
             out.storage.refs += 1
             saved.append(out.storage)
         needing = [(value, fresh) for value, fresh in inputs if value.needs_gradient]
-        self.operations.append(Operation(out, needing, saved, weights, temporary, viewed))
+        self.operations.append(Operation(out, needing, saved, weights, temporary, viewed, self._delays))
         if self.stop_at == self.num_operations:
             self._stop(saved)
         return out
@@ -322,6 +319,8 @@ class Tape:
             value.gradient.refs += 1
         for operation in reversed(self.operations):
             if isinstance(operation, Marker):
+                if operation.hands_over:
+                    self._hand_over()
                 self._emit(Event.POST_BACKWARD if operation.enters else Event.PRE_BACKWARD, operation.module)
             elif isinstance(operation, Division):
                 self._join(operation)
@@ -353,9 +352,21 @@ class Tape:
         self._release(incoming)
         for (value, _), result in zip(operation.inputs, results, strict=True):
             self._accumulate(value, result)
+        if operation.delayed:
+            self._waiting += operation.weights
+            for index, _ in operation.weights:
+                self._emit(Event.MADE, index)
+            return
         for index, num_bytes in operation.weights:
             self._add(-num_bytes)
             self._emit(Event.GRADIENT, index)
+
+    def _hand_over(self) -> None:
+        """In the order of the parameters."""
+        for index, num_bytes in sorted(self._waiting):
+            self._add(-num_bytes)
+            self._emit(Event.GRADIENT, index)
+        self._waiting.clear()
 
     def _join(self, division: Division) -> None:
         self._add(division.num_bytes)

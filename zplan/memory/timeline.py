@@ -18,11 +18,12 @@ from zplan.memory.around import (
 from zplan.memory.attention import uses_rotary
 from zplan.memory.block_tape import BlockTape, FirstTape, record_block, record_first
 from zplan.memory.blocks import build_layer
+from zplan.memory.events import Event, Step
 from zplan.memory.instances import Instances, instances
 from zplan.memory.loss import LossCost, loss_cost
 from zplan.memory.norms import norm
 from zplan.memory.operations import Modules, Sizes
-from zplan.memory.tape import Event, Step, Tape, Value
+from zplan.memory.tape import Tape, Value
 from zplan.memory.trainable import LaidBlock, Layout, Weight
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe

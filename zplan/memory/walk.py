@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from zplan.memory.events import Event, Step
 from zplan.memory.meter import Kind, Meter
 from zplan.memory.owners import module_parameters, viewed_numbers
 from zplan.memory.script import Call, Kinds, Op
 from zplan.memory.strip import Strip, strip
-from zplan.memory.tape import Event, Step
 from zplan.memory.timeline import (
     INNER,
     Recorded,
@@ -305,6 +305,8 @@ class Walk:
         def operation(event: int, number: int) -> int | None:
             if event == Event.GRADIENT:
                 return Op.GRADIENT
+            if event == Event.MADE:
+                return Op.MADE
             if not self.fetches:
                 return None
             if event == Event.PRE_FORWARD and runs_again and reentrant:
