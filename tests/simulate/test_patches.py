@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partitioned_param_coordinator import (
     PartitionedParameterCoordinator,
     ZeRoTraceMode,
     iter_params,
 )
 
-from zplan.simulate.listing import listed_parameters
+from zplan.simulate.listing import counted_parameters, listed_parameters
 from zplan.zero3_trace import METHOD, PREFIX, params_to_release
 
 ORIGINAL = vars(PartitionedParameterCoordinator)[METHOD]
@@ -74,3 +76,32 @@ def test_a_trace_that_is_not_complete_is_still_refused() -> None:
     for module in order:
         with pytest.raises(RuntimeError, match="expected trace to be complete"):
             ours(made, module, 0)
+
+
+MODEL = torch.nn.Linear(2, 2)
+OTHER = torch.nn.Parameter(torch.zeros(2))
+BOTH = [MODEL.weight, MODEL.bias]
+
+
+@pytest.mark.parametrize(
+    ("groups", "refused"),
+    [([BOTH], ""), ([[*BOTH, OTHER, OTHER]], ""), ([[*BOTH, MODEL.bias]], "bias"), ([BOTH, [MODEL.weight]], "weight")],
+    ids=["each once", "one that is not the model's twice", "twice in a group", "in two groups"],
+)
+def test_an_optimizer_that_has_a_parameter_twice_is_refused_as_deepspeed_does(
+    groups: list[list[torch.nn.Parameter]], refused: str
+) -> None:
+    optimizer = SimpleNamespace(param_groups=[{"params": group} for group in groups])
+    for check in (DeepSpeedEngine._check_for_duplicates, counted_parameters(DeepSpeedEngine._check_for_duplicates)):
+        if refused:
+            with pytest.raises(AssertionError, match=f"name: {refused} occurs"):
+                check(SimpleNamespace(module=MODEL), optimizer)
+        else:
+            check(SimpleNamespace(module=MODEL), optimizer)
+
+
+def test_an_optimizer_that_has_each_parameter_once_is_not_searched_for_every_one_of_them() -> None:
+    def search(engine: Any, optimizer: Any) -> None:
+        raise RuntimeError("searched")
+
+    counted_parameters(search)(None, SimpleNamespace(param_groups=[{"params": BOTH}]))

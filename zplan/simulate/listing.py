@@ -1,4 +1,4 @@
-"""The parameters of a module, as DeepSpeed lists them, without a walk over it at each question."""
+"""Lists of parameters that DeepSpeed makes anew at each question, made once."""
 
 from __future__ import annotations
 
@@ -26,3 +26,20 @@ def listed_parameters(original: Callable[..., Any]) -> Callable[..., tuple[torch
         return found[1]
 
     return iter_params
+
+
+def counted_parameters(original: Callable[..., None]) -> Callable[..., None]:
+    """DeepSpeed's check that the optimizer is given no parameter twice; where it is, the check itself says which.
+
+    It lists all parameters of the optimizer for each one of the model, twice for those among them: 0.5 million for 7 B
+    with adapters, 3.3 million for 70 B.
+
+    Source: deepspeed 0.19.8, runtime/engine.py:2281 (_check_for_duplicates).
+    """
+
+    def check_for_duplicates(engine: Any, optimizer: Any) -> None:
+        given = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+        if len(set(given)) < len(given):
+            original(engine, optimizer)
+
+    return check_for_duplicates

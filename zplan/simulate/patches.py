@@ -31,7 +31,7 @@ from zplan.simulate.fake_tensors import (
     tensor_constructor,
     tracked_resize,
 )
-from zplan.simulate.listing import listed_parameters
+from zplan.simulate.listing import counted_parameters, listed_parameters
 from zplan.simulate.ops import StandInBuilder, StandInOp
 from zplan.simulate.optimizer_process import OptimizerProcesses, spawned
 from zplan.simulate.tracker import Tracker
@@ -173,6 +173,9 @@ def install_deepspeed_patches(patches: Patches, recorder: CollectiveRecorder) ->
         patches.set(owner, "iter_params", listed)
         # asked as often; nn.Module answers hasattr by an exception
         patches.set(owner, "z3_leaf_module", lambda module: module.__dict__.get("_z3_leaf", False))
+    # every parameter is looked for in a list of all that the optimizer has
+    engine = importlib.import_module("deepspeed.runtime.engine").DeepSpeedEngine
+    patches.set(engine, "_check_for_duplicates", counted_parameters(engine._check_for_duplicates))
     # what a module may release is looked up among all modules of the reuse distance, for each module anew
     owner = coordinator.PartitionedParameterCoordinator
     patches.set(owner, METHOD, params_to_release(vars(owner)[METHOD], listed))

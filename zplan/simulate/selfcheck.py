@@ -87,6 +87,7 @@ SEAMS = (
     ),
     Seam("deepspeed.runtime.zero.parameter_offload", "iter_params", ("module", "recurse")),
     Seam("deepspeed.utils.nvtx", "enable_nvtx"),
+    Seam("deepspeed.runtime.engine", "DeepSpeedEngine._check_for_duplicates", ("self", "optimizer")),
     Seam("deepspeed.runtime.zero.partition_parameters", "_orig_torch_tensor"),
     Seam("deepspeed.runtime.zero.partition_parameters", "_orig_torch_empty"),
     Seam("deepspeed.accelerator.abstract_accelerator", "DeepSpeedAccelerator.pin_memory", ("self", "tensor")),
