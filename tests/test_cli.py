@@ -190,6 +190,14 @@ def test_the_flags_offered_for_the_first_row_ask_about_the_first_row() -> None:
     assert (again["label"], again["batch"]) == (first["label"], first["batch"])
 
 
+def test_a_search_in_which_nothing_can_fit_says_so_and_who_knows_more(tmp_path: Path) -> None:
+    small = ("--gpu", "rtx-4090", "--host-ram", "16GiB", "--backend", "formula")
+    done = zplan("tune", "--model", "llama-2-7b", *small, cwd=tmp_path, code=3)
+    assert "nothing was tried: nothing can fit" in done.stdout
+    assert "zplan estimate with the same flags" in done.stdout
+    assert not (tmp_path / "profiles" / "best.json").exists()
+
+
 def test_what_is_not_modelled_is_tight_and_says_how_to_settle_it() -> None:
     done = zplan("estimate", "--model", "gpt2", "--method", "lora", "--use-dora", "--gpu", "h100")
     assert "nothing is sure to fit" in done.stdout

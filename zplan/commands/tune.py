@@ -163,6 +163,7 @@ class Screen:
 
 def _answer(outcome: StudyOutcome, plan_path: str, study: str, *, world_size: int) -> Answer:
     is_pareto = outcome.objective == "pareto"
+    lines: list[RenderableType]
     data: dict[str, Any] = {
         "schema": "zplan.tune/1",
         "study": without_password(study),
@@ -175,10 +176,12 @@ def _answer(outcome: StudyOutcome, plan_path: str, study: str, *, world_size: in
         "accuracy": [files.to_data(item) for item in outcome.accuracy],
         "trials": [files.to_data(record) for record in outcome.records],
     }
+    if not outcome.records:
+        lines = [Text(f"nothing was tried: {outcome.stop_reason}", style="red")]
+        lines.append(Text("zplan estimate with the same flags says what is short, and what would change it"))
+        return Answer(data=lambda: data, text=Group(*lines), code=ExitCode.DOES_NOT_FIT)
     front = outcome.front if is_pareto else ()
-    lines: list[RenderableType] = [
-        render_records(_by_speed(outcome.records), best=outcome.best, front=front, world_size=world_size)
-    ]
+    lines = [render_records(_by_speed(outcome.records), best=outcome.best, front=front, world_size=world_size)]
     if front:
         lines += [Text(), render_front(front, world_size=world_size, plan_path=plan_path), Text()]
     lines.append(Text(f"stopped: {outcome.stop_reason}"))

@@ -217,7 +217,8 @@ class Search:
             if proposal is None:
                 refused = len(self._screen.refusals())
                 but = f"; of those that fit by formula the simulation refused {refused}" if refused else ""
-                return f"every configuration that can fit has been tried{but}"
+                fits = "every configuration that can fit has been tried" if self.ledger.records() else "nothing can fit"
+                return f"{fits}{but}"
             low = proposal.expected_gain is not None and proposal.expected_gain < self.effort.least_gain
             hopeless = hopeless + 1 if low else 0
             ran = sum(has_speed(record.result) for record in self.ledger.records())
