@@ -14,6 +14,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, set_seed
 
 from sft import build, data, prepared
+from sft.compiling import beating_while_compiling
 from sft.meter import CpuMeter, CudaMeter, make_meter, measure_pinned_bytes, measure_used_bytes, peak_resident_bytes
 from sft.ranks import Rank
 from sft.software import check_software
@@ -134,7 +135,8 @@ def measure_trial(spec: TrialSpec, out_dir: Path, place: Rank, progress: Progres
     trainer = build.build_trainer(recipe, args, model, tokenizer, dataset, callbacks=[clock], meter=meter)
     clock.trainer = trainer
     del model
-    trainer.train()
+    with beating_while_compiling(progress.beat):
+        trainer.train()
     return _gather(spec, trainer, clock, meter, place)
 
 
