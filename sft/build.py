@@ -203,7 +203,7 @@ def load_model(
     try:
         if weights == "random":
             config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
-            with cheap_random_weights():
+            with cheap_random_weights(config):
                 return AutoModelForCausalLM.from_config(config, **common)
         return AutoModelForCausalLM.from_pretrained(
             model_path,
