@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from zplan.errors import ConfigError, MachineError
 from zplan.plan import Plan
 from zplan.planner import Fixed
 from zplan.trial import Evidence, Outcome, TrialResult, TrialSpec, clearly_slower
-from zplan.tuner.ledger import load_study, out_of_memory
+from zplan.tuner.ledger import Record, load_study, out_of_memory
 from zplan.tuner.storage import without_password
 from zplan.zero_config import Choice
 
@@ -85,6 +86,20 @@ def test_running_again_resumes(tmp_path: Path) -> None:
     backend = Oracle(SHAPE)
     tune(_study(tmp_path), 6, backend=backend)
     assert backend.calls <= 1  # nothing left to do but, perhaps, to confirm
+
+
+def test_a_finished_trial_is_read_from_the_study_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    from_data = files.from_data
+
+    def counted(kind: type[Any], data: Any, *, name: str) -> Any:
+        if kind is Record:
+            read.append(name)
+        return from_data(kind, data, name=name)
+
+    monkeypatch.setattr(files, "from_data", counted)
+    records = tune(_study(tmp_path), 5).records
+    assert sorted(read) == sorted(f"trial {record.number}" for record in records)
 
 
 def test_a_study_of_another_recipe_is_refused(tmp_path: Path) -> None:

@@ -119,11 +119,15 @@ class Ledger:
     def __init__(self, study: optuna.Study, path: str) -> None:
         self._study = study
         self._path = path
+        self._read: dict[int, Record] = {}
+        """By trial: what Optuna has once called complete never changes."""
 
     def records(self) -> tuple[Record, ...]:
         """Every finished trial, in the order in which they started."""
         trials = guarded(self._path, lambda: self._study.get_trials(deepcopy=False))
-        return tuple(_record(t) for t in trials if t.state is TrialState.COMPLETE and "record" in t.user_attrs)
+        finished = [t for t in trials if t.state is TrialState.COMPLETE and "record" in t.user_attrs]
+        self._read |= {t.number: _record(t) for t in finished if t.number not in self._read}
+        return tuple(self._read[t.number] for t in finished)
 
     def running(self) -> tuple[Running, ...]:
         """What this and other tuners are running now."""
