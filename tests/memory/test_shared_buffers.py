@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.formula_case import Case, cut_layers, request_of
 from zplan.catalog.find import find_model
 from zplan.memory.estimate import estimate_memory
+from zplan.memory.gather import Part, without_update
 from zplan.memory.shared_buffers import SharedBuffers
 from zplan.model_shape import ModelShape
 from zplan.zero_config import ZeroConfig
@@ -55,3 +56,11 @@ def test_what_was_gathered_together_stays_with_the_router_of_a_recomputation_unt
     assert reduced["step"] - plain["step"] >= experts // 2
     again = phases(by_all_reduce=True, accumulation=2)
     assert again["forward"] - reduced["forward"] >= 2 * experts  # the first micro-step left them, and both are there
+
+
+def test_they_are_given_back_before_the_norm_of_the_gradients_is_taken() -> None:
+    """The last calls are the update, the end of the update, and the end of the phase: two moments each."""
+    first, last = Part((70, 70), times=3), Part((90, 80, 50, 50, 50, 60, 0, 0))
+    same, update = without_update((first, last), 50)
+    assert same is first
+    assert update.moments == (90, 80, 50, 0, 0, 60, 0, 0)

@@ -24,8 +24,8 @@ from zplan.values import dataclass
 from zplan.zero_config import Choice
 
 NO_TRACE = Limits(prefetch=0, live=0, reuse=0)
-LEFT = -4
-"""Among the moments of a script of ZeRO-3: what is still gathered when the update begins."""
+LEFT, UPDATING = -6, slice(-5, -3)
+"""Among the moments of a script of ZeRO-3: what is still gathered when the update begins, and what is while it runs."""
 MOST_SCHEDULES = 256
 """Of one set of persistent parameters."""
 _PADDINGS: dict[tuple[int, ...], int] = {}
@@ -274,7 +274,19 @@ def follow_hooks(of: Gathering, choice: Choice, shards: Shards, schedule: Schedu
     )  # fmt: skip
     if has_copies:
         engine.cut_all_again()
-    return tuple(part for run in schedule for part in _follow_run(engine, run))
+    parts = tuple(part for run in schedule for part in _follow_run(engine, run))
+    return without_update(parts, engine.held_over) if engine.held_over else parts
+
+
+def without_update(parts: Parts, held_over: int) -> Parts:
+    """What persists, with what lies in its buffers, is given back first of all in an update.
+
+    Source: deepspeed 0.19.8, runtime/zero/stage3.py (step: _partition_all_parameters ahead of the norm).
+    """
+    *others, last = parts
+    moments = list(last.moments)
+    moments[UPDATING] = [num_bytes - held_over for num_bytes in moments[UPDATING]]
+    return (*others, replace(last, moments=tuple(moments)))
 
 
 def _follow_run(engine: Stage3Engine, run: Run) -> list[Part]:

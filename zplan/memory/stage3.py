@@ -250,7 +250,6 @@ class Stage3Engine:
         """
         if self.shared:
             self.meter.add(Kind.GATHERED_PARAMETERS, -self.held_over)
-            self.held_over = 0
         again = update_bytes(self.items, self.shards, self.zero, num_ranks=self.num_ranks)
         self.meter.touch(Kind.GATHERED_PARAMETERS, again)
 
