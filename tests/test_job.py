@@ -15,7 +15,7 @@ from zplan.errors import ConfigError
 from zplan.job import Job, make_job
 from zplan.options import WHOLE, Flags
 from zplan.plan import Plan
-from zplan.planner import evaluate
+from zplan.planner import evaluate, rank_candidates
 from zplan.settings import gives_one_value
 from zplan.zero_config import BatchSizes
 
@@ -237,6 +237,17 @@ def test_every_zero_value_tells_where_it_comes_from() -> None:
     assert found["reduce_bucket_size"] == "auto"
     assert found["stage3_prefetch_bucket_size"] == found["offload_optimizer.buffer_count"] == "default"
     assert origins(ask(stage=3))["stage3_prefetch_bucket_size"] == "auto"
+
+
+def test_what_the_table_chose_is_not_called_a_default_of_deepspeed() -> None:
+    job = ask()
+    for item in rank_candidates(job.shape, job.recipe, job.cluster):
+        data = estimate_data(item, shape=job.shape, recipe=job.recipe, cluster=job.cluster, origins=job.origins)
+        zero, stage = data["zero"], item.choice.zero.stage
+        assert zero["stage"]["origin"] == ("tuned" if stage else "default")
+        assert zero["overlap_comm"]["origin"] == ("tuned" if item.choice.zero.overlap_comm else "default")
+        assert zero["sub_group_size"]["origin"] == "default"
+        assert zero.get("offload_optimizer.device", {"origin": "tuned"})["origin"] == "tuned"
 
 
 def test_sizes_that_are_probably_a_mistake_are_warnings(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
 
@@ -16,7 +16,7 @@ from zplan.recipe import Recipe
 from zplan.settings import hf_auto_bucket_sizes
 from zplan.speed.types import SpeedEstimate
 from zplan.versions import installed_version
-from zplan.zero_config import Choice, flat_section
+from zplan.zero_config import Choice, OffloadOptimizer, OffloadParam, ZeroConfig, flat_section
 
 _VERSIONS = ("zplan", "deepspeed", "torch", "transformers", "trl", "peft")
 
@@ -43,7 +43,7 @@ def estimate_data(
 
     Args:
         origins: zero key -> user | auto | default | tuned; where it is silent, a value that equals what transformers
-            fills in is `auto`, any other `default`.
+            fills in is `auto`, DeepSpeed's own `default`, and any other one was chosen here, `tuned`.
         calibration: what trials on this machine have corrected the candidate by; None is not at all.
     """
     return {
@@ -168,11 +168,14 @@ def _question(shape: ModelShape, recipe: Recipe, cluster: Cluster) -> dict[str, 
 
 def _zero(choice: Choice, origins: Mapping[str, str], shape: ModelShape) -> dict[str, Any]:
     """Every key of the section with its value and origin; offload sections flattened to `offload_param.device`."""
-    auto = hf_auto_bucket_sizes(shape.hidden_size)
+    auto, bare = hf_auto_bucket_sizes(shape.hidden_size), ZeroConfig()
+    offload = {"offload_optimizer": OffloadOptimizer(device="cpu"), "offload_param": OffloadParam(device="cpu")}
+    default = flat_section(replace(bare, stage=choice.zero.stage, **offload)) | {"stage": bare.stage}  # type: ignore[arg-type]
 
     def origin(key: str, value: Any) -> str:
         given = origins.get(key) or origins.get(key.partition(".")[0])
-        return given or ("auto" if auto.get(key) == value else "default")
+        chosen = key.endswith(".device") or default.get(key) != value
+        return given or ("auto" if auto.get(key) == value else "tuned" if chosen else "default")
 
     return {key: {"value": value, "origin": origin(key, value)} for key, value in flat_section(choice.zero).items()}
 
