@@ -83,7 +83,7 @@ def ask_hub(endpoint: str) -> subprocess.CompletedProcess[str]:
     inherited = {key: value for key, value in os.environ.items() if not key.endswith("_OFFLINE")}
     return subprocess.run(
         [sys.executable, "-c", script], env={**inherited, "HF_ENDPOINT": endpoint}, capture_output=True, text=True,
-        check=False, timeout=60,
+        check=False, timeout=300,
     )  # fmt: skip
 
 

@@ -154,7 +154,7 @@ def test_sigterm_saves_and_the_next_start_continues(
     session = make_session(plan, tmp_path, max_steps=2000, save_steps=3)
     files.save(session, tmp_path / "run.json")
     warm.send({"session": str(tmp_path / "run.json"), "ranks": 2})
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not (tmp_path / "checkpoint-3" / "zplan_checkpoint.json").exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -229,14 +229,14 @@ def test_ctrl_c_saves_and_leaves_no_process(tiny_model_dir: Path, tiny_dataset: 
     run = tmp_path / "run"
     line = command(plan, tmp_path, "--output-dir", str(run), "--max-steps", "5000", "--save-steps", "3")
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (run / "checkpoint-3" / "zplan_checkpoint.json").exists():
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)
     children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=180)
     assert process.returncode == 130
     assert len(children) == 2
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)

@@ -136,7 +136,7 @@ def test_a_wrong_number_of_ranks_is_refused(warm: WarmServer, tiny_model_dir: Pa
     assert "1 ranks were started" in files.load_json(tmp_path / "error_0.json")["message"]
 
 
-def wait_for(path: Path, seconds: float = 60) -> None:
+def wait_for(path: Path, seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
     while not (path.exists() and "steps" in path.read_text()):
         assert time.monotonic() < deadline, f"{path} did not appear"

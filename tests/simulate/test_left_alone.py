@@ -34,7 +34,7 @@ def test_a_run_and_a_kept_model_end_when_their_client_is_killed() -> None:
     finally:
         client.kill()
         client.wait()
-    wait_until(lambda: not any(map(is_alive, everyone)), 10.0)
+    wait_until(lambda: not any(map(is_alive, everyone)), 60.0)
 
 
 def is_alive(process: psutil.Process) -> bool:
