@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,15 +166,13 @@ def test_early_stopping_ends_a_run_that_gets_worse_and_keeps_the_best_weights(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_s_muon_learns(tiny_model_dir: Path, tiny_dataset: Path, tmp_path: Path, stage: int) -> None:
-    """DeepSpeed compiles Muon's orthogonalisation, for minutes on a CPU; run as it is written it computes the same."""
+def test_deepspeed_s_muon_learns(
+    warm: WarmServer, tiny_model_dir: Path, tiny_dataset: Path, tmp_path: Path, stage: int
+) -> None:
     plan = make_plan(make_recipe(tiny_model_dir, tiny_dataset, optimizer="muon"), stage=stage, ranks=2)
     files.save(plan, tmp_path / "plan.json")
-    line = [sys.executable, "-m", "sft.train", "--plan", str(tmp_path / "plan.json"), "--max-steps", "3"]
-    subprocess.run(
-        [*line, "--output-dir", str(tmp_path / "run")], env={**os.environ, "TORCHDYNAMO_DISABLE": "1"}, check=True
-    )
-    report = files.load_json(tmp_path / "run" / "training_report.json")
+    line = ["--plan", str(tmp_path / "plan.json"), "--max-steps", "3", "--output-dir", str(tmp_path / "run")]
+    report = train(warm, command_line.prepare(command_line.parser().parse_args(line)))
     assert report["outcome"] == "finished"
     assert sorted(losses(report), reverse=True) == losses(report)
     assert losses(report)[-1] < losses(report)[0] - 0.1

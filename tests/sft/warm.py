@@ -68,7 +68,8 @@ class WarmServer:
     """A child process that has imported everything and forks ranks."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        # DeepSpeed compiles Muon's orthogonalisation, for minutes on a CPU; run as it is written it computes the same
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.sft.warm"],
             stdin=subprocess.PIPE,
@@ -114,7 +115,7 @@ class WarmServer:
         """End it; its ranks end with it."""
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(timeout=20)
+        self.process.wait(timeout=60)
 
 
 def rank_pids(server: WarmServer) -> list[int]:
@@ -142,12 +143,23 @@ def start(request: dict[str, Any], answers: int) -> Group:
     return fork_group(work, Path(session.output_dir), ranks=request["ranks"], answers=answers)
 
 
+def not_compiled(builder: Any, verbose: bool = True) -> Any:
+    """Of what Muon leaves to FusedAdam, DeepSpeed itself then makes the updates in torch (muon_optimizer.py:34).
+
+    To compile it takes minutes, and two environments overwrite each other's in ~/.cache/torch_extensions.
+    """
+    raise RuntimeError("not compiled for tests")
+
+
 if __name__ == "__main__":
     from sft.trial import preload
 
     protocol = os.dup(1)
     os.dup2(2, 1)
     preload("cpu")
+    from deepspeed.ops.op_builder import FusedAdamBuilder
+
     import sft.training  # noqa: F401
 
+    FusedAdamBuilder.load = not_compiled
     serve(Requests(0), protocol, start)
