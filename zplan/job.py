@@ -121,6 +121,10 @@ def _checked(job: Job) -> Job:
     refuse_adapters_of_experts(job.shape, job.recipe)
     refuse_offload(job.cluster, job.recipe, job.choice)
     refuse_combinations(job.cluster, job.choice)
+    if job.choice and job.choice.zero.offload_param.device == "nvme":
+        from zplan.memory.swap_in import refuse_swapping
+
+        refuse_swapping(job.shape, job.recipe, job.choice, on_cpu=job.cluster.gpu.kind == "cpu")
     split = splits(job.fixed)
     if job.choice:
         split = {name: getattr(job.choice.batch, name) for name in split}
