@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -59,11 +60,21 @@ def test_an_error_of_prediction_is_relative_to_the_trial_and_only_of_those_that_
 
 def test_the_page_names_the_winner_escapes_what_processes_said_and_needs_no_network() -> None:
     page = render_report(QUESTION, RECORDS)
-    assert re.search(r"Fastest: trial 4, <strong>ZeRO-3[^<]*</strong>, 150.0 tokens/s,\s+5.00 GiB per rank", page)
+    assert re.search(
+        r"Fastest: trial 4, <strong>ZeRO-3[^<]*</strong>, 150.0 tokens/s,\s+5.00 GiB allocated per rank", page
+    )
     assert "4 of 5 trials ran" in page
     assert "&lt;b&gt;really&lt;/b&gt;" in page
     assert "<b>really" not in page
     assert not re.search(r'(?:src|href)="(?!#)[^"]*"', page.replace('xlink:href="#', 'href="#'))
+
+
+def test_a_page_about_simulations_says_that_its_speed_is_predicted() -> None:
+    page = render_report(replace(QUESTION, evidence="simulated"), RECORDS)
+    assert "Memory is simulated and speed predicted: nothing was measured." in page
+    assert "Prediction against simulation" in page
+    assert "All numbers are measured." in render_report(QUESTION, RECORDS)
+    assert ">DDP, 1 x" in page, "the name of the terminal's tables"
 
 
 def test_a_study_without_a_successful_trial_has_a_page_too() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from zplan.calibrate import Accuracy, Corrections, accuracy, learn, library_vers
 from zplan.report.figures import accuracy_figure, history_figure, pareto_figure
 from zplan.report.labels import QUANTITY_NAMES
 from zplan.report.rows import study_rows
+from zplan.report.trials import format_speed
+from zplan.trial import Evidence
 from zplan.tuner.ledger import Question, Record, load_study
 from zplan.tuner.winner import compared, rank_records
 from zplan.units import format_bytes, format_seconds
@@ -42,7 +45,8 @@ def render_report(question: Question, records: tuple[Record, ...]) -> str:
     return environment.get_template("study.html.j2").render(
         title=f"Tuning {Path(question.recipe.model).name}",
         question=_question_text(question),
-        evidence=question.evidence,
+        evidence=_EVIDENCE[question.evidence],
+        against="simulation" if question.evidence == "simulated" else "measurement",
         num_ok=int((rows["outcome"] == "ok").sum()),
         trials=shown,
         best=best,
@@ -52,6 +56,14 @@ def render_report(question: Question, records: tuple[Record, ...]) -> str:
         errors=_error_cells(question, records),
         versions=library_versions(),
     )
+
+
+_EVIDENCE: Mapping[Evidence, str] = {
+    "measured": "All numbers are measured.",
+    "simulated": "Memory is simulated and speed predicted: nothing was measured.",
+    "formula": "All numbers are by formula: nothing was measured.",
+    "calibrated": "All numbers are by formula, calibrated: nothing was measured.",
+}
 
 
 def _error_cells(question: Question, records: tuple[Record, ...]) -> list[dict[str, Any]]:
@@ -92,7 +104,7 @@ def _cells(row: pd.Series[Any]) -> dict[str, Any]:
         "configuration": row["configuration"],
         "outcome": row["outcome"],
         "message": row["message"],
-        "speed": f"{row['tokens_per_second']:,.1f}" if known("tokens_per_second") is not None else "-",
+        "speed": format_speed(known("tokens_per_second")),
         "step": format_seconds(known("step_seconds")),
         "gpu": size("gpu_bytes"),
         "predicted": size("predicted_gpu_bytes"),

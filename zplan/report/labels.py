@@ -10,7 +10,7 @@ from zplan.zero_config import Choice
 def choice_label(choice: Choice) -> str:
     """A configuration in one line: `ZeRO-3 + optimizer on cpu, 4 x 2 on 8, checkpointing`."""
     zero, batch = choice.zero, choice.batch
-    parts = [f"ZeRO-{zero.stage}"]
+    parts = [f"ZeRO-{zero.stage}" if zero.stage else "DDP"]
     if zero.offloads_optimizer:
         parts.append(f"optimizer on {zero.offload_optimizer.device}")
     if zero.offloads_param:
