@@ -15,6 +15,7 @@ from transformers import TrainerCallback, set_seed
 
 from sft import build, data, prepared
 from sft.compiling import beating_while_compiling
+from sft.dropped_gradients import unwritten_gradients
 from sft.meter import CpuMeter, CudaMeter, make_meter, measure_pinned_bytes, measure_used_bytes, peak_resident_bytes
 from sft.ranks import Rank
 from sft.software import check_software
@@ -135,7 +136,7 @@ def measure_trial(spec: TrialSpec, out_dir: Path, place: Rank, progress: Progres
     trainer = build.build_trainer(recipe, args, model, tokenizer, dataset, callbacks=[clock], meter=meter)
     clock.trainer = trainer
     del model
-    with beating_while_compiling(progress.beat):
+    with beating_while_compiling(progress.beat), unwritten_gradients():
         trainer.train()
     return _gather(spec, trainer, clock, meter, place)
 
