@@ -201,8 +201,12 @@ def _initialising(
 
         max(4 * largest sub-group, gradients + bucket + largest parameter, weights before they are cut)
 
-    Each trained parameter is gathered once. PEFT puts whole adapters beside the base weights; the engine cuts them. A
-    quantised model is whole on every GPU until then.
+    Each trained parameter is gathered once. While the model is loaded one parameter at a time is whole on every GPU:
+    zero.Init cuts it when it was made, and gathers it again for its weights. PEFT puts whole adapters beside the base
+    weights; the engine cuts them. A quantised model is whole on every GPU until then.
+
+    Source: deepspeed 0.19.8, partition_parameters.py (_zero_init_param, _allgather_params_sequential); transformers
+    5.23.0, integrations/deepspeed.py (_load_state_dict_into_zero3_model).
     """
     b, zero, numel = recipe.weight_bytes, choice.zero, shards.trainable_numel
     accumulated = Exchange.of(recipe).accumulated_bytes(b)
@@ -211,9 +215,10 @@ def _initialising(
     if not zero.offloads_optimizer:
         buffers = max(FP32 * largest_group, accumulated * numel + buffers)
     uncut = b * laid.trainable_numel - (0 if zero.offloads_param else b * numel) if recipe.method != "full" else 0
-    whole, most = 0, 0
+    items, most = instances(laid), 0
+    whole = choice.batch.zero_ranks * max(map(mul, items.itemsize, shards.partition))
     if recipe.method == "qlora":
-        whole, most = _not_yet_cut(instances(laid), shards, offloads_param=zero.offloads_param)
+        whole, most = _not_yet_cut(items, shards, offloads_param=zero.offloads_param)
     masters = 0 if zero.offloads_optimizer else FP32 * numel
     formula = "max(4 x largest sub-group, gradients + bucket + largest parameter, weights not yet cut)"
     source = "deepspeed 0.19.8, runtime/zero/stage3.py (_setup_for_real_optimizer)"
