@@ -8,13 +8,15 @@ import pytest
 
 from tests.memory.choices import FULL_ON_SMOLLM, SMOLLM, shape_of
 from tests.shapes import described_cluster
+from zplan.catalog.find import find_model
 from zplan.memory.blocks import is_parallel
 from zplan.memory.estimate import estimate_memory, largest_of_model
 from zplan.memory.instances import instances
 from zplan.memory.states import step_temporary_bytes
 from zplan.memory.sub_groups import unswapped_bytes
 from zplan.memory.trainable import layout
-from zplan.recipe import Optimizer
+from zplan.model_shape import ModelShape
+from zplan.recipe import Optimizer, Recipe
 from zplan.zero_config import BatchSizes, Choice, ZeroConfig
 
 RANKS = 2
@@ -58,14 +60,26 @@ def test_scores_of_the_math_kernel_count_among_the_largest_tensors() -> None:
     choice = Choice(zero=ZeroConfig(), batch=batch)
     grouped = replace(FULL_ON_SMOLLM, dtype="fp32")
     scores = 4 * 2 * 9 * 512**2
-    assert (
-        largest_of_model(shape, grouped, choice)
-        - largest_of_model(replace(shape, num_key_value_heads=9), grouped, choice)
-        == scores
-    )
-    assert largest_of_model(shape, replace(grouped, attention="eager"), choice) == largest_of_model(
-        shape, grouped, choice
-    )
+
+    def largest(shape: ModelShape, recipe: Recipe) -> int:
+        return largest_of_model(shape, layout(shape, recipe), recipe, choice)
+
+    assert largest(shape, grouped) - largest(replace(shape, num_key_value_heads=9), grouped) == scores
+    assert largest(shape, replace(grouped, attention="eager")) == largest(shape, grouped)
+
+
+def test_experts_with_their_adapter_folded_in_count_among_the_largest_tensors() -> None:
+    """PEFT makes all experts' weights anew with the adapter in them: 128 x 1536 x 2048 of them in bf16."""
+    shape = find_model("qwen3-30b-a3b")
+    assert isinstance(shape, ModelShape)
+    batch = BatchSizes(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, world_size=1)
+    choice = Choice(zero=ZeroConfig(), batch=batch)
+
+    def largest(target: str) -> int:
+        recipe = Recipe(model="qwen3-30b-a3b", train_batch_size=1, max_length=512, method="lora", lora_target=(target,))
+        return largest_of_model(shape, layout(shape, recipe), recipe, choice)
+
+    assert largest("all-linear") - largest("q_proj") == 2 * 128 * 1536 * 2048
 
 
 @pytest.mark.parametrize(("ranks", "kept_numel"), [(3, 0), (5, 5_662_311), (8, 0)])

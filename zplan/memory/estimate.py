@@ -214,7 +214,7 @@ def _gpu(
         engine = sum(term.bytes for term in terms if term.name == KIND_NAMES[Kind.BUCKETS])
         judged = max(judged, judged - engine + documented)
     laid = layout(shape, recipe)
-    largest = largest_of_engine(laid, recipe, choice) + largest_of_model(shape, recipe, choice)
+    largest = largest_of_engine(laid, recipe, choice) + largest_of_model(shape, laid, recipe, choice)
     ranges = gpu_ranges(judged, largest, outside_allocator(choice, cluster), on_cpu=cluster.gpu.kind == "cpu")
     level, short = gpu_level(ranges.used, cluster.gpu.free_bytes, is_whole=is_whole)
     return GpuEstimate(
@@ -297,18 +297,23 @@ def _normed_numel(laid: Layout, choice: Choice) -> int:
             return min(laid.largest_trainable, -(-laid.trainable_numel // ranks))
 
 
-def largest_of_model(shape: ModelShape, recipe: Recipe, choice: Choice) -> int:
-    """The largest tensors of forward and backward: logits or the middle of an MLP, and scores where there are any:
-    eager attention, and under sdpa grouped queries in fp32 (scores.py, takes_math_kernel)."""
+def largest_of_model(shape: ModelShape, laid: Layout, recipe: Recipe, choice: Choice) -> int:
+    """The largest tensors of forward and backward: logits or the middle of an MLP, all experts with their adapter
+    folded in (experts.py), and scores where there are any: eager attention, and under sdpa grouped queries in fp32
+    (scores.py, takes_math_kernel)."""
     length, b = recipe.max_length // choice.batch.sequence_parallel_size, recipe.weight_bytes
     tokens = choice.batch.train_micro_batch_size_per_gpu * length
     grouped = shape.num_key_value_heads < shape.num_attention_heads and not is_windowed(shape, length)
     math = recipe.attention == "sdpa" and recipe.dtype == "fp32" and grouped
     has_scores = recipe.attention == "eager" or math
     scores = FP32 * tokens * recipe.max_length * shape.num_attention_heads if has_scores else 0
-    return scores + max(
-        FP32 * tokens * shape.vocab_size if recipe.loss == "full" else b * min(tokens, TOKEN_TILE) * VOCAB_TILE,
-        b * tokens * (shape.intermediate_size or 0),
+    return (
+        scores
+        + b * laid.largest_folded
+        + max(
+            FP32 * tokens * shape.vocab_size if recipe.loss == "full" else b * min(tokens, TOKEN_TILE) * VOCAB_TILE,
+            b * tokens * (shape.intermediate_size or 0),
+        )
     )
 
 

@@ -175,7 +175,8 @@ class Estimator:
         return *phase_bytes(still.terms).values(), still.partition_numel, still.node_touched_numel
 
     def _of_model(self, choice: Choice) -> tuple[int, ...]:
-        return (largest_of_model(self._part(choice)[0], self.recipe, choice),)
+        shape, laid = self._part(choice)
+        return (largest_of_model(shape, laid, self.recipe, choice),)
 
     def _of_engine(self, choice: Choice) -> tuple[int, ...]:
         outside = outside_allocator(choice, self.cluster)

@@ -110,6 +110,16 @@ class Layout:
         """Elements of the largest parameter."""
         return max(weight.numel for laid in self.blocks for weight in laid.weights)
 
+    @cached_property
+    def largest_folded(self) -> int:
+        """Elements of the largest stack of experts that an adapter is folded into; 0 if there is none."""
+        most = 0
+        for laid in self.blocks:
+            names = {weight.name for weight in laid.weights}
+            folded = (weight.numel for weight in laid.weights if f"{weight.name}.{EXPERT_ADAPTERS[0]}" in names)
+            most = max(most, *folded, 0)
+        return most
+
 
 _LAYOUTS: dict[tuple[Any, ...], tuple[ModelShape, Layout]] = {}
 
