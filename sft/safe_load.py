@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import pickle
 import runpy
+from typing import Any
 
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -22,7 +23,20 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from zplan.errors import ConfigError
 
-ALLOWED = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
+
+def member(kind: Any, name: str) -> Any:
+    """What `getattr` may do in a checkpoint. Python 3.11.2, Debian 12's, pickles a member of an enumeration as
+    `getattr(kind, name)`; 3.11.7 does not.
+
+    Raises:
+        pickle.UnpicklingError: it is anything else.
+    """
+    if kind is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+        raise pickle.UnpicklingError(f"Unsupported global: GLOBAL getattr of {name!r}")
+    return ZeroStageEnum[name]
+
+
+ALLOWED = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address, (member, "builtins.getattr")]
 """What `torch.serialization.get_unsafe_globals_in_checkpoint` finds in checkpoints of stages 0 to 3."""
 
 
