@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from unittest.mock import patch
 
 import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-_READ_VERSION = "0.19.8"
-"""Of DeepSpeed, whose method drops them; older ones take a step with them, and any other one writes its zeros."""
+from sft.software import is_read_deepspeed
 
 
 @contextmanager
@@ -23,7 +21,7 @@ def unwritten_gradients() -> Iterator[None]:
 
     Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py:934 (initialize_optimizer_states).
     """
-    if version("deepspeed").partition("+")[0] != _READ_VERSION:
+    if not is_read_deepspeed():  # older ones take a step with them
         yield
         return
     initialize = DeepSpeedZeroOptimizer.initialize_optimizer_states

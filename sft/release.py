@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
 from deepspeed.runtime.zero import partitioned_param_coordinator as engine
 
+from sft.software import is_read_deepspeed
 from zplan import zero3_trace
 
-_READ_VERSION = "0.19.8"
-"""Of DeepSpeed, whose method this replaces; any other one keeps its own."""
 params_to_release = zero3_trace.params_to_release(
     vars(engine.PartitionedParameterCoordinator).get(zero3_trace.METHOD), engine.iter_params
 )
@@ -17,7 +14,7 @@ params_to_release = zero3_trace.params_to_release(
 
 def is_quick() -> bool:
     """Whether the search costs a step nothing that could be felt."""
-    return version("deepspeed").partition("+")[0] == _READ_VERSION
+    return is_read_deepspeed()
 
 
 def quicken_release() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from importlib.util import find_spec
 
 from zplan.errors import ConfigError, MachineError
@@ -24,6 +25,15 @@ REPORTERS = {
     "codecarbon": ("codecarbon",),
 }
 """--report-to -> modules, one of which is needed. Source: transformers 5.23, integrations/integration_utils.py."""
+
+
+READ_DEEPSPEED = "0.19.8"
+"""The version whose methods were read where one of them is replaced; any other one keeps its own."""
+
+
+def is_read_deepspeed() -> bool:
+    """Whether it is the installed one."""
+    return version("deepspeed").partition("+")[0] == READ_DEEPSPEED
 
 
 def check_reporter(name: str) -> None:

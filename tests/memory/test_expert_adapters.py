@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.family_configs import FAMILIES
 from benchmarks.formula_case import cut_layers
+from tests.memory.test_activations import kept_less
 from zplan.catalog.find import find_model
 from zplan.memory.course import course
 from zplan.memory.events import Event
@@ -67,23 +68,11 @@ def test_an_adapter_on_a_router_in_fp32_keeps_the_fp32_hidden_states() -> None:
     assert kept[0] - kept[1] >= 4 * TOKENS * 2048
 
 
-def kept_apart(recording: Recording) -> int:
-    """Bytes that the forward of the model's first layer keeps less than another's."""
-    block = next(block for block in recording.blocks if block.first)
-    assert block.first
-    assert block.tape
-    first, others = (
-        sum(net for event, net, _ in steps if event == Event.BYTES)
-        for steps in (block.first.forward, block.tape.forward)
-    )
-    return others - first
-
-
 def test_before_the_first_adapter_a_product_keeps_only_what_the_other_factor_s_gradient_needs() -> None:
     """No norm keeps anything; q, k, v, the output of attention and its sums are none of the graph's."""
     fused, mlp = (recorded("llama-3.2-1b", lora_target=targets) for targets in (("gate_proj", "up_proj"), ("up_proj",)))
     inner = 2 * TOKENS * 8192  # gate_proj's result, for the activation, and up_proj's, for that gradient
-    assert kept_apart(mlp) - kept_apart(fused) == 2 * inner
+    assert kept_less(mlp) - kept_less(fused) == 2 * inner
 
 
 def test_adapted_experts_are_not_kept_for_a_gradient_that_the_first_layer_s_input_does_not_have() -> None:
@@ -91,9 +80,9 @@ def test_adapted_experts_are_not_kept_for_a_gradient_that_the_first_layer_s_inpu
     both = recorded("mixtral-8x7b", lora_target=("w1", "w2", "w3"))
     shape = both.shape
     experts, rows = 8 * 2 * 14336 * 4096, TOKENS * 2 * 4096
-    attention = kept_apart(recorded("mixtral-8x7b", lora_target=("w1", "w2", "w3", "o_proj")))
+    attention = kept_less(recorded("mixtral-8x7b", lora_target=("w1", "w2", "w3", "o_proj")))
     assert shape.hidden_size == 4096
-    assert kept_apart(both) - attention >= 2 * (experts + rows)
+    assert kept_less(both) - attention >= 2 * (experts + rows)
 
 
 def test_a_layer_that_has_no_latent_is_attention_as_any_other() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from sft import dropped_gradients
+from sft import software
 from sft.dropped_gradients import unwritten_gradients
 from sft.meter import LiveBytes
 
@@ -53,6 +53,6 @@ def test_behind_its_end_and_under_another_deepspeed_nothing_is_replaced(monkeypa
     with unwritten_gradients():
         assert DeepSpeedZeroOptimizer.initialize_optimizer_states is not before
     assert DeepSpeedZeroOptimizer.initialize_optimizer_states is before
-    monkeypatch.setattr(dropped_gradients, "version", lambda name: "0.20.0")
+    monkeypatch.setattr(software, "version", lambda name: "0.20.0")
     with unwritten_gradients():
         assert DeepSpeedZeroOptimizer.initialize_optimizer_states is before

@@ -11,7 +11,7 @@ import pytest
 import torch
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 
-from sft import release
+from sft import release, software
 from zplan.zero3_trace import METHOD, PREFIX
 
 
@@ -72,9 +72,9 @@ def test_what_is_compared_is_not_always_nothing() -> None:
 
 
 def test_another_deepspeed_keeps_its_own(original: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(release, "version", lambda name: "0.20.0")
+    monkeypatch.setattr(software, "version", lambda name: "0.20.0")
     release.quicken_release()
     assert vars(Coordinator)[METHOD] is original
-    monkeypatch.setattr(release, "version", lambda name: "0.19.8+cpu")
+    monkeypatch.setattr(software, "version", lambda name: "0.19.8+cpu")
     release.quicken_release()
     assert vars(Coordinator)[METHOD] is release.params_to_release

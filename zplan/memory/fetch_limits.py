@@ -50,3 +50,7 @@ class Limits:
             live=zero.stage3_max_live_parameters,
             reuse=zero.stage3_max_reuse_distance,
         )
+
+
+NO_TRACE = Limits(prefetch=0, live=0, reuse=0)
+"""Of the first micro-step: what comes next is not known."""

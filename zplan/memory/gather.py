@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 
 from zplan.memory.coordinator import Coordinator
 from zplan.memory.exchange import PLAIN, Exchange
-from zplan.memory.fetch_limits import Limits
+from zplan.memory.fetch_limits import NO_TRACE, Limits
 from zplan.memory.instances import Instances
 from zplan.memory.laps import Laps
 from zplan.memory.memo import Kept
@@ -23,7 +23,6 @@ from zplan.memory.stage3 import Stage3Engine
 from zplan.values import dataclass
 from zplan.zero_config import Choice
 
-NO_TRACE = Limits(prefetch=0, live=0, reuse=0)
 LEFT, UPDATING = -6, slice(-5, -3)
 """Among the moments of a script of ZeRO-3: what is still gathered when the update begins, and what is while it runs."""
 MOST_SCHEDULES = 256
@@ -221,10 +220,9 @@ class Gathering:
         known = self._firsts.get(resting)
         if known is not None:
             return known
-        first = self.script.calls.index((Op.PRE_MODULE, self.script.root))
-        forward = sum(op == Op.PRE_MODULE for op, _ in self.script.calls[: self.script.phases[1]]) - 1
+        forward = self.script.forward_modules
         coordinator = self._coordinator(NO_TRACE, frozenset(), num_unread=forward, resting=resting)
-        return self._firsts.keep(resting, self.scheduler.schedule(coordinator, without=first))
+        return self._firsts.keep(resting, self.scheduler.schedule(coordinator, without=self.script.root_call))
 
     def _coordinator(
         self, limits: Limits, persistent: frozenset[int], missing: frozenset[int] = frozenset(), num_unread: int = 0,

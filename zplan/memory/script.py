@@ -96,6 +96,16 @@ class Script:
     laps: tuple[Laps, ...] = ()
     """Where its layers are called alike."""
 
+    @property
+    def root_call(self) -> int:
+        """Number of the call with which the model itself is fetched."""
+        return self.calls.index((Op.PRE_MODULE, self.root))
+
+    @property
+    def forward_modules(self) -> int:
+        """Modules that forward fetches, the model itself aside."""
+        return sum(op == Op.PRE_MODULE for op, _ in self.calls[: self.phases[1]]) - 1
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Course:

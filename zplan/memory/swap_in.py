@@ -18,10 +18,10 @@ from typing import Any
 from zplan.errors import ConfigError
 from zplan.memory.coordinator import NOT_AVAILABLE, Coordinator
 from zplan.memory.estimate import course_of
-from zplan.memory.fetch_limits import Limits
+from zplan.memory.fetch_limits import NO_TRACE, Limits
 from zplan.memory.instances import Instances, instances
 from zplan.memory.schedule import Scheduler
-from zplan.memory.script import Op, Script
+from zplan.memory.script import Script
 from zplan.memory.shards import shard
 from zplan.memory.sub_groups import MIN_SWAPPED_BYTES, sub_groups
 from zplan.memory.trainable import Layout, layout
@@ -30,7 +30,6 @@ from zplan.recipe import Recipe
 from zplan.values import dataclass
 from zplan.zero_config import Choice
 
-NO_TRACE = Limits(prefetch=0, live=0, reuse=0)
 _AWAY, _FLYING, _HERE = 0, 1, 2
 
 
@@ -247,8 +246,6 @@ def _short_of(items: Instances, script: Script, asked: _Asked, buffer_count: int
     """Two steps and their updates, every module in turn."""
     buffers = _Buffers(asked.swapped, buffer_count)
     straight = Scheduler(replace(script, laps=()))
-    first = script.calls.index((Op.PRE_MODULE, script.root))
-    forward = sum(op == Op.PRE_MODULE for op, _ in script.calls[: script.phases[1]]) - 1
 
     def coordinator(limits: Limits, **others: Any) -> _Swapping:
         return _Swapping(
@@ -258,8 +255,8 @@ def _short_of(items: Instances, script: Script, asked: _Asked, buffer_count: int
         )  # fmt: skip
 
     try:
-        untraced = coordinator(NO_TRACE, persistent=frozenset(), num_unread=forward)
-        straight.schedule(untraced, without=first)
+        untraced = coordinator(NO_TRACE, persistent=frozenset(), num_unread=script.forward_modules)
+        straight.schedule(untraced, without=script.root_call)
         untraced.give_all_back()
         for missing in (asked.persistent,) * asked.accumulates + (frozenset[int](),):
             if not missing:
