@@ -324,4 +324,6 @@ def _of_wide_draws() -> list[Case]:
                stage3_max_live_parameters=0, offload_optimizer=OffloadOptimizer(device="nvme", nvme_path="/nvme")),
         _added("qwen2.5-0.5b", "lora", 3, checkpointing=False, adapter={"lora_r": 4},
                offload_optimizer=OffloadOptimizer(device="nvme", nvme_path="/nvme")),
+        _added("llama-3.2-1b", "full", 1, max_length=4096, round_robin_gradients=True, reduce_scatter=False,
+               reduce_bucket_size=200_000_000, overlap_comm=True),
     ]  # fmt: skip

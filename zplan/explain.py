@@ -267,7 +267,7 @@ TOPICS: Mapping[str, Topic] = {
     ),
     "round_robin_gradients": Topic(
         text="Deals gradients out to the ranks in turns, so that under optimizer offload all ranks copy to the host at "
-        "the same time (stages 1 and 2). It reorders partitions and needs no memory of its own.",
+        "the same time (stages 1 and 2). It reorders partitions: which gradients a GPU keeps changes, and when.",
         changes=_settings((1, 2), ("round_robin_gradients=false", "round_robin_gradients=true")),
     ),
     "offload_optimizer": Topic(

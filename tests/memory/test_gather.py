@@ -25,9 +25,7 @@ from zplan.recipe import Recipe
 from zplan.zero_config import Choice, OffloadOptimizer, OffloadParam, ZeroConfig
 
 SMALL = ZeroConfig(stage=3, stage3_param_persistence_threshold=4)
-TWO = Instances(
-    numel=(100, 4), itemsize=(2, 2), trainable=(True, True), group=(0, 0), offset=(0, 100), base=(0,), groups=((0, 1),)
-)
+TWO = Instances(numel=(100, 4), itemsize=(2, 2), trainable=(True, True), group=(0, 0), base=(0,), groups=((0, 1),))
 
 
 def two_modules(*missing: int) -> Coordinator:

@@ -21,6 +21,14 @@ def takes_bf16_optimizer(zero: ZeroConfig, exchange: Exchange, itemsize: int) ->
     return zero.stage == 1 and is_bf16 and exchange.accumulated == "fp32" and not zero.offloads_optimizer
 
 
+def is_dealt(zero: ZeroConfig, exchange: Exchange, itemsize: int) -> bool:
+    """Whether the flat groups are in the order of round_robin_gradients, which only the ZeRO optimizers know.
+
+    Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py:469, runtime/bf16_optimizer.py (no such argument).
+    """
+    return zero.round_robin_gradients and not takes_bf16_optimizer(zero, exchange, itemsize)
+
+
 def accumulated_bytes(cut: Partitions) -> int:
     """Flat fp32 gradients of every group, whole: 4 PAD (fp32_groups_gradients_flat)."""
     return FP32 * sum(cut.padded)

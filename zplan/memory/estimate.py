@@ -10,7 +10,7 @@ from zplan.autotp import cut_shape
 from zplan.hardware import Cluster
 from zplan.memory import runtime
 from zplan.memory.attention import is_windowed
-from zplan.memory.bf16_optimizer import takes_bf16_optimizer
+from zplan.memory.bf16_optimizer import is_dealt, takes_bf16_optimizer
 from zplan.memory.course import course
 from zplan.memory.documented import documented_bucket_bytes
 from zplan.memory.exchange import Exchange
@@ -99,7 +99,10 @@ def standing_of(laid: Layout, recipe: Recipe, choice: Choice, cluster: Cluster, 
 def standing(laid: Layout, recipe: Recipe, choice: Choice, cluster: Cluster, rank: int | None) -> Resident:
     """What a rank holds all the time. Below stage 3 the weights are loaded in host memory and reach a GPU at init."""
     items, zero, world = instances(laid), choice.zero, choice.batch.zero_ranks
-    cut = partition(items, world, rank) if zero.stage in (1, 2) else None
+    cut = None
+    if zero.stage in (1, 2):
+        dealt = is_dealt(zero, Exchange.of(recipe), recipe.weight_bytes)
+        cut = partition(items, world, rank, dealt=dealt)
     shards, on_cpu = shard(items, zero, world) if zero.stage == 3 else None, cluster.gpu.kind == "cpu"
     still = resident(laid, recipe, choice, cut, shards, on_cpu=on_cpu)
     if cut is not None:

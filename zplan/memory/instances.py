@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import field
-from itertools import accumulate
 
 from zplan.memory.muon import is_updated_by_muon
 from zplan.memory.trainable import Layout, Weight
@@ -20,8 +19,6 @@ class Instances:
     itemsize: tuple[int, ...]
     trainable: tuple[bool, ...]
     group: tuple[int, ...]
-    offset: tuple[int, ...]
-    """Elements before it in its optimizer group; 0 for frozen ones."""
     base: tuple[int, ...]
     """Number of the first parameter of each block."""
     groups: tuple[tuple[int, ...], ...]
@@ -59,16 +56,11 @@ def _number(layout: Layout) -> Instances:
     members = [[n for n, weight in enumerate(weights) if weight.trainable and group[n] == one] for one in (0, 1)]
     if layout.muon:
         members[0].sort(key=lambda number: weights[number].shape, reverse=True)
-    offset = [0] * len(weights)
-    for numbers in members:
-        for number, before in zip(numbers, accumulate((weights[n].numel for n in numbers), initial=0), strict=False):
-            offset[number] = before
     return Instances(
         numel=tuple(weight.held[0] for weight in weights),
         itemsize=tuple(weight.held[1] for weight in weights),
         trainable=tuple(weight.trainable for weight in weights),
         group=tuple(group if members[0] else [0] * len(group)),
-        offset=tuple(offset),
         base=tuple(base),
         groups=tuple(tuple(numbers) for numbers in members if numbers),
         longest=tuple(max(weight.shape[:2]) if len(weight.shape) > 1 else 0 for weight in weights),

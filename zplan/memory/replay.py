@@ -17,7 +17,7 @@ from itertools import chain, pairwise
 from operator import add, itemgetter
 from typing import Protocol
 
-from zplan.memory.bf16_optimizer import Bf16Engine, takes_bf16_optimizer
+from zplan.memory.bf16_optimizer import Bf16Engine, is_dealt, takes_bf16_optimizer
 from zplan.memory.earlier import Earlier, can_hold_more
 from zplan.memory.exchange import PLAIN, Exchange
 from zplan.memory.gather import Gathering, Parts, Steps, one_by_one
@@ -290,7 +290,7 @@ class Gradients:
         itemsize, (exchange, reduced) = of_muon.gradient, self._exchanged(choice)
         partial = choice.batch.gradient_accumulation_steps > 1 + (not is_last)
         if zero.stage:
-            cut = partition(items, ranks, self.rank)
+            cut = partition(items, ranks, self.rank, dealt=is_dealt(zero, exchange, itemsize))
             if takes_bf16_optimizer(zero, exchange, itemsize):
                 return Bf16Engine(meter, items, cut, itemsize=itemsize, reduced=reduced, partial=partial)
             in_fp32 = Stage1InFp32 if zero.stage == 1 else Stage2InFp32

@@ -145,7 +145,8 @@ def _stage12(laid: Layout, recipe: Recipe, choice: Choice, cut: Partitions) -> R
             ),
         ]
     elif laid.muon:
-        after.append(_kept_by_muon(muon_offload_bytes(instances(laid), choice.batch.zero_ranks, cut.rank)[0]))
+        ranks = choice.batch.zero_ranks
+        after.append(_kept_by_muon(muon_offload_bytes(instances(laid), ranks, cut.rank, dealt=cut.dealt)[0]))
     if takes_bf16_optimizer(choice.zero, Exchange.of(recipe), b):
         whole = _term("fp32 gradients", accumulated_bytes(cut), AFTER_LOAD, f"4 x {padded}, on every rank", BF16_SOURCE)
         return Resident(terms=(*terms, *after, whole), partition_numel=numel)

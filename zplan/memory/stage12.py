@@ -45,6 +45,8 @@ class Partitions:
     """(rank, elements) of the pieces into which each parameter is cut; none for a frozen one."""
     mine: Mapping[int, int]
     """Parameter -> elements within this rank's partition."""
+    dealt: bool = False
+    """The parameters lie in the flat groups as round_robin_gradients deals them."""
 
     @property
     def touched_numel(self) -> int:
@@ -53,25 +55,30 @@ class Partitions:
 
 
 @lru_cache(1024)
-def partition(items: Instances, num_ranks: int, rank: int | None = None) -> Partitions:
+def partition(items: Instances, num_ranks: int, rank: int | None = None, *, dealt: bool = False) -> Partitions:
     """Cut every optimizer group into N equal partitions.
 
     Args:
         rank: whose bytes to count; None takes the rank whose partition touches the most elements.
+        dealt: round_robin_gradients: every N-th parameter of a group comes first, then those after them, and so on.
 
     The formula, per group:
 
         S = ceil(group / 2 N) * 2
 
-    Source: deepspeed 0.19.8, stage_1_and_2.py:400 (nccl_start_alignment_factor), get_data_parallel_partitions.
+    Source: deepspeed 0.19.8, stage_1_and_2.py:400 (nccl_start_alignment_factor), get_data_parallel_partitions, :901
+    (_round_robin_reorder).
     """
     sizes = tuple(
         ceil(sum(items.numel[p] for p in group) / (ALIGNMENT * num_ranks)) * ALIGNMENT for group in items.groups
     )
     pieces: list[tuple[tuple[int, int], ...]] = [()] * len(items.numel)
     for size, group in zip(sizes, items.groups, strict=True):
-        for number in group:
-            pieces[number] = _pieces(items.offset[number], items.numel[number], size)
+        order = [number for turn in range(num_ranks) for number in group[turn::num_ranks]] if dealt else group
+        offset = 0
+        for number in order:
+            pieces[number] = _pieces(offset, items.numel[number], size)
+            offset += items.numel[number]
     touched = _touched(items, pieces, num_ranks)
     if rank is None:
         of_muon = _touched(items, pieces, num_ranks, among=items.muon) if items.muon else [0] * num_ranks
@@ -86,6 +93,7 @@ def partition(items: Instances, num_ranks: int, rank: int | None = None) -> Part
         largest_numel=max(items.numel[number] for group in items.groups for number in group),
         pieces=tuple(pieces),
         mine=mine,
+        dealt=dealt,
     )
 
 
@@ -108,9 +116,11 @@ def _touched(
 
 
 @lru_cache(1024)
-def muon_offload_bytes(items: Instances, num_ranks: int, rank: int, *, on_cpu: bool = False) -> tuple[int, int]:
+def muon_offload_bytes(
+    items: Instances, num_ranks: int, rank: int, *, dealt: bool = False, on_cpu: bool = False
+) -> tuple[int, int]:
     """Gather buffers that Muon keeps with offload, and the most that its update has live above them."""
-    cut = partition(items, num_ranks, rank)
+    cut = partition(items, num_ranks, rank, dealt=dealt)
     pieces = [Piece(shape, cut.pieces[number], cut.mine.get(number, 0)) for number, shape in items.muon.items()]
     return stage12_update_bytes(pieces, num_ranks=num_ranks, is_scaled=items.in_fp16, of=precision(FP32, on_cpu=on_cpu))
 
@@ -339,8 +349,8 @@ class Stage12Engine:
         if self.zero.offloads_optimizer:
             self.meter.add(Kind.GRADIENTS, -self.meter.by_kind[Kind.GRADIENTS])
             if self.items.muon:
-                on_cpu = self.of_muon.iterated == FP32
-                _, updating = muon_offload_bytes(self.items, self.num_ranks, self.cut.rank, on_cpu=on_cpu)
+                cut, on_cpu = self.cut, self.of_muon.iterated == FP32
+                _, updating = muon_offload_bytes(self.items, self.num_ranks, cut.rank, dealt=cut.dealt, on_cpu=on_cpu)
                 self.meter.touch(Kind.TEMPORARIES, updating)
             return
         self.meter.touch(Kind.TEMPORARIES, 2 * FP32 * self.cut.largest_fragment)
