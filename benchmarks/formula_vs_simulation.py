@@ -29,6 +29,8 @@ from zplan.zero_config import OffloadOptimizer, OffloadParam, ZeroConfig
 
 REPORT = Path(__file__).parents[1] / "reports" / "formula_vs_simulation.md"
 PHASES = ("init", "forward", "backward", "step")
+LOAD = "load"
+"""A phase of the peak, too; a GPU has something then at ZeRO-3 alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,14 +63,14 @@ def compare(case: Case, measured: Measured) -> Row:
     request = request_of(case)
     shape = cut_layers(find_model(case.model), case.layers)  # type: ignore[arg-type]
     found = estimate_memory(shape, request.recipe, request.choice, request.cluster, rank=0)
-    formula = {phase: found.gpu.phases[phase] for phase in PHASES}  # type: ignore[index]
+    formula = {phase: found.gpu.phases[phase] for phase in (LOAD, *PHASES)}  # type: ignore[index]
     answer = measured.answer(request)
     if "error" in answer:
         return Row(case=case, formula=formula, simulated={}, error=answer["error"])
     return Row(
         case=case,
         formula=formula,
-        simulated={phase: answer["allocated_phases"].get(phase, 0) for phase in PHASES},
+        simulated={phase: answer["allocated_phases"].get(phase, 0) for phase in (LOAD, *PHASES)},
         host_formula=host_tensors(found) // min(case.world_size, 8),
         host_simulated=answer["host_phases"].get("step", 0) + answer["pinned_phases"].get("step", 0),
         unsafe=out_of_memory_where_it_fits(found, request, answer["gpu_reserved_bytes"], measured),
@@ -122,6 +124,10 @@ def render(rows: list[Row]) -> str:
             f" {verdict([row.phase_error(phase) for row in done], 0.05, 0.05)}."
             for phase in PHASES
         ),
+        *(
+            f"- {LOAD} at ZeRO-3 |error|, {kind}: {summary(found)}; lowest {min(found, default=0):+.2%}."
+            for kind, found in (("quantised", loads(done, qlora=True)), ("others", loads(done, qlora=False)))
+        ),
         f"- Offloaded host bytes of a rank, {len(hosts)} configurations, |error|: {summary(hosts)}."
         f" Goal: largest 3 %: {verdict(hosts, 0.03, 0.03)}.",
         "- Out of memory in the simulated allocator on the smallest card of which the formula says `fits`:"
@@ -137,6 +143,11 @@ def render(rows: list[Row]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def loads(rows: list[Row], *, qlora: bool) -> list[float]:
+    """Errors of the phase in which weights are loaded; of a quantised model transformers decides the order."""
+    return [row.phase_error(LOAD) for row in rows if row.case.zero.stage == 3 and (row.case.method == "qlora") is qlora]
 
 
 def verdict(errors: list[float], median: float, largest: float) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import accumulate
 from math import prod
-from operator import mul
 
 from zplan.memory.bf16_optimizer import accumulated_bytes, takes_bf16_optimizer
 from zplan.memory.exchange import Exchange
 from zplan.memory.instances import Instances, instances
+from zplan.memory.loading import not_yet_cut_bytes, quantising_bytes, uncut_adapters_bytes, whole_bytes
 from zplan.memory.muon import ADAM_STATES, first_updates_bytes, precision
 from zplan.memory.runtime import ALLOCATOR_ROUNDING
 from zplan.memory.shards import Shards, second_copies_bytes, secondary_group
@@ -202,12 +202,9 @@ def _initialising(
 
         max(4 * largest sub-group, gradients + bucket + largest parameter, weights before they are cut)
 
-    Each trained parameter is gathered once. While the model is loaded one parameter at a time is whole on every GPU:
+    Each trained parameter is gathered once. While the model is loaded a module at a time is whole on every GPU:
     zero.Init cuts it when it was made, and gathers it again for its weights. PEFT puts whole adapters beside the base
-    weights; the engine cuts them. A quantised model is whole on every GPU until then.
-
-    Source: deepspeed 0.19.8, partition_parameters.py (_zero_init_param, _allgather_params_sequential); transformers
-    5.23.0, integrations/deepspeed.py (_load_state_dict_into_zero3_model).
+    weights; the engine cuts them. A quantised model is whole on every GPU until then (loading.py).
     """
     b, zero, numel = recipe.weight_bytes, choice.zero, shards.trainable_numel
     accumulated = Exchange.of(recipe).accumulated_bytes(b)
@@ -215,11 +212,15 @@ def _initialising(
     buffers = bucket + b * (laid.largest_trainable + staged)
     if not zero.offloads_optimizer:
         buffers = max(FP32 * largest_group, accumulated * numel + buffers)
-    uncut = b * laid.trainable_numel - (0 if zero.offloads_param else b * numel) if recipe.method != "full" else 0
-    items, most = instances(laid), 0
-    whole = choice.batch.zero_ranks * max(map(mul, items.itemsize, shards.partition))
+    ranks, offloads = choice.batch.zero_ranks, zero.offloads_param
+    uncut, most = uncut_adapters_bytes(laid, recipe, numel, offloads_param=offloads), 0
+    copies = 1 if offloads else secondary_group(zero, ranks)
+    whole = whole_bytes(laid, b, ranks, offloads_param=offloads, secondary_ranks=copies)
+    if recipe.method == "lora" and not offloads:
+        whole -= b * numel  # of adapters, which come later
     if recipe.method == "qlora":
-        whole, most = _not_yet_cut(items, shards, offloads_param=zero.offloads_param)
+        whole, most = not_yet_cut_bytes(instances(laid), shards, offloads_param=offloads)
+        whole += quantising_bytes(laid, b)
     masters = 0 if zero.offloads_optimizer else FP32 * numel
     formula = "max(4 x largest sub-group, gradients + bucket + largest parameter, weights not yet cut)"
     source = "deepspeed 0.19.8, runtime/zero/stage3.py (_setup_for_real_optimizer)"
@@ -229,18 +230,20 @@ def _initialising(
     ]
 
 
-def _secondary(laid: Layout, choice: Choice, *, on_cpu: bool) -> list[Term]:
+def _secondary(laid: Layout, recipe: Recipe, choice: Choice, *, on_cpu: bool) -> list[Term]:
     """hpZ's second copy: of frozen parameters for good, of trained ones from their release (Stage3Engine) to the end of
-    the update, and from loading to the first update. With offload_param a GPU's lies in host memory (host.py).
+    the update, and from loading to the first update; a quantised model is cut when it is loaded. With offload_param a
+    GPU's lies in host memory (host.py).
     """
     ranks = choice.batch.zero_ranks
     group = 1 if choice.zero.offloads_param and not on_cpu else secondary_group(choice.zero, ranks)
     trained, frozen = second_copies_bytes(instances(laid), ranks, group)
     name, formula = "secondary partitions (hpZ)", f"a second copy cut over {group} ranks"
     source = "deepspeed 0.19.8, runtime/zero/partition_parameters.py (ds_secondary_tensor)"
+    loading: tuple[Phase, ...] = () if recipe.method == "qlora" else ("load",)
     return [
-        _term(name, frozen, ("load", *AFTER_LOAD), f"{formula}, of frozen parameters", source),
-        _term(name, trained, ("load", "init", "step"), f"{formula}, of trained parameters", source),
+        _term(name, frozen, (*loading, *AFTER_LOAD), f"{formula}, of frozen parameters", source),
+        _term(name, trained, (*loading, "init", "step"), f"{formula}, of trained parameters", source),
     ]
 
 
@@ -295,24 +298,6 @@ def _scales(laid: Layout) -> list[Term]:
     return [_term("scales of quantised weights", scales, ("load", *AFTER_LOAD), "whole on every rank", source)]
 
 
-def _not_yet_cut(items: Instances, shards: Shards, *, offloads_param: bool) -> tuple[int, int]:
-    """What a quantised model has more on a GPU before the engine cuts it, and at most while it is cut, one parameter
-    after the other: it is not built under zero.Init.
-
-        sum n_i size_i - cut        max over k of   sum n_i size_i - (n_1 - p_1 + ... + n_k-1 - p_k-1) + p_k - cut
-
-    Source: transformers 5.23.0, modeling_utils.py:1435 (needs_zero3_init); deepspeed 0.19.8,
-    runtime/zero/parameter_offload.py (_convert_to_zero_parameters).
-    """
-    cut = 0 if offloads_param else shards.stored_bytes
-    loaded = now = most = sum(map(mul, items.numel, items.itemsize))
-    for numel, size, part in zip(items.numel, items.itemsize, shards.partition, strict=True):
-        kept = 0 if offloads_param else size * part
-        most = max(most, now + kept)
-        now += kept - size * numel
-    return loaded - cut, most - cut
-
-
 def _kept_by_muon(kept: int) -> Term:
     """Source: deepspeed 0.19.8, stage3.py:2060 (_partitioned_buffers_all_gather), stage_1_and_2.py:1956
     (_muon_all_gather_partitions)."""
@@ -350,7 +335,7 @@ def _stage3(laid: Layout, recipe: Recipe, choice: Choice, shards: Shards, *, on_
     terms += _initialising(laid, recipe, choice, shards, bucket, max(groups))
     if bucket:
         terms.append(_term("reduce bucket", bucket, STEPS, f"{reduced} x {zero.reduce_bucket_size}", source))
-    terms += _secondary(laid, choice, on_cpu=on_cpu)
+    terms += _secondary(laid, recipe, choice, on_cpu=on_cpu)
     terms += _left_on_gpu(laid, choice)
     kept = "gathered for good, but for the update itself (Stage3Engine.end_step)"
     terms.append(_term("persistent parameters", shards.persistent_bytes, ("forward", "backward", "save"), kept, source))

@@ -80,6 +80,8 @@ class Layout:
     """The optimizer's groups are Muon's: its matrices, and what it leaves to AdamW."""
     in_fp16: bool = False
     """Weights and gradients are in fp16, under a loss scale."""
+    tied_head: int = 0
+    """Elements of a head that is made and then tied to the embeddings; 0 if it is its own."""
 
     @cached_property
     def group_numel(self) -> tuple[int, int]:
@@ -146,7 +148,7 @@ def layout(shape: ModelShape, recipe: Recipe) -> Layout:
         return known[1]
     laid = Layout(
         blocks=tuple(_lay(block, recipe, shape.model_type) for block in copied_blocks(shape, recipe)), muon=key[-1],
-        in_fp16=recipe.dtype == "fp16",
+        in_fp16=recipe.dtype == "fp16", tied_head=_tied_head(shape),
     )  # fmt: skip
     if laid.trainable_numel == 0:
         raise ConfigError(
@@ -156,6 +158,11 @@ def layout(shape: ModelShape, recipe: Recipe) -> Layout:
         )
     _LAYOUTS[key] = (shape, laid)
     return laid
+
+
+def _tied_head(shape: ModelShape) -> int:
+    embeddings = (p.numel for block in shape.blocks if block.role == "embedding" for p in block.parameters)
+    return max(embeddings, default=0) if shape.tie_word_embeddings else 0
 
 
 def _lay(block: Block, recipe: Recipe, model_type: str) -> LaidBlock:
