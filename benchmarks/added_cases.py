@@ -326,4 +326,6 @@ def _of_wide_draws() -> list[Case]:
                offload_optimizer=OffloadOptimizer(device="nvme", nvme_path="/nvme")),
         _added("llama-3.2-1b", "full", 1, max_length=4096, round_robin_gradients=True, reduce_scatter=False,
                reduce_bucket_size=200_000_000, overlap_comm=True),
+        _added("deepseek-v2-lite", "full", 3, world_size=7, micro_batch=3, max_length=8192, adapter={"dtype": "fp32"},
+               reduce_bucket_size=1_000_000, stage3_param_persistence_threshold=0),
     ]  # fmt: skip

@@ -216,7 +216,7 @@ def _weigh(tape: Tape, layer: LayerModules, sizes: Sizes, rows: Value, scores: V
         wide,
         [(rows, plain), (scores, scores.storage.bytes)],
         saves=(rows,) if scores.needs_gradient else (),
-        temporary=wide if low else 2 * wide,
+        temporary=wide if low else 2 * wide - plain,  # both gradients in fp32; the rows' is cast when they are there
     )
     ordered = tape.apply(wide, [(weighted, wide)])
     tape.drop(weighted)
