@@ -19,6 +19,7 @@ import peft.tuners.lora.model as lora_model
 import torch
 import transformers.integrations.bitsandbytes as integration
 from torch import Tensor
+from transformers.core_model_loading import dot_natural_key
 from transformers.quantizers.base import HfQuantizer
 
 from zplan.values import dataclass
@@ -171,11 +172,11 @@ def _answer(has_8bit: Any, has_4bit: Any) -> None:
 
 
 def quantize_model(model: Any, *, dtype: torch.dtype, device: str) -> None:
-    """A model on the meta device -> as `from_pretrained` leaves it: every weight on the GPU, one after the other, the
-    linear ones quantised there.
+    """A model on the meta device -> as `from_pretrained` leaves it: every weight on the GPU, one after the other in the
+    order of their names, the linear ones quantised there.
 
     Source: transformers 5.23.0, quantizers/quantizer_bnb_4bit.py, integrations/bitsandbytes.py
-    (replace_with_bnb_linear, Bnb4bitQuantize).
+    (replace_with_bnb_linear, Bnb4bitQuantize), core_model_loading.py:1742 (dot_natural_key; no thread pool).
     """
     kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     config = SimpleNamespace(
@@ -189,18 +190,22 @@ def quantize_model(model: Any, *, dtype: torch.dtype, device: str) -> None:
     finally:
         integration.bnb = before
     made: dict[Tensor, torch.nn.Parameter] = {}
+    for path, parameter in sorted(model.named_parameters(remove_duplicate=False), key=_by_name):
+        owner, _, name = path.rpartition(".")
+        module = model.get_submodule(owner)
+        if isinstance(module, Linear4bit) and name == "weight":
+            module.quantize(torch.empty(parameter.shape, dtype=dtype, device=device))
+            continue
+        if parameter not in made:
+            loaded = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            made[parameter] = torch.nn.Parameter(loaded, requires_grad=parameter.requires_grad)
+        module._parameters[name] = made[parameter]
     for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is None:
-                continue
-            if isinstance(module, Linear4bit) and name == "weight":
-                module.quantize(torch.empty(parameter.shape, dtype=dtype, device=device))
-                continue
-            if parameter not in made:
-                loaded = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-                made[parameter] = torch.nn.Parameter(loaded, requires_grad=parameter.requires_grad)
-            module._parameters[name] = made[parameter]
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
     model.is_loaded_in_4bit = True
+
+
+def _by_name(named: tuple[str, Any]) -> Any:
+    return dot_natural_key(named[0])
