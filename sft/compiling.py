@@ -8,6 +8,7 @@ from threading import Event, Thread
 
 import psutil
 
+THREAD_NAME = "looks for compilers"
 _LOOK_SECONDS = 20.0
 """Between two looks; a trial that shows nothing for three minutes is ended (`zplan.backends.launcher.Limits`)."""
 
@@ -32,7 +33,7 @@ def beating_while_compiling(beat: Callable[[], None], *, every_seconds: float = 
                 beat()
             before = now
 
-    looking = Thread(target=look_and_beat, daemon=True)
+    looking = Thread(target=look_and_beat, name=THREAD_NAME, daemon=True)
     looking.start()
     try:
         yield

@@ -136,9 +136,14 @@ def measure_trial(spec: TrialSpec, out_dir: Path, place: Rank, progress: Progres
     trainer = build.build_trainer(recipe, args, model, tokenizer, dataset, callbacks=[clock], meter=meter)
     clock.trainer = trainer
     del model
+    train(trainer, progress)
+    return _gather(spec, trainer, clock, meter, place)
+
+
+def train(trainer: build.PlanTrainer, progress: Progress) -> None:
+    """The steps, alive while compilers work, and without writing what the engine drops at once."""
     with beating_while_compiling(progress.beat), unwritten_gradients():
         trainer.train()
-    return _gather(spec, trainer, clock, meter, place)
 
 
 def _arguments(spec: TrialSpec, out_dir: Path, steps: Steps) -> Any:

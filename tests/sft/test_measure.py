@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from sft import measure
-from sft.measure import StepClock
+from sft.compiling import THREAD_NAME
+from sft.measure import StepClock, train
 from sft.steps import Steps
 from tests.sft.warm import make_recipe, make_spec
 
@@ -64,3 +67,19 @@ def test_the_meter_is_off_behind_the_step_with_the_peak(clock: StepClock) -> Non
     assert meter.finished == 1
     assert clock.trainer is not None
     assert clock.trainer.meter is None
+
+
+def test_steps_beat_while_compilers_work_and_leave_dropped_gradients_unwritten() -> None:
+    """A rank that compiles for minutes would be ended for silence; the gradients cost a third of initialize."""
+    seen: dict[str, Any] = {}
+
+    class Looks:
+        def train(self) -> None:
+            seen["threads"] = {thread.name for thread in threading.enumerate()}
+            seen["initialize"] = DeepSpeedZeroOptimizer.initialize_optimizer_states
+
+    plain = DeepSpeedZeroOptimizer.initialize_optimizer_states
+    train(Looks(), SimpleNamespace(beat=lambda: None))  # type: ignore[arg-type]
+    assert THREAD_NAME in seen["threads"]
+    assert seen["initialize"] is not plain
+    assert DeepSpeedZeroOptimizer.initialize_optimizer_states is plain
