@@ -231,9 +231,26 @@ def micro_batches(recipe: Recipe, world_size: int, fixed: Fixed) -> tuple[int, .
     return tuple(sorted({*small, *(share // n for n in small)}))
 
 
-def best_micro_batch(
-    shape: ModelShape, recipe: Recipe, cluster: Cluster, choices: tuple[Choice, ...], bucket_rule: BucketRule
+def evaluate_runnable(
+    shape: ModelShape, recipe: Recipe, choice: Choice, cluster: Cluster, fixed: Fixed, bucket_rule: BucketRule
 ) -> Candidate:
+    """`evaluate` with as many buffers of offload_param on NVMe as DeepSpeed takes.
+
+    Raises:
+        ConfigError: not with what the user decided about them.
+    """
+    if choice.zero.offloads_param and choice.zero.offload_param.device == "nvme":
+        from zplan.memory.swap_in import with_enough_buffers
+
+        given = {split_setting(text)[0] for text in fixed.settings}
+        choice = with_enough_buffers(shape, recipe, choice, on_cpu=cluster.gpu.kind == "cpu", given=given)
+    return evaluate(shape, recipe, choice, cluster, bucket_rule=bucket_rule)
+
+
+def best_micro_batch(
+    shape: ModelShape, recipe: Recipe, cluster: Cluster, choices: tuple[Choice, ...], fixed: Fixed,
+    bucket_rule: BucketRule,
+) -> Candidate:  # fmt: skip
     """The largest micro-batch that fits, or the smallest one when none does.
 
     A larger micro-batch never needs less memory, and is never slower here: both ends first, then bisection.
@@ -243,7 +260,7 @@ def best_micro_batch(
     """
 
     def ask(index: int) -> Candidate:
-        return evaluate(shape, recipe, choices[index], cluster, bucket_rule=bucket_rule)
+        return evaluate_runnable(shape, recipe, choices[index], cluster, fixed, bucket_rule)
 
     low, high = 0, len(choices) - 1
     if cannot_fit(shape, recipe, choices[low], cluster):

@@ -46,7 +46,7 @@ def quantify_fixes(
     before = evaluate(shape, recipe, choice, cluster, bucket_rule=bucket_rule)
     fixes = [
         measure_fix(before, change, evaluate(shape, recipe, changed, cluster, bucket_rule=bucket_rule))
-        for change, changed in _changes(shape, recipe, choice, cluster)
+        for change, changed in _runnable_changes(shape, recipe, choice, cluster)
         if changed != choice
     ]
     acting = [fix for fix in fixes if fix.gpu_bytes or fix.host_bytes or abs((fix.tokens_per_second or 1) - 1) >= 0.005]
@@ -63,6 +63,33 @@ def measure_fix(before: Candidate, change: str, after: Candidate) -> Fix:
         tokens_per_second=new / old if old and new else None,
         fits=after.tier == 0,
     )
+
+
+def _runnable_changes(
+    shape: ModelShape, recipe: Recipe, choice: Choice, cluster: Cluster
+) -> Iterator[tuple[str, Choice]]:
+    """With parameters on NVMe a change comes with the buffers that it takes; one that none are enough for is none."""
+    for change, changed in _changes(shape, recipe, choice, cluster):
+        param = changed.zero.offload_param
+        if not changed.zero.offloads_param or param.device != "nvme":
+            yield change, changed
+            continue
+        from zplan.memory.swap_in import PREFETCH, with_enough_buffers
+
+        try:
+            enough = with_enough_buffers(
+                shape, recipe, changed, on_cpu=cluster.gpu.kind == "cpu", given={PREFETCH}
+            )  # fmt: skip
+        except ConfigError:
+            continue
+        yield " ".join((change, *buffer_settings(enough.zero.offload_param, param))), enough
+
+
+def buffer_settings(param: OffloadParam, base: OffloadParam) -> Iterator[str]:
+    """What to type for other buffers than those of `base`."""
+    for key in ("buffer_count", "buffer_size"):
+        if getattr(param, key) != getattr(base, key):
+            yield f"--set offload_param.{key}={getattr(param, key)}"
 
 
 def _changes(shape: ModelShape, recipe: Recipe, choice: Choice, cluster: Cluster) -> Iterator[tuple[str, Choice]]:

@@ -13,11 +13,13 @@ from zplan.calibrate import Corrections, known_corrections, outdated
 from zplan.commands import Answer
 from zplan.corrected import correct, correction_data, correction_line
 from zplan.errors import ExitCode
+from zplan.fixes import buffer_settings
 from zplan.hardware import Cluster
 from zplan.job import Job
 from zplan.planner import Candidate, Fix, evaluate, quantify_fixes, rank_candidates, smallest_change_that_fits
 from zplan.report.terminal import fix_effect, question_lines, render_candidates, render_detail
 from zplan.units import format_bytes
+from zplan.zero_config import OffloadParam
 
 
 def estimate(job: Job, *, explain: str | None, verbose: bool, quiet: bool) -> Answer:
@@ -140,6 +142,9 @@ def _flags(candidate: Candidate, cluster: Cluster) -> str:
         flags.append(f"--offload-optimizer {choice.zero.offload_optimizer.device}")
     if choice.zero.offloads_param:
         flags.append(f"--offload-param {choice.zero.offload_param.device}")
+        flags += buffer_settings(choice.zero.offload_param, OffloadParam())
+    if choice.zero.offload_param.device == "nvme" and not choice.zero.stage3_prefetch_bucket_size:
+        flags.append("--set stage3_prefetch_bucket_size=0")
     if choice.zero.overlap_comm:
         flags.append("--set overlap_comm=true")
     flags.append("--gradient-checkpointing" if choice.gradient_checkpointing else "--no-gradient-checkpointing")

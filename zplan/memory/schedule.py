@@ -45,7 +45,7 @@ _Cut = tuple[int, int, Laps | None, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Stretch:
+class Stretch:
     """The calls of one lap, or those between laps."""
 
     first: int
@@ -59,7 +59,7 @@ class _Stretch:
 
 
 @dataclass(frozen=True, slots=True)
-class _Before:
+class Before:
     """Where the coordinator stood before a lap."""
 
     status: list[int]
@@ -73,7 +73,7 @@ class _Before:
     available_numel: int
 
     @classmethod
-    def of(cls, now: Coordinator) -> _Before:
+    def of(cls, now: Coordinator) -> Before:
         users = {number: set(modules) for number, modules in now.users.items()}
         return cls(
             now.status.copy(), now.last_use.copy(), tuple(now.inflight), _flights(now), users, now.kept.copy(),
@@ -88,7 +88,7 @@ class Scheduler:
     script: Script
     _distances: dict[tuple[int, int, int], tuple[int, ...]] = field(default_factory=dict)
     _regular: dict[tuple[int, int, int], list[int]] = field(default_factory=dict)
-    _stretches: dict[tuple[int, int], _Stretch] = field(default_factory=dict)
+    _stretches: dict[tuple[int, int], Stretch] = field(default_factory=dict)
 
     def schedule(self, coordinator: Coordinator, *, without: int | None = None) -> Schedule:
         """Args:
@@ -107,7 +107,7 @@ class Scheduler:
             stretch = self._stretch(*cut)
             flew, flying = flying, len(coordinator.inflight)
             looks = stretch.laps and laps_alike[stretch.laps] and (flying <= FEW_IN_FLIGHT or flying == flew)
-            before = _Before.of(coordinator) if looks else None
+            before = Before.of(coordinator) if looks else None
             coordinator.live = Bounds()
             happenings = self._follow(coordinator, stretch, without)
             skipped = self._skipped(coordinator, before, stretch) if before else 0
@@ -144,14 +144,14 @@ class Scheduler:
         """Whether the graph keeps views of weights."""
         return any(op in (Op.KEPT_MODULE, Op.VIEWED_MODULE) for op, _ in self.script.calls)
 
-    def _stretch(self, first: int, end: int, laps: Laps | None, lap: int) -> _Stretch:
+    def _stretch(self, first: int, end: int, laps: Laps | None, lap: int) -> Stretch:
         """Kept; most laps are never asked for."""
         known = self._stretches.get((first, end))
         if known is None:
             known = self._stretches[first, end] = self._hooked(first, end, laps, lap)
         return known
 
-    def _hooked(self, first: int, end: int, laps: Laps | None, lap: int) -> _Stretch:
+    def _hooked(self, first: int, end: int, laps: Laps | None, lap: int) -> Stretch:
         hooks, releases, steps = [], [], 0
         for call in range(first, end):
             op, module = self.script.calls[call]
@@ -165,11 +165,11 @@ class Scheduler:
                     continue
                 releases.append((module, steps))
             hooks.append((call, op, module))
-        return _Stretch(
+        return Stretch(
             first=first, num_calls=end - first, hooks=tuple(hooks), releases=tuple(releases), laps=laps, lap=lap
         )
 
-    def _follow(self, coordinator: Coordinator, stretch: _Stretch, without: int | None) -> tuple[Happening, ...]:
+    def _follow(self, coordinator: Coordinator, stretch: Stretch, without: int | None) -> tuple[Happening, ...]:
         act: dict[int, Callable[[int], tuple[Action, ...]]] = {
             Op.PRE_MODULE: coordinator.pre_module,
             Op.POST_MODULE: coordinator.post_module,
@@ -195,7 +195,7 @@ class Scheduler:
         return tuple(happenings)
 
     # -- laps that go alike --------------------------------------------------------------------------------------
-    def _skipped(self, now: Coordinator, before: _Before, stretch: _Stretch) -> int:
+    def _skipped(self, now: Coordinator, before: Before, stretch: Stretch) -> int:
         """How many laps after this one go as it did."""
         laps, lap = stretch.laps, stretch.lap + 1
         assert laps is not None
@@ -211,11 +211,17 @@ class Scheduler:
             return most
         return self._released_alike(now, before, stretch, most)
 
-    def _fetched_alike(self, now: Coordinator, before: _Before, laps: Laps) -> int:
+    def _fetched_alike(self, now: Coordinator, before: Before, laps: Laps) -> int:
         """For how many laps the queue brings the same again, of these laps' parameters and no others."""
-        width, steps = now.head - before.head, now.step - before.step
+        width = now.head - before.head
         if not width:
             return laps.count
+        taken = (number for number, _ in self.script.fetches.queue[before.head : now.head])
+        return min(self._regularity(now, before, laps)[before.head] // width, min(map(laps.laps_ahead, taken)))
+
+    def _regularity(self, now: Coordinator, before: Before, laps: Laps) -> list[int]:
+        """At how many places in a row, from each on, the queue brings what it brings a lap later."""
+        width, steps = now.head - before.head, now.step - before.step
         key = (width, laps.parameters, steps)
         known = self._regular.get(key)
         queue = self.script.fetches.queue
@@ -225,10 +231,9 @@ class Scheduler:
                 number, step = queue[place]
                 is_alike = queue[place + width] == (number + laps.parameters, step + steps)
                 known[place] = 1 + known[place + 1] if is_alike else 0
-        taken = (number for number, _ in queue[before.head : now.head])
-        return min(known[before.head] // width, min(map(laps.laps_ahead, taken)))
+        return known
 
-    def _released_alike(self, now: Coordinator, before: _Before, stretch: _Stretch, most: int) -> int:
+    def _released_alike(self, now: Coordinator, before: Before, stretch: Stretch, most: int) -> int:
         """For how many laps, `most` at most, the same parameters are far from their next use; notes how far."""
         assert stretch.laps is not None
         steps, reuse = now.step - before.step, now.limits.reuse
@@ -247,7 +252,7 @@ class Scheduler:
                 now.is_far(distance)
         return most
 
-    def _lap_distances(self, stretch: _Stretch, later: int, step: int) -> tuple[int, ...]:
+    def _lap_distances(self, stretch: Stretch, later: int, step: int) -> tuple[int, ...]:
         """How far it is to the next use, at every release of a lap that is that much later."""
         key = (stretch.first, later, step)
         known = self._distances.get(key)
@@ -261,7 +266,7 @@ class Scheduler:
             )
         return known
 
-    def _skip(self, now: Coordinator, before: _Before, laps: Laps, lap: int, skipped: int) -> None:
+    def _skip(self, now: Coordinator, before: Before, laps: Laps, lap: int, skipped: int) -> None:
         """Put the coordinator behind laps that go as the one before them."""
         steps, grown, way = (
             now.step - before.step,
@@ -297,7 +302,7 @@ class Scheduler:
         now.available_numel += skipped * grown
 
 
-def _stands_alike(now: Coordinator, before: _Before, laps: Laps, lap: int) -> bool:
+def _stands_alike(now: Coordinator, before: Before, laps: Laps, lap: int) -> bool:
     """Whether the coordinator stands before a lap as it stood before the one ahead of it."""
     return (
         not now.recomputed
@@ -310,14 +315,14 @@ def _stands_alike(now: Coordinator, before: _Before, laps: Laps, lap: int) -> bo
     )
 
 
-def _is_used_later(now: Coordinator, before: _Before, laps: Laps, lap: int) -> bool:
+def _is_used_later(now: Coordinator, before: Before, laps: Laps, lap: int) -> bool:
     """The queue stands still, and every use that was taken from it for this lap or one ahead comes after all of them:
     that alone keeps their parameters, however far it is."""
     end = now.step + (laps.count - lap) * (now.step - before.step)
     return now.head == before.head and min(now.last_use[laps.from_lap_on(lap - 1)]) > end
 
 
-def _flights_alike(now: Coordinator, before: _Before, laps: Laps, lap: int) -> bool:
+def _flights_alike(now: Coordinator, before: Before, laps: Laps, lap: int) -> bool:
     ahead = laps.from_lap_on(lap)
     if any(laps.has(number) and not ahead.start <= number < ahead.stop for number in now.inflight):
         return False
@@ -334,7 +339,7 @@ def _flights(now: Coordinator) -> list[tuple[tuple[int, ...], int, bool]]:
     return [(flight.numbers, flight.waiting, flight.has_arrived) for flight in each.values()]
 
 
-def _uses_alike(now: Coordinator, before: _Before, laps: Laps, lap: int) -> bool:
+def _uses_alike(now: Coordinator, before: Before, laps: Laps, lap: int) -> bool:
     """Uses ahead that were taken from the queue; how long ago an earlier one was does not matter."""
     if max(now.last_use[laps.of(lap - 1)]) >= now.step:
         return False
@@ -356,7 +361,7 @@ def _prefetched_alike(now: Coordinator, grown: int) -> int:
     return sys.maxsize
 
 
-def _forgotten_alike(now: Coordinator, before: _Before, laps: Laps) -> int:
+def _forgotten_alike(now: Coordinator, before: Before, laps: Laps) -> int:
     """For how many laps what the graph has kept of them is there to be forgotten."""
     lost = [(module, before.kept[module]) for module in before.kept.keys() - now.kept.keys()]
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import field
+from dataclasses import field, replace
 
 from zplan.backends.base import Backend, Predictor
+from zplan.errors import ConfigError
 from zplan.trial import Outcome, TrialResult, TrialSpec
 from zplan.tuner.ledger import out_of_memory
 from zplan.tuner.space import Space
@@ -58,14 +59,29 @@ class Screen:
         return self.look_at_all([choice])[0]
 
     def look_at_all(self, choices: Iterable[Choice]) -> list[Screened]:
-        """The formula's answers, in order; duplicates that differ only in dead knobs share theirs."""
-        canonical = [self.space.canonical(choice) for choice in choices]
+        """The formula's answers, in order; duplicates that differ only in dead knobs share theirs.
+
+        DeepSpeed stops where it has fewer buffers of offload_param than it takes: these are looked at with enough.
+        """
+        stopped: dict[str, str] = {}
+        canonical = [self._runnable(self.space.canonical(choice), stopped) for choice in choices]
         keys = [self.space.key(choice) for choice in canonical]
         new = {key: choice for key, choice in zip(keys, canonical, strict=True) if key not in self._seen}
         answers = self.formula.run_all(self.template, list(new.values()))
         for (key, choice), predicted in zip(new.items(), answers, strict=True):
+            why = stopped.get(key)
+            if why is not None:
+                predicted = replace(predicted, outcome=Outcome.BAD_CONFIG, message=why)
             self._seen[key] = Screened(choice=choice, key=key, predicted=predicted)
         return [self._seen[key] for key in keys]
+
+    def _runnable(self, choice: Choice, stopped: dict[str, str]) -> Choice:
+        """With enough buffers; itself, and why, if no number within the ranges is."""
+        try:
+            return self.space.runnable(choice)
+        except ConfigError as error:
+            stopped[self.space.key(choice)] = str(error)
+            return choice
 
     def confirm(self, item: Screened) -> TrialResult | None:
         """The simulation's answer; None without a simulator, or where memory is far from full.

@@ -138,6 +138,24 @@ class Space:
             is_inside(knob.range, draft[knob.name]) for knob in self.knobs if knob.name in draft
         )
 
+    def runnable(self, choice: Choice) -> Choice:
+        """The configuration with as many buffers of offload_param on NVMe as DeepSpeed takes.
+
+        Raises:
+            ConfigError: the ranges allow no number that is enough.
+        """
+        if not choice.zero.offloads_param or choice.zero.offload_param.device != "nvme":
+            return choice
+        from zplan.memory.swap_in import PREFETCH, with_enough_buffers
+
+        problem = self.problem
+        on_cpu = problem.cluster.gpu.kind == "cpu"
+        found = with_enough_buffers(problem.shape, problem.recipe, choice, on_cpu=on_cpu, given={PREFETCH})
+        buffers = found.zero.offload_param
+        if buffers != choice.zero.offload_param and not self.contains(found):
+            raise ConfigError(f"it takes {buffers.buffer_count} buffers of {buffers.buffer_size} elements")
+        return found
+
     def key(self, choice: Choice) -> str:
         """Equal for two configurations exactly if they run alike."""
         if choice not in self._keys:
@@ -240,7 +258,7 @@ def _nvme_knobs(shape: ModelShape) -> list[Knob]:
     return [
         Knob(name="offload_optimizer.pipeline_read", range=Options((False, True)), acts=swaps_states),
         Knob(name="offload_optimizer.pipeline_write", range=Options((False, True)), acts=swaps_states),
-        Knob(name="offload_param.buffer_count", range=Elements(4, 16), acts=swaps_parameters),
+        Knob(name="offload_param.buffer_count", range=Elements(4, 64), acts=swaps_parameters),
         Knob(
             name="offload_param.buffer_size", range=Elements(largest, max(4 * largest, 100_000_000)),
             acts=swaps_parameters, because="one buffer holds the largest parameter",
