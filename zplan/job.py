@@ -118,7 +118,7 @@ def make_job(
 def _checked(job: Job) -> Job:
     """The job with warnings about what is probably a mistake. Raises ConfigError for what cannot be meant."""
     refuse_nvme_without_drive(job.cluster, job.fixed, job.choice)
-    refuse_adapters_of_experts(job.shape, job.recipe)
+    refuse_adapters_of_experts(job.shape, job.recipe, job.choice)
     refuse_offload(job.cluster, job.recipe, job.choice)
     refuse_combinations(job.cluster, job.choice)
     if job.choice and job.choice.zero.offload_param.device == "nvme":

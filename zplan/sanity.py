@@ -8,7 +8,7 @@ from zplan.candidates import Fixed
 from zplan.combinations import offload_refused, refused_combinations
 from zplan.errors import ConfigError
 from zplan.hardware import Cluster
-from zplan.memory.families import adapters_refused
+from zplan.memory.families import adapters_refused, leaf_refused
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.settings import setting_value, split_setting
@@ -32,12 +32,16 @@ def refuse_nvme_without_drive(cluster: Cluster, fixed: Fixed, choice: Choice | N
         )
 
 
-def refuse_adapters_of_experts(shape: ModelShape, recipe: Recipe) -> None:
-    """Raises ConfigError where PEFT does."""
+def refuse_adapters_of_experts(shape: ModelShape, recipe: Recipe, choice: Choice | None) -> None:
+    """Raises ConfigError where PEFT does, or DeepSpeed in backward."""
     refused = adapters_refused(shape, recipe)
     if refused:
         what, _, why = refused.partition(": ")
         raise ConfigError(what, because=why, fix="--lora-target q_proj --lora-target v_proj")
+    stopped = leaf_refused(shape, recipe, choice) if choice is not None else None
+    if stopped:
+        what, _, why = stopped.partition(": ")
+        raise ConfigError(what, because=why, fix="--gradient-checkpointing")
 
 
 def refuse_offload(cluster: Cluster, recipe: Recipe, choice: Choice | None) -> None:

@@ -16,7 +16,7 @@ from zplan.job import make_job
 from zplan.memory.blocks import is_parallel
 from zplan.memory.estimate import estimate_memory
 from zplan.memory.experts import clamped_gate
-from zplan.memory.families import CHECKED_FAMILIES, WITHOUT_FUSED, WITHOUT_SDPA
+from zplan.memory.families import CHECKED_FAMILIES, WITHOUT_FUSED, WITHOUT_SDPA, leaf_refused
 from zplan.memory.layer_modules import LayerModules
 from zplan.memory.operations import Modules, Sizes
 from zplan.memory.sinks import sink_attention
@@ -171,7 +171,7 @@ def test_the_families_without_fused_attention_are_transformers_own() -> None:
 def test_adapters_that_peft_refuses_are_refused_with_other_targets(family: str, config: dict[str, Any]) -> None:
     shape = tiny(family, **{"head_dim": 16, **config})
     with pytest.raises(ConfigError, match=family) as caught:
-        refuse_adapters_of_experts(shape, Recipe(model="any", method="lora"))
+        refuse_adapters_of_experts(shape, Recipe(model="any", method="lora"), None)
     assert "--lora-target q_proj" in str(caught.value.fix)
 
 
@@ -263,3 +263,29 @@ def test_heads_of_latent_attention_are_as_wide_as_their_parts() -> None:
     assert not any("no multiple of 8" in note for note in estimated(shape).notes)
     narrow = tiny("deepseek_v3", **{**ROUTED, **LATENT, "qk_nope_head_dim": 15})
     assert any("heads of 23 elements" in note for note in estimated(narrow).notes)
+
+
+@pytest.mark.parametrize(
+    ("targets", "saved", "stage", "checkpointing", "stops"),
+    [
+        (("w1", "w2", "w3"), (), 3, False, True), (("w2",), (), 3, False, True),
+        (("w2",), ("lm_head",), 3, False, True),
+        (("w2", "q_proj"), (), 3, False, False), (("w2",), ("embed_tokens",), 3, False, False),
+        (("w2",), (), 3, True, False), (("w2",), (), 2, False, False),
+    ],
+)  # fmt: skip
+def test_adapters_in_leaf_modules_alone_are_refused_where_deepspeed_stops_in_backward(
+    targets: tuple[str, ...], saved: tuple[str, ...], stage: Any, checkpointing: bool, stops: bool
+) -> None:
+    """As DeepSpeed on real ranks does: tests/simulate/test_leaf_adapters.py."""
+    shape = tiny("mixtral", num_local_experts=4)
+    recipe = Recipe(model="any", method="lora", lora_target=targets, modules_to_save=saved, train_batch_size=1)
+    batch = BatchSizes(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, world_size=1)
+    choice = Choice(zero=ZeroConfig(stage=stage), batch=batch, gradient_checkpointing=checkpointing)
+    refused = leaf_refused(shape, recipe, choice)
+    assert bool(refused) is stops
+    if stops:
+        assert estimate_memory(shape, recipe, choice, described_cluster()).gpu.verdict != "fits"
+        with pytest.raises(ConfigError, match="alone at ZeRO-3") as caught:
+            refuse_adapters_of_experts(shape, recipe, choice)
+        assert caught.value.fix == "--gradient-checkpointing"

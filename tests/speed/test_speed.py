@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.shapes import described_cluster, llama_like
-from zplan.model_shape import Block, ParameterShape
+from zplan.catalog.find import find_model
+from zplan.model_shape import Block, ModelShape, ParameterShape
 from zplan.recipe import Recipe
 from zplan.speed.communication import (
     COLLECTIVE_SECONDS,
@@ -289,3 +290,13 @@ def test_cut_matrices_are_added_up_behind_every_pair() -> None:
     speed = estimate_speed(SHAPE, RECIPE, cut, cluster)
     alone = estimate_speed(SHAPE, RECIPE, replace(cut, batch=replace(batch, autotp_size=1)), cluster)
     assert speed.parts["compute"] == pytest.approx(alone.parts["compute"] / 2)
+
+
+def test_adapters_on_experts_alone_have_a_speed() -> None:
+    """Their elements are not counted (work.py), and none are reduced in no bucket."""
+    shape = find_model("mixtral-8x7b")
+    assert isinstance(shape, ModelShape)
+    recipe = Recipe(model="any", method="lora", lora_target=("w1", "w2"), train_batch_size=2)
+    batch = BatchSizes(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, world_size=2)
+    choice = Choice(zero=ZeroConfig(stage=2), batch=batch)
+    assert estimate_speed(shape, recipe, choice, described_cluster(gpus_per_node=2)).tokens_per_second

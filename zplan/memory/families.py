@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from zplan.memory.experts import LEAF, LEAF_FAMILIES
 from zplan.memory.trainable import experts_refused, layout
 from zplan.model_shape import ModelShape
 from zplan.recipe import Attention, Recipe
+from zplan.zero_config import Choice
 
 CHECKED_FAMILIES = frozenset(
     {
@@ -82,6 +84,34 @@ def adapters_refused(shape: ModelShape, recipe: Recipe) -> str | None:
             f"an adapter on out_proj of {family}: peft refuses it on Mamba's layers (_check_lora_target_modules_mamba)"
         )
     return experts_refused(layout(shape, recipe), recipe)
+
+
+def leaf_refused(shape: ModelShape, recipe: Recipe, choice: Choice) -> str | None:
+    """Why ZeRO-3's backward stops at adapters of a MoE block, if it does: `what: why`.
+
+    The MoE block is one module to its hooks. Where nothing before the first one trains and nothing is recomputed, the
+    block's input has no gradient, its backward does not know when it is over, and gradients of its adapters meet
+    parameters that have been released: of mixtral, qwen2_moe and qwen3_moe on real ranks "The size of tensor a (0) must
+    match ..."; with an adapter on attention, a trained embedding or gradient checkpointing they run.
+
+    Source: deepspeed 0.19.8, runtime/zero/leaf_module_config.py (DEFAULT_LEAF_MODULE_CLASSES), parameter_offload.py
+    (PostBackwardFunctionModule: if output_in.requires_grad).
+    """
+    if choice.zero.stage != 3 or choice.gradient_checkpointing or recipe.method == "full":
+        return None
+    if shape.model_type not in LEAF_FAMILIES:
+        return None
+    for block in layout(shape, recipe).blocks:
+        is_leaf = [weight.module.startswith(f"{LEAF}.") for weight in block.weights]
+        trained = [weight.trainable for weight in block.weights]
+        if any(trains and not inside for trains, inside in zip(trained, is_leaf, strict=True)):
+            return None
+        if any(trained):
+            return (
+                f"adapters in the MoE blocks of {shape.model_type} alone at ZeRO-3 without gradient checkpointing: a"
+                " block is hooked as one module, whose input has no gradient, and DeepSpeed stops in backward"
+            )
+    return None
 
 
 def unknown_layers(shape: ModelShape) -> str | None:

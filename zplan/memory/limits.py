@@ -5,7 +5,7 @@ from __future__ import annotations
 from zplan.autotp import cannot_cut
 from zplan.combinations import offload_refused
 from zplan.memory.attention import attention_widths
-from zplan.memory.families import refused, unknown_layers
+from zplan.memory.families import leaf_refused, refused, unknown_layers
 from zplan.memory.quantized import num_groups
 from zplan.memory.trainable import layout
 from zplan.model_shape import ModelShape
@@ -27,6 +27,8 @@ def not_modelled(shape: ModelShape, recipe: Recipe, choice: Choice, *, on_cpu: b
         *_of_granularity(recipe, choice),
     ]
     found += _of_quantizer(shape, recipe, choice)
+    stopped = leaf_refused(shape, recipe, choice)
+    found += [f"{stopped}; try --gradient-checkpointing"] if stopped else []
     uncut = cannot_cut(shape, recipe, choice.batch.autotp_size, stage=choice.zero.stage)
     found += [uncut] if uncut else []
     unoffloaded = offload_refused(choice.zero, recipe.optimizer, on_cpu=on_cpu)

@@ -7,6 +7,7 @@ from dataclasses import field, replace
 
 from zplan.backends.base import Backend, Predictor
 from zplan.errors import ConfigError
+from zplan.memory.families import leaf_refused
 from zplan.trial import Outcome, TrialResult, TrialSpec
 from zplan.tuner.ledger import out_of_memory
 from zplan.tuner.space import Space
@@ -76,7 +77,12 @@ class Screen:
         return [self._seen[key] for key in keys]
 
     def _runnable(self, choice: Choice, stopped: dict[str, str]) -> Choice:
-        """With enough buffers; itself, and why, if no number within the ranges is."""
+        """With enough buffers; itself, and why, if no number within the ranges is, or DeepSpeed stops anyway."""
+        problem = self.space.problem
+        why = leaf_refused(problem.shape, problem.recipe, choice)
+        if why is not None:
+            stopped[self.space.key(choice)] = why
+            return choice
         try:
             return self.space.runnable(choice)
         except ConfigError as error:
