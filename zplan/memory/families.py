@@ -97,9 +97,9 @@ def leaf_refused(shape: ModelShape, recipe: Recipe, choice: Choice) -> str | Non
     Source: deepspeed 0.19.8, runtime/zero/leaf_module_config.py (DEFAULT_LEAF_MODULE_CLASSES), parameter_offload.py
     (PostBackwardFunctionModule: if output_in.requires_grad).
     """
-    if choice.zero.stage != 3 or choice.gradient_checkpointing or recipe.method == "full":
-        return None
-    if shape.model_type not in LEAF_FAMILIES:
+    if shape.model_type not in LEAF_FAMILIES or recipe.method == "full":
+        return None  # before anything of the choice is read: an answer is kept by what it reads (memo.py)
+    if choice.zero.stage != 3 or choice.gradient_checkpointing:
         return None
     for block in layout(shape, recipe).blocks:
         is_leaf = [weight.module.startswith(f"{LEAF}.") for weight in block.weights]
