@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.shapes import described_cluster, llama_like
 from zplan.catalog.find import find_model
+from zplan.memory.trainable import layout
 from zplan.model_shape import Block, ModelShape, ParameterShape
 from zplan.recipe import Recipe
 from zplan.speed.communication import (
@@ -293,10 +294,28 @@ def test_cut_matrices_are_added_up_behind_every_pair() -> None:
 
 
 def test_adapters_on_experts_alone_have_a_speed() -> None:
-    """Their elements are not counted (work.py), and none are reduced in no bucket."""
     shape = find_model("mixtral-8x7b")
     assert isinstance(shape, ModelShape)
     recipe = Recipe(model="any", method="lora", lora_target=("w1", "w2"), train_batch_size=2)
     batch = BatchSizes(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, world_size=2)
     choice = Choice(zero=ZeroConfig(stage=2), batch=batch)
     assert estimate_speed(shape, recipe, choice, described_cluster(gpus_per_node=2)).tokens_per_second
+
+
+@pytest.mark.parametrize("model", ["mistral-7b", "mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v2-lite", "gpt2"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_as_many_elements_train_as_memory_counts(model: str, method: Any) -> None:
+    """Adapters of stacked experts among them, which the step's time once left out."""
+    shape, recipe = find_model(model), Recipe(model=model, method=method)
+    assert work_of(shape, recipe).trainable_numel == layout(shape, recipe).trainable_numel
+
+
+def test_adapters_of_experts_alone_have_a_step_time_and_make_the_experts_gradients() -> None:
+    shape = find_model("mixtral-8x7b")
+    alone = Recipe(model="mixtral-8x7b", method="lora", lora_target=("w1", "w3"))
+    none = work_of(shape, replace(alone, lora_target=("q_proj",)))
+    work = work_of(shape, alone)
+    assert work.folded_numel == 32 * 2 * 28672 * 4096  # two of eight experts, gate and up
+    assert work.adapter_numel == none.folded_numel == 0
+    more = backward_flops(work, alone) - backward_flops(replace(work, folded_numel=0), alone)
+    assert more == 2 * work.folded_numel

@@ -6,6 +6,7 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
+from zplan.adapted_modules import adapter_shapes
 from zplan.errors import ConfigError
 from zplan.model_shape import Block, ModelShape, ParameterShape
 from zplan.recipe import Recipe
@@ -174,11 +175,11 @@ def _lay(block: Block, recipe: Recipe, model_type: str) -> LaidBlock:
         weights.append(_weight(parameter, recipe, trains=trains, quantised=quantised))
         if recipe.method == "full" or saved:
             continue
-        wraps = adapts_parameter(parameter, model_type, recipe.lora_target)
-        if is_lora_target(parameter, block, recipe.lora_target, model_type) or (wraps and len(parameter.shape) == 2):
-            weights.extend(_adapter(parameter, recipe))
-        elif wraps:
-            weights.extend(_expert_adapter(parameter, recipe))
+        shapes = adapter_shapes(parameter, block, recipe, model_type)
+        if shapes is not None and len(parameter.shape) == 2:
+            weights.extend(_adapter(parameter, recipe, shapes))
+        elif shapes is not None:
+            weights.extend(_expert_adapter(parameter, recipe, shapes))
     return LaidBlock(block=block, weights=tuple(weights), repeat=block.repeat)
 
 
@@ -243,67 +244,11 @@ def nf4_bytes(numel: int) -> int:
     return -(-numel // 2) + blocks + 4 * -(-blocks // NF4_NESTED_BLOCK)
 
 
-def is_lora_target(parameter: ParameterShape, block: Block, targets: tuple[str, ...], model_type: str) -> bool:
-    """Whether PEFT puts an adapter on the module of this weight.
-
-    `all-linear` takes every linear module but the output head; a router or experts that hold their weight themselves
-    are no linear modules.
-
-    Source: peft 0.21.2, tuners/tuners_utils.py (_maybe_include_all_linear_layers).
-    """
-    last = parameter.module.rpartition(".")[2]
-    is_matrix = parameter.kind == "linear" and len(parameter.shape) == 2 and parameter.name.endswith("weight")
-    if not is_matrix or last in _renamed(model_type):
-        return False
-    if targets == ("all-linear",):
-        return block.role in ("layer", "encoder_layer")
-    return last in targets
-
-
-_LIKE_MIXTRAL = frozenset({"mixtral", "minimax", "minimax_m2"})
-_LIKE_QWEN2_MOE = frozenset(
-    {
-        "qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite",
-        "glm_moe_dsa", "olmoe", "flex_olmo", "ernie4_5_moe", "dots1", "hunyuan_v1_moe", "exaone_moe", "cohere2_moe",
-        "solar_open", "longcat_flash", "afmoe", "mellum", "beam",
-    }
-)  # fmt: skip
-"""Families of which PEFT adapts router and experts by what their modules were called in transformers 4; Qwen 2 MoE
-itself is not among them.
-
-Source: transformers 5.23.0, conversion_mapping.py (_MODEL_TO_CONVERSION_PATTERN: mixtral, qwen2_moe); peft 0.21.2,
-utils/transformers_weight_conversion.py (_convert_peft_config_moe)."""
-
-
-def _renamed(model_type: str) -> dict[str, str]:
-    """Earlier name of a module -> the parameter that PEFT adapts instead; a dense or shared MLP of that name is passed
-    over.
-
-    Source: peft 0.21.2, utils/transformers_weight_conversion.py (_MOE_TARGET_MODULE_MAPPING).
-    """
-    if model_type in _LIKE_MIXTRAL:
-        return {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}
-    if model_type in _LIKE_QWEN2_MOE:
-        names = ("gate_proj", "gate_up_proj"), ("up_proj", "gate_up_proj"), ("down_proj", "down_proj")
-        return {"gate": "gate.weight", **dict(names)}
-    return {}
-
-
-def adapts_parameter(parameter: ParameterShape, model_type: str, targets: tuple[str, ...]) -> bool:
-    """Whether PEFT wraps this weight of a router or of stacked experts (ParamWrapper)."""
-    renamed = _renamed(model_type)
-    asked = renamed if targets == ("all-linear",) else targets
-    return any(f".{parameter.name}".endswith(f".{renamed[name]}") for name in asked if name in renamed)
-
-
-def _expert_adapter(parameter: ParameterShape, recipe: Recipe) -> tuple[Weight, Weight]:
-    """lora_A (E r x in) and lora_B (out x E r) beside E stacked weights; a fused gate and up have twice the rank.
-
-    Source: peft 0.21.2, tuners/lora/layer.py (ParamWrapper.update_layer).
-    """
-    experts, out_features, in_features = parameter.shape
-    rank = experts * recipe.lora_r * (2 if parameter.name.endswith("gate_up_proj") else 1)
-    return tuple(  # type: ignore[return-value]
+def _expert_adapter(
+    parameter: ParameterShape, recipe: Recipe, shapes: tuple[tuple[int, int], tuple[int, int]]
+) -> tuple[Weight, ...]:
+    """lora_A and lora_B beside stacked weights."""
+    return tuple(
         Weight(
             name=f"{parameter.name}.{part}",
             module=parameter.module,
@@ -314,7 +259,7 @@ def _expert_adapter(parameter: ParameterShape, recipe: Recipe) -> tuple[Weight, 
             trainable=True,
             group=0,
         )
-        for part, rows, columns in ((EXPERT_ADAPTERS[0], rank, in_features), (EXPERT_ADAPTERS[1], out_features, rank))
+        for part, (rows, columns) in zip(EXPERT_ADAPTERS, shapes, strict=True)
     )
 
 
@@ -333,18 +278,19 @@ def experts_refused(laid: Layout, recipe: Recipe) -> str | None:
     return f"{option} on the stacked weights of experts: peft raises (lora.ParamWrapper)" if adapted else None
 
 
-def _adapter(parameter: ParameterShape, recipe: Recipe) -> tuple[Weight, ...]:
+def _adapter(
+    parameter: ParameterShape, recipe: Recipe, shapes: tuple[tuple[int, int], tuple[int, int]]
+) -> tuple[Weight, ...]:
     """lora_A (r x in), lora_B (out x r) and DoRA's magnitude (out), in the training dtype: the engine casts the whole
     module.
 
     Source: deepspeed 0.19.8, runtime/engine.py (_configure_distributed_model: module.bfloat16()); peft 0.21.2,
     tuners/lora/dora.py (DoraLinearLayer.update_layer).
     """
-    out_features, in_features = parameter.shape
     parts: list[tuple[str, tuple[int, ...]]] = [
-        ("lora_A", (recipe.lora_r, in_features)),
-        ("lora_B", (out_features, recipe.lora_r)),
-        *([("lora_magnitude_vector", (out_features,))] if recipe.use_dora else []),
+        ("lora_A", shapes[0]),
+        ("lora_B", shapes[1]),
+        *([("lora_magnitude_vector", parameter.shape[:1])] if recipe.use_dora else []),
     ]
     return tuple(
         Weight(

@@ -108,7 +108,7 @@ def traffic(work: Work, recipe: Recipe, choice: Choice, cluster: Cluster) -> Tra
         return None
     once = gradient_bytes(work, recipe, choice, num_nodes=cluster.nodes)
     bucket = min(zero.reduce_bucket_size, work.trainable_numel) if zero.stage else work.trainable_numel
-    num_buckets = max(work.trainable_numel / bucket, 1.0) if bucket else 1.0
+    num_buckets = max(work.trainable_numel / bucket, 1.0)
     reductions = reductions_per_step(choice)
     per_reduction = once / link + num_buckets * COLLECTIVE_SECONDS
     share = ring_share(world_size) * recipe.weight_bytes / link

@@ -43,7 +43,8 @@ def _attention(work: Work, recipe: Recipe) -> float:
 def backward_flops(work: Work, recipe: Recipe) -> float:
     """Backward FLOPs of one token: 2 per weight for the input's gradient, 2 more for the weight's where it trains."""
     through = 2.0 * (work.layer_numel + work.head_numel + work.adapter_numel)
-    trained = work.layer_numel + work.head_numel if recipe.method == "full" else work.adapter_numel
+    adapted = work.adapter_numel + work.folded_numel
+    trained = work.layer_numel + work.head_numel if recipe.method == "full" else adapted
     return through + 2.0 * trained + BACKWARD_ATTENTION * _attention(work, recipe)
 
 

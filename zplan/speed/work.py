@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from zplan.model_shape import Block, ModelShape, ParameterShape
+from zplan.adapted_modules import adapter_shapes
+from zplan.model_shape import ModelShape, ParameterShape
 from zplan.recipe import Recipe
 from zplan.saved_modules import copied_blocks, is_saved
 from zplan.values import dataclass
@@ -20,7 +21,11 @@ class Work:
     head_numel: int
     """The output head, tied or not."""
     adapter_numel: int
-    """LoRA weights; they multiply every token and always train."""
+    """LoRA weights that multiply every token, and always train."""
+    folded_numel: int
+    """Of the stacked experts that a token visits, those that an adapter is folded into: their gradient is made whole.
+
+    Limits: folding, which costs the same for any number of tokens, is not counted."""
     trainable_numel: int
     total_numel: int
     """Everything that is stored, frozen or not."""
@@ -56,7 +61,7 @@ def part_of(work: Work, autotp_size: int) -> Work:
 
 
 def _count(shape: ModelShape, recipe: Recipe) -> Work:
-    layers = head = adapters = saved = 0
+    layers = head = adapters = saved = stacked = folded = 0
     for block in copied_blocks(shape, recipe):
         for parameter in block.parameters:
             numel = _active_numel(parameter, shape) * block.repeat
@@ -64,18 +69,26 @@ def _count(shape: ModelShape, recipe: Recipe) -> Work:
                 layers += numel
             elif block.role == "head":
                 head += numel
-            if recipe.method != "full":
-                adapters += _adapter_numel(parameter, block, recipe) * block.repeat
-                if is_saved(parameter, recipe) and block.role != "original":
-                    saved += parameter.numel * block.repeat
+            if is_saved(parameter, recipe):
+                saved += parameter.numel * block.repeat if block.role != "original" else 0
+                continue
+            shapes = adapter_shapes(parameter, block, recipe, shape.model_type)
+            if shapes is None:
+                continue
+            beside = sum(rows * columns for rows, columns in shapes) * block.repeat
+            if len(parameter.shape) == 2:
+                adapters += beside
+            else:
+                stacked, folded = stacked + beside, folded + numel
     head = head or shape.vocab_size * shape.hidden_size
-    trainable = shape.num_parameters if recipe.method == "full" else adapters + saved
+    trainable = shape.num_parameters if recipe.method == "full" else adapters + stacked + saved
     return Work(
         layer_numel=layers,
         head_numel=head,
         adapter_numel=adapters,
+        folded_numel=folded,
         trainable_numel=trainable,
-        total_numel=shape.num_parameters + adapters,
+        total_numel=shape.num_parameters + adapters + stacked,
         attention_flops_per_sequence=attention_flops(shape, recipe.max_length, masked=recipe.attention != "eager"),
     )
 
@@ -88,19 +101,6 @@ def _active_numel(parameter: ParameterShape, shape: ModelShape) -> int:
     if routed and shape.num_local_experts:
         return parameter.numel * shape.num_experts_per_tok // shape.num_local_experts
     return parameter.numel
-
-
-def _adapter_numel(parameter: ParameterShape, block: Block, recipe: Recipe) -> int:
-    """r (in + out) for each linear module that PEFT adapts.
-
-    Source: peft 0.21.2, tuners/lora/layer.py (update_layer), tuners/tuners_utils.py (_maybe_include_all_linear_layers).
-    """
-    if parameter.kind != "linear" or len(parameter.shape) != 2 or not parameter.name.endswith("weight"):
-        return 0
-    everywhere = recipe.lora_target == ("all-linear",)
-    module = parameter.module.rpartition(".")[2]
-    adapted = block.role in ("layer", "encoder_layer") if everywhere else module in recipe.lora_target
-    return recipe.lora_r * sum(parameter.shape) if adapted else 0
 
 
 def attention_flops(shape: ModelShape, length: int, *, masked: bool) -> int:
