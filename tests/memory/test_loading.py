@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 
+from tests.shapes import described_cluster
 from zplan.catalog.find import find_model
-from zplan.memory.loading import gathered, uncut_adapters_bytes, whole_bytes
+from zplan.memory.estimate import estimate_memory
+from zplan.memory.loading import beside_adapters_bytes, gathered, uncut_adapters_bytes, whole_bytes
 from zplan.memory.trainable import Layout, layout
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
+from zplan.zero_config import BatchSizes, Choice, OffloadOptimizer, ZeroConfig
 
 MISTRAL = find_model("mistral-7b")
 EMBEDDING, PROJECTION = 32000 * 4096, 4096 * 14336
@@ -58,17 +61,24 @@ def test_one_rank_copies_only_a_parameter_that_is_gathered_alone() -> None:
     assert whole_bytes(of(), 2, 1, offloads_param=True) == 2 * max(3 * PROJECTION, 2 * EMBEDDING)
 
 
-def test_a_module_to_save_is_gathered_while_it_is_copied() -> None:
+def test_adapters_are_whole_and_a_module_to_save_is_gathered_while_it_is_copied() -> None:
+    recipe = Recipe(model="mistral-7b", method="lora")
     plain, saved = of(method="lora"), of(method="lora", modules_to_save=("lm_head",))
-    one, two = (
-        uncut_adapters_bytes(laid, Recipe(model="mistral-7b", method="lora"), 0, offloads_param=True)
-        for laid in (plain, saved)
-    )
-    assert one == 2 * plain.trainable_numel
-    assert two - one == 2 * 2 * EMBEDDING
+    assert uncut_adapters_bytes(plain, recipe, 0, offloads_param=True) == 2 * plain.trainable_numel
+    assert uncut_adapters_bytes(plain, recipe, 100, offloads_param=False) == 2 * (plain.trainable_numel - 100)
+    assert saved.trainable_numel - plain.trainable_numel == EMBEDDING
+    assert (beside_adapters_bytes(plain, recipe), beside_adapters_bytes(saved, recipe)) == (0, 2 * EMBEDDING)
 
 
 def test_dora_takes_the_norm_of_a_gathered_weight() -> None:
     recipe = Recipe(model="mistral-7b", method="lora", use_dora=True)
-    laid = of(method="lora", use_dora=True)
-    assert uncut_adapters_bytes(laid, recipe, 0, offloads_param=True) == 2 * (laid.trainable_numel + 4 * PROJECTION)
+    assert beside_adapters_bytes(of(method="lora", use_dora=True), recipe) == 2 * 4 * PROJECTION
+
+
+@pytest.mark.parametrize("more", [{"modules_to_save": ("lm_head",)}, {"use_dora": True}])
+def test_what_is_gathered_for_adapters_is_gone_when_the_engine_is_built(more: dict[str, Any]) -> None:
+    recipe = Recipe(model="mistral-7b", method="lora", train_batch_size=8, **more)
+    batch = BatchSizes(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, world_size=8)
+    zero = ZeroConfig(stage=3, reduce_bucket_size=1, offload_optimizer=OffloadOptimizer(device="cpu"))
+    phases = estimate_memory(MISTRAL, recipe, Choice(zero=zero, batch=batch), described_cluster()).gpu.phases
+    assert phases["load"] - phases["init"] >= 2 * EMBEDDING // 2

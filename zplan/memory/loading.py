@@ -118,22 +118,31 @@ def whole_bytes(laid: Layout, b: int, ranks: int, *, offloads_param: bool, secon
 
 
 def uncut_adapters_bytes(laid: Layout, recipe: Recipe, numel: int, *, offloads_param: bool) -> int:
-    """Adapters, which are whole until the engine cuts them, beside the largest module that was gathered for one.
-
-        b (trainable - their partition) + b n of what is copied, or (1 + 3) b n of what DoRA takes the norm of
+    """Adapters, which are whole until the engine cuts them, less their partition.
 
     Args:
         numel: elements of this rank's partition of what trains.
 
-    Source: peft 0.21.2, tuners/tuners_utils.py (_move_adapter_to_device_of_base_layer), utils/other.py
-    (ModulesToSaveWrapper.update: gather_params_ctx), tuners/lora/dora.py (update_layer).
+    Source: peft 0.21.2, tuners/tuners_utils.py (_move_adapter_to_device_of_base_layer).
     """
     if recipe.method == "full":
         return 0
-    sets, b = gathered(laid), recipe.weight_bytes
+    return recipe.weight_bytes * (laid.trainable_numel - (0 if offloads_param else numel))
+
+
+def beside_adapters_bytes(laid: Layout, recipe: Recipe) -> int:
+    """What is gathered while adapters are made: a module that PEFT copies, or what DoRA takes the norm of.
+
+        b n, or (1 + 3) b n
+
+    Source: peft 0.21.2, utils/other.py (ModulesToSaveWrapper.update: gather_params_ctx), tuners/lora/dora.py
+    (update_layer).
+    """
+    if recipe.method == "full":
+        return 0
+    sets = gathered(laid)
     of_dora = (1 + DORA_COPIES) * sets.adapted if recipe.use_dora else 0
-    most = max(sets.saved, of_dora)
-    return b * (laid.trainable_numel + most) - (0 if offloads_param else b * numel)
+    return recipe.weight_bytes * max(sets.saved, of_dora)
 
 
 def not_yet_cut_bytes(items: Instances, shards: Shards, *, offloads_param: bool) -> tuple[int, int]:

@@ -9,7 +9,13 @@ from math import prod
 from zplan.memory.bf16_optimizer import accumulated_bytes, takes_bf16_optimizer
 from zplan.memory.exchange import Exchange
 from zplan.memory.instances import Instances, instances
-from zplan.memory.loading import not_yet_cut_bytes, quantising_bytes, uncut_adapters_bytes, whole_bytes
+from zplan.memory.loading import (
+    beside_adapters_bytes,
+    not_yet_cut_bytes,
+    quantising_bytes,
+    uncut_adapters_bytes,
+    whole_bytes,
+)
 from zplan.memory.muon import ADAM_STATES, first_updates_bytes, precision
 from zplan.memory.runtime import ALLOCATOR_ROUNDING
 from zplan.memory.shards import Shards, second_copies_bytes, secondary_group
@@ -214,6 +220,7 @@ def _initialising(
         buffers = max(FP32 * largest_group, accumulated * numel + buffers)
     ranks, offloads = choice.batch.zero_ranks, zero.offloads_param
     uncut, most = uncut_adapters_bytes(laid, recipe, numel, offloads_param=offloads), 0
+    adapting = uncut + beside_adapters_bytes(laid, recipe)
     copies = 1 if offloads else secondary_group(zero, ranks)
     whole = whole_bytes(laid, b, ranks, offloads_param=offloads, secondary_ranks=copies)
     if recipe.method == "lora" and not offloads:
@@ -226,7 +233,7 @@ def _initialising(
     source = "deepspeed 0.19.8, runtime/zero/stage3.py (_setup_for_real_optimizer)"
     return [
         _term("buffers at initialize", max(buffers, uncut - masters, most - masters), ("init",), formula, source),
-        _term("weights before they are cut", max(uncut, whole), ("load",), "less what is left of them", PEFT),
+        _term("weights before they are cut", max(adapting, whole), ("load",), "less what is left of them", PEFT),
     ]
 
 
