@@ -212,11 +212,12 @@ def _weigh(tape: Tape, layer: LayerModules, sizes: Sizes, rows: Value, scores: V
     plain, whole = sizes.bytes(picked * hidden), sizes.bytes(hidden)
     low = layer.shape.model_type in LOW_WEIGHTS
     wide = plain if low else sizes.fp32_bytes(picked * hidden)
+    gone = plain if tape.unpacks else 0  # the rows, before their gradient is cast; both gradients are there in fp32
     weighted = tape.apply(
         wide,
         [(rows, plain), (scores, scores.storage.bytes)],
         saves=(rows,) if scores.needs_gradient else (),
-        temporary=wide if low else 2 * wide - plain,  # both gradients in fp32; the rows' is cast when they are there
+        temporary=wide if low else 2 * wide - gone,
     )
     ordered = tape.apply(wide, [(weighted, wide)])
     tape.drop(weighted)

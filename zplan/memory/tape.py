@@ -264,6 +264,14 @@ class Tape:
             self._stop(saved)
         return out
 
+    @property
+    def unpacks(self) -> bool:
+        """What operations saved comes out of the hooks of a recomputation, and goes before their results are cast.
+
+        Source: torch 2.13.0, csrc/autograd/engine.cpp (evaluate_function: release_variables behind validate_outputs).
+        """
+        return self.stop_at is not None
+
     def _apply_outside(self, num_bytes: int | None, source: Value, temporary: int) -> Value:
         """Run an operation that the graph knows nothing of: it keeps nothing."""
         out = self._output(num_bytes, [(source, None)])
