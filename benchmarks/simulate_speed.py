@@ -168,10 +168,19 @@ def measure(case: Case, series: int) -> Row:
 
 def tree_cpu_seconds(pid: int) -> float:
     """CPU seconds of a process, of its children that live, and of all that ended and were waited for."""
+    while True:
+        try:
+            return _tree_cpu_seconds(pid)
+        except (FileNotFoundError, ProcessLookupError):  # one that ended while it was looked at: its parent has it now
+            if not Path(f"/proc/{pid}").exists():
+                raise
+
+
+def _tree_cpu_seconds(pid: int) -> float:
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
     own = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
-    return own + sum(tree_cpu_seconds(int(child)) for child in children)
+    return own + sum(_tree_cpu_seconds(int(child)) for child in children)
 
 
 def cold(case: Case) -> tuple[float, float]:
