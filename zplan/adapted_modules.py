@@ -5,10 +5,11 @@ from __future__ import annotations
 from zplan.model_shape import Block, ParameterShape
 from zplan.recipe import Recipe
 
+Shapes = tuple[tuple[int, int], tuple[int, int]]
+"""Of lora_A and lora_B."""
 
-def adapter_shapes(
-    parameter: ParameterShape, block: Block, recipe: Recipe, model_type: str
-) -> tuple[tuple[int, int], tuple[int, int]] | None:
+
+def adapter_shapes(parameter: ParameterShape, block: Block, recipe: Recipe, model_type: str) -> Shapes | None:
     """Shapes of lora_A and lora_B beside this parameter; None without an adapter.
 
         (r, in), (out, r)              a linear module or a router
@@ -18,8 +19,8 @@ def adapter_shapes(
     """
     if recipe.method == "full":
         return None
-    wraps = adapts_parameter(parameter, model_type, recipe.lora_target)
-    if is_lora_target(parameter, block, recipe.lora_target, model_type) or (wraps and len(parameter.shape) == 2):
+    wraps = _adapts_parameter(parameter, model_type, recipe.lora_target)
+    if _is_lora_target(parameter, block, recipe.lora_target, model_type) or (wraps and len(parameter.shape) == 2):
         out_features, in_features = parameter.shape
         return (recipe.lora_r, in_features), (out_features, recipe.lora_r)
     if not wraps:
@@ -29,7 +30,7 @@ def adapter_shapes(
     return (rank, in_features), (out_features, rank)
 
 
-def is_lora_target(parameter: ParameterShape, block: Block, targets: tuple[str, ...], model_type: str) -> bool:
+def _is_lora_target(parameter: ParameterShape, block: Block, targets: tuple[str, ...], model_type: str) -> bool:
     """Whether PEFT puts an adapter on the module of this weight.
 
     `all-linear` takes every linear module but the output head; a router or experts that hold their weight themselves
@@ -75,7 +76,7 @@ def _renamed(model_type: str) -> dict[str, str]:
     return {}
 
 
-def adapts_parameter(parameter: ParameterShape, model_type: str, targets: tuple[str, ...]) -> bool:
+def _adapts_parameter(parameter: ParameterShape, model_type: str, targets: tuple[str, ...]) -> bool:
     """Whether PEFT wraps this weight of a router or of stacked experts (ParamWrapper)."""
     renamed = _renamed(model_type)
     asked = renamed if targets == ("all-linear",) else targets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -231,26 +232,42 @@ def micro_batches(recipe: Recipe, world_size: int, fixed: Fixed) -> tuple[int, .
     return tuple(sorted({*small, *(share // n for n in small)}))
 
 
-def evaluate_runnable(
-    shape: ModelShape, recipe: Recipe, choice: Choice, cluster: Cluster, fixed: Fixed, bucket_rule: BucketRule
-) -> Candidate:
-    """`evaluate` with as many buffers of offload_param on NVMe as DeepSpeed takes.
+def runnable(
+    shape: ModelShape, recipe: Recipe, choice: Choice, cluster: Cluster, *,
+    given: Collection[str] = ("stage3_prefetch_bucket_size",),
+) -> Choice:  # fmt: skip
+    """The choice with as many buffers of offload_param on NVMe as DeepSpeed takes.
+
+    Args:
+        given: keys that are not to be changed; nothing but the buffers is unless it says so.
 
     Raises:
-        ConfigError: not with what the user decided about them.
+        ConfigError: not without one of these.
     """
-    if choice.zero.offloads_param and choice.zero.offload_param.device == "nvme":
-        from zplan.memory.swap_in import with_enough_buffers
+    if not choice.zero.offloads_param or choice.zero.offload_param.device != "nvme":
+        return choice
+    from zplan.memory.swap_in import with_enough_buffers
 
-        given = {split_setting(text)[0] for text in fixed.settings}
-        choice = with_enough_buffers(shape, recipe, choice, on_cpu=cluster.gpu.kind == "cpu", given=given)
-    return evaluate(shape, recipe, choice, cluster, bucket_rule=bucket_rule)
+    return with_enough_buffers(shape, recipe, choice, on_cpu=cluster.gpu.kind == "cpu", given=given)
+
+
+Ask = Callable[[Choice], Candidate]
+
+
+def asker(shape: ModelShape, recipe: Recipe, cluster: Cluster, fixed: Fixed, bucket_rule: BucketRule) -> Ask:
+    """`evaluate` of what runs, with what the user decided; it raises ConfigError where that cannot run."""
+    given = {split_setting(text)[0] for text in fixed.settings}
+
+    def ask(choice: Choice) -> Candidate:
+        runs = runnable(shape, recipe, choice, cluster, given=given)
+        return evaluate(shape, recipe, runs, cluster, bucket_rule=bucket_rule)
+
+    return ask
 
 
 def best_micro_batch(
-    shape: ModelShape, recipe: Recipe, cluster: Cluster, choices: tuple[Choice, ...], fixed: Fixed,
-    bucket_rule: BucketRule,
-) -> Candidate:  # fmt: skip
+    shape: ModelShape, recipe: Recipe, cluster: Cluster, choices: tuple[Choice, ...], ask: Ask
+) -> Candidate:
     """The largest micro-batch that fits, or the smallest one when none does.
 
     A larger micro-batch never needs less memory, and is never slower here: both ends first, then bisection.
@@ -258,22 +275,18 @@ def best_micro_batch(
     Args:
         choices: one strategy, from the smallest micro-batch to the largest.
     """
-
-    def ask(index: int) -> Candidate:
-        return evaluate_runnable(shape, recipe, choices[index], cluster, fixed, bucket_rule)
-
     low, high = 0, len(choices) - 1
     if cannot_fit(shape, recipe, choices[low], cluster):
-        return ask(low)
-    best = ask(high)
+        return ask(choices[low])
+    best = ask(choices[high])
     if best.tier == 0 or high == 0:
         return best
-    best = ask(low)
+    best = ask(choices[low])
     if best.tier > 0:
         return best
     while high - low > 1:
         middle = (low + high) // 2
-        tried = ask(middle)
+        tried = ask(choices[middle])
         if tried.tier == 0:
             best, low = tried, middle
         else:

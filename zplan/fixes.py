@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cache
 from math import ceil
 
-from zplan.candidates import Candidate, evaluate
+from zplan.candidates import Candidate, evaluate, runnable
 from zplan.errors import ConfigError
 from zplan.hardware import DESCRIBED_NVME, DESCRIBED_RAM_PER_GPU, Cluster
 from zplan.memory.estimate import BucketRule
@@ -70,19 +70,12 @@ def _runnable_changes(
 ) -> Iterator[tuple[str, Choice]]:
     """With parameters on NVMe a change comes with the buffers that it takes; one that none are enough for is none."""
     for change, changed in _changes(shape, recipe, choice, cluster):
-        param = changed.zero.offload_param
-        if not changed.zero.offloads_param or param.device != "nvme":
-            yield change, changed
-            continue
-        from zplan.memory.swap_in import PREFETCH, with_enough_buffers
-
         try:
-            enough = with_enough_buffers(
-                shape, recipe, changed, on_cpu=cluster.gpu.kind == "cpu", given={PREFETCH}
-            )  # fmt: skip
+            runs = runnable(shape, recipe, changed, cluster)
         except ConfigError:
             continue
-        yield " ".join((change, *buffer_settings(enough.zero.offload_param, param))), enough
+        settings = buffer_settings(runs.zero.offload_param, changed.zero.offload_param)
+        yield " ".join((change, *settings)), runs
 
 
 def buffer_settings(param: OffloadParam, base: OffloadParam) -> Iterator[str]:

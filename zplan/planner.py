@@ -7,13 +7,14 @@ from operator import itemgetter
 from typing import Any
 
 from zplan.candidates import (
+    Ask,
     Candidate,
     Fixed,
+    asker,
     base_zero,
     best_micro_batch,
     check_stage,
     evaluate,
-    evaluate_runnable,
     lift_settings,
     micro_batches,
     splits,
@@ -120,37 +121,26 @@ def _best_on(
 ) -> Candidate:
     """The fastest strategy that fits on fewer GPUs; if none does, the one that is least short."""
     ladders = tuple(_ladders(shape, recipe, cluster, fixed, world_size))
-    fastest = _fastest_of(shape, recipe, cluster, ladders, fixed, bucket_rule)
-    return fastest if fastest is not None else _least_short(shape, recipe, cluster, ladders, fixed, bucket_rule)
+    ask = asker(shape, recipe, cluster, fixed, bucket_rule)
+    fastest = _fastest_of(shape, recipe, cluster, ladders, ask)
+    return fastest if fastest is not None else _least_short(shape, recipe, cluster, ladders, ask)
 
 
-def _least_short(
-    shape: ModelShape,
-    recipe: Recipe,
-    cluster: Cluster,
-    ladders: Iterable[Ladder],
-    fixed: Fixed,
-    bucket_rule: BucketRule,
-) -> Candidate:  # fmt: skip
+def _least_short(shape: ModelShape, recipe: Recipe, cluster: Cluster, ladders: Iterable[Ladder], ask: Ask) -> Candidate:
     """The first by `_rank`. Asked from the least need up, until the least need of the others is already more."""
     found: list[tuple[tuple[Any, ...], int, Candidate]] = []
     needs = ((least_need(shape, recipe, first, cluster), index, first) for index, (first, *_) in enumerate(ladders))
     for need, index, first in sorted(needs, key=itemgetter(0, 1)):
         if found and need > min(found)[0][:2]:
             break
-        tried = evaluate_runnable(shape, recipe, first, cluster, fixed, bucket_rule)
+        tried = ask(first)
         found.append((_rank(tried), index, tried))
     return min(found)[2]
 
 
 def _fastest_of(
-    shape: ModelShape,
-    recipe: Recipe,
-    cluster: Cluster,
-    ladders: Iterable[Ladder],
-    fixed: Fixed,
-    bucket_rule: BucketRule,
-) -> Candidate | None:  # fmt: skip
+    shape: ModelShape, recipe: Recipe, cluster: Cluster, ladders: Iterable[Ladder], ask: Ask
+) -> Candidate | None:
     """The fastest strategy that fits; None if none does.
 
     Speed costs microseconds and memory much more, so memory is asked from the fastest down until something fits, and
@@ -164,11 +154,11 @@ def _fastest_of(
     for choice, first in by_speed:
         if not smallest_fits.get(first, True):
             continue
-        tried = evaluate_runnable(shape, recipe, choice, cluster, fixed, bucket_rule)
+        tried = ask(choice)
         if tried.tier == 0:
             return tried
         if first not in smallest_fits:
-            alone = tried if choice == first else evaluate_runnable(shape, recipe, first, cluster, fixed, bucket_rule)
+            alone = tried if choice == first else ask(first)
             smallest_fits[first] = alone.tier == 0
     return None
 
@@ -187,8 +177,9 @@ def _with_room(shape: ModelShape, recipe: Recipe, cluster: Cluster, ladders: Ite
 def _strategies(
     shape: ModelShape, recipe: Recipe, cluster: Cluster, fixed: Fixed, world_size: int, bucket_rule: BucketRule
 ) -> Iterator[Candidate]:
+    ask = asker(shape, recipe, cluster, fixed, bucket_rule)
     for ladder in _ladders(shape, recipe, cluster, fixed, world_size):
-        yield best_micro_batch(shape, recipe, cluster, ladder, fixed, bucket_rule)
+        yield best_micro_batch(shape, recipe, cluster, ladder, ask)
 
 
 def _ladders(shape: ModelShape, recipe: Recipe, cluster: Cluster, fixed: Fixed, world_size: int) -> Iterator[Ladder]:
@@ -226,6 +217,6 @@ def smallest_change_that_fits(
 
     def fitting(shape: ModelShape, recipe: Recipe, cluster: Cluster) -> Candidate | None:
         ladders = _ladders(shape, recipe, cluster, decided, world_sizes(cluster, decided)[0])
-        return _fastest_of(shape, recipe, cluster, ladders, decided, bucket_rule)
+        return _fastest_of(shape, recipe, cluster, ladders, asker(shape, recipe, cluster, decided, bucket_rule))
 
     return smallest_changes(best, shape, recipe, cluster, fitting)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from zplan.memory.trainable import EXPERT_ADAPTERS, LaidBlock, Weight
+from zplan.memory.trainable import LaidBlock, is_adapter
 from zplan.model_shape import ModelShape
 from zplan.values import dataclass
 
@@ -33,8 +33,7 @@ class LayerModules:
     def _linears(self) -> list[str]:
         names = []
         for weight in self.laid.weights:
-            is_adapter = weight.module.endswith(("lora_A.default", "lora_B.default")) or is_expert_adapter(weight)
-            is_matrix = len(weight.shape) == 2 and not is_adapter
+            is_matrix = len(weight.shape) == 2 and not is_adapter(weight)
             if is_matrix and weight.group == 0 and weight.module not in names:
                 names.append(weight.module)
         return names
@@ -103,8 +102,3 @@ class LayerModules:
     @cached_property
     def is_conv1d(self) -> bool:
         return self.shape.model_type == "gpt2"
-
-
-def is_expert_adapter(weight: Weight) -> bool:
-    """lora_A or lora_B beside the stacked weights of experts."""
-    return weight.name.endswith(EXPERT_ADAPTERS)

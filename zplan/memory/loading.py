@@ -10,9 +10,10 @@ from collections import defaultdict
 from operator import mul
 
 from zplan.memory.instances import Instances
+from zplan.memory.memo import Kept
 from zplan.memory.shards import Shards
 from zplan.memory.states import FP32
-from zplan.memory.trainable import EXPERT_ADAPTERS, Layout, Weight
+from zplan.memory.trainable import EXPERT_ADAPTERS, Layout, is_adapter
 from zplan.recipe import Recipe
 from zplan.values import dataclass
 
@@ -39,9 +40,11 @@ class Gathered:
     """The largest module that PEFT copies (modules_to_save); 0 without one."""
     adapted: int
     """The largest weight with an adapter; 0 without one."""
+    packed: int
+    """The largest weight that is quantised; 0 without one."""
 
 
-_GATHERED: dict[int, tuple[Layout, Gathered]] = {}
+_GATHERED: Kept[int, tuple[Layout, Gathered]] = Kept()
 
 
 def gathered(laid: Layout) -> Gathered:
@@ -55,13 +58,13 @@ def gathered(laid: Layout) -> Gathered:
     """
     known = _GATHERED.get(id(laid))
     if known is None or known[0] is not laid:
-        known = _GATHERED[id(laid)] = laid, _gathered(laid)
+        known = _GATHERED.keep(id(laid), (laid, _gathered(laid)))
     return known[1]
 
 
 def _gathered(laid: Layout) -> Gathered:
     sets: dict[tuple[int, str], list[int]] = defaultdict(list)
-    made = after = saved = adapted = 0
+    made = after = saved = adapted = packed = 0
     for number, block in enumerate(laid.blocks):
         is_layer = block.block.role in ("layer", "encoder_layer")
         names = {weight.name for weight in block.weights}
@@ -69,6 +72,7 @@ def _gathered(laid: Layout) -> Gathered:
             if is_adapter(weight):
                 continue
             saved = max(saved, weight.numel if weight.trainable else 0)
+            packed = max(packed, weight.numel if weight.packed else 0)
             beside = (f"{weight.module}.lora_A.default.weight", f"{weight.name}.{EXPERT_ADAPTERS[0]}")
             adapted = max(adapted, weight.numel if names.intersection(beside) else 0)
             if block.block.role == "original":
@@ -85,12 +89,8 @@ def _gathered(laid: Layout) -> Gathered:
         head=laid.tied_head,
         saved=saved,
         adapted=adapted,
+        packed=packed,
     )
-
-
-def is_adapter(weight: Weight) -> bool:
-    """One of PEFT's own parameters."""
-    return ".lora_" in weight.module or weight.name.endswith(EXPERT_ADAPTERS)
 
 
 def whole_bytes(laid: Layout, b: int, ranks: int, *, offloads_param: bool, secondary_ranks: int = 1) -> int:
@@ -169,5 +169,4 @@ def quantising_bytes(laid: Layout, b: int) -> int:
 
     Source: peft 0.21.2, tuners/tuners_utils.py:2762 (cast_adapter_dtype); trl 1.16.0, trainer/sft_trainer.py.
     """
-    packed = max((weight.numel for block in laid.blocks for weight in block.weights if weight.packed), default=0)
-    return max((FP32 - b) * laid.trainable_numel, b * (packed - laid.trainable_numel))
+    return max((FP32 - b) * laid.trainable_numel, b * (gathered(laid).packed - laid.trainable_numel))

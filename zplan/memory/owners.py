@@ -6,10 +6,9 @@ from collections.abc import Mapping
 
 from zplan.memory.events import Event
 from zplan.memory.experts import LEAF, LEAF_FAMILIES, READ_AS_STORED, wrappers
-from zplan.memory.layer_modules import is_expert_adapter
 from zplan.memory.operations import MAGNITUDE
 from zplan.memory.timeline import Recorded, Recording, module_bases, output_numbers, root_module
-from zplan.memory.trainable import EXPERT_ADAPTERS, Weight
+from zplan.memory.trainable import EXPERT_ADAPTERS, Weight, is_expert_adapter
 from zplan.model_shape import ModelShape
 
 

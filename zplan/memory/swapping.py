@@ -10,6 +10,7 @@ runtime/zero/partitioned_param_coordinator.py (__all_gather_params_, __prefetch_
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import field
 from functools import lru_cache
 from typing import Any
@@ -214,8 +215,6 @@ class Used:
     """(parameters that are read at once, buffers that are free then), where the buffers do not suffice."""
     count: int
     """Buffers that it had in the end, one more for each that was missing."""
-    reads_twice: bool = False
-    """It ended early, with a parameter that is read twice at once: more buffers read further ahead, not less."""
 
 
 @lru_cache(1024)
@@ -224,10 +223,8 @@ def buffers_used(items: Instances, script: Script, asked: Asked, buffer_count: i
     if not asked.swapped:
         return Used(short=None, count=buffer_count)
     buffers = _Buffers(asked.swapped, len(items.numel), buffer_count)
-    try:
+    with suppress(TwiceError):  # more buffers read further ahead, not less
         _two_steps(items, script, asked, buffers)
-    except TwiceError:
-        return Used(short=buffers.short, count=buffers.count, reads_twice=True)
     return Used(short=buffers.short, count=buffers.count)
 
 

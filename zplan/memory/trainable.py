@@ -6,7 +6,7 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-from zplan.adapted_modules import adapter_shapes
+from zplan.adapted_modules import Shapes, adapter_shapes
 from zplan.errors import ConfigError
 from zplan.model_shape import Block, ModelShape, ParameterShape
 from zplan.recipe import Recipe
@@ -244,23 +244,31 @@ def nf4_bytes(numel: int) -> int:
     return -(-numel // 2) + blocks + 4 * -(-blocks // NF4_NESTED_BLOCK)
 
 
-def _expert_adapter(
-    parameter: ParameterShape, recipe: Recipe, shapes: tuple[tuple[int, int], tuple[int, int]]
-) -> tuple[Weight, ...]:
+def _expert_adapter(parameter: ParameterShape, recipe: Recipe, shapes: Shapes) -> tuple[Weight, ...]:
     """lora_A and lora_B beside stacked weights."""
     return tuple(
-        Weight(
-            name=f"{parameter.name}.{part}",
-            module=parameter.module,
-            numel=rows * columns,
-            shape=(rows, columns),
-            itemsize=recipe.weight_bytes,
-            stored_bytes=recipe.weight_bytes * rows * columns,
-            trainable=True,
-            group=0,
-        )
-        for part, (rows, columns) in zip(EXPERT_ADAPTERS, shapes, strict=True)
+        _trained(f"{parameter.name}.{part}", parameter.module, shape, recipe)
+        for part, shape in zip(EXPERT_ADAPTERS, shapes, strict=True)
     )
+
+
+def _trained(name: str, module: str, shape: tuple[int, ...], recipe: Recipe) -> Weight:
+    """A parameter of PEFT's own."""
+    numel = prod(shape)
+    return Weight(
+        name=name, module=module, numel=numel, shape=shape, itemsize=recipe.weight_bytes,
+        stored_bytes=recipe.weight_bytes * numel, trainable=True, group=0,
+    )  # fmt: skip
+
+
+def is_expert_adapter(weight: Weight) -> bool:
+    """lora_A or lora_B beside the stacked weights of experts."""
+    return weight.name.endswith(EXPERT_ADAPTERS)
+
+
+def is_adapter(weight: Weight) -> bool:
+    """A parameter of PEFT's own."""
+    return ".lora_" in weight.module or is_expert_adapter(weight)
 
 
 EXPERT_ADAPTERS = ("expert_lora_A", "expert_lora_B")
@@ -274,13 +282,11 @@ def experts_refused(laid: Layout, recipe: Recipe) -> str | None:
     option = "DoRA" if recipe.use_dora else "lora_dropout" if recipe.lora_dropout else None
     if option is None:
         return None
-    adapted = any(weight.name.endswith(EXPERT_ADAPTERS) for block in laid.blocks for weight in block.weights)
+    adapted = any(is_expert_adapter(weight) for block in laid.blocks for weight in block.weights)
     return f"{option} on the stacked weights of experts: peft raises (lora.ParamWrapper)" if adapted else None
 
 
-def _adapter(
-    parameter: ParameterShape, recipe: Recipe, shapes: tuple[tuple[int, int], tuple[int, int]]
-) -> tuple[Weight, ...]:
+def _adapter(parameter: ParameterShape, recipe: Recipe, shapes: Shapes) -> tuple[Weight, ...]:
     """lora_A (r x in), lora_B (out x r) and DoRA's magnitude (out), in the training dtype: the engine casts the whole
     module.
 
@@ -293,15 +299,6 @@ def _adapter(
         *([("lora_magnitude_vector", parameter.shape[:1])] if recipe.use_dora else []),
     ]
     return tuple(
-        Weight(
-            name=f"{parameter.module}.{part}.default.weight",
-            module=f"{parameter.module}.{part}.default",
-            numel=prod(size),
-            shape=size,
-            itemsize=recipe.weight_bytes,
-            stored_bytes=recipe.weight_bytes * prod(size),
-            trainable=True,
-            group=0,
-        )
-        for part, size in parts
+        _trained(f"{parameter.module}.{part}.default.weight", f"{parameter.module}.{part}.default", shape, recipe)
+        for part, shape in parts
     )

@@ -14,6 +14,7 @@ from math import isqrt
 from typing import Any, TypeAlias
 
 from zplan import files
+from zplan.candidates import runnable
 from zplan.errors import ConfigError
 from zplan.hardware import Cluster
 from zplan.model_shape import ModelShape
@@ -144,13 +145,8 @@ class Space:
         Raises:
             ConfigError: the ranges allow no number that is enough.
         """
-        if not choice.zero.offloads_param or choice.zero.offload_param.device != "nvme":
-            return choice
-        from zplan.memory.swap_in import PREFETCH, with_enough_buffers
-
         problem = self.problem
-        on_cpu = problem.cluster.gpu.kind == "cpu"
-        found = with_enough_buffers(problem.shape, problem.recipe, choice, on_cpu=on_cpu, given={PREFETCH})
+        found = runnable(problem.shape, problem.recipe, choice, problem.cluster)
         buffers = found.zero.offload_param
         if buffers != choice.zero.offload_param and not self.contains(found):
             raise ConfigError(f"it takes {buffers.buffer_count} buffers of {buffers.buffer_size} elements")
