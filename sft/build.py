@@ -7,6 +7,7 @@ through here, so what is measured is what trains.
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,11 +84,14 @@ def init_process_group(kind: DeviceKind, place: Rank, *, timeout_seconds: float)
 
     With `use_cpu`, transformers never tells DeepSpeed about the world, and zero.Init would believe that it is alone;
     `ddp_timeout` is ignored as well. On the CPU accelerator DeepSpeed would also compile a shared-memory op that ZeRO
-    never calls: an empty list of compatible ops prevents it.
+    never calls: an empty list of compatible ops prevents it. Without LOCAL_SIZE, which DeepSpeed's own launcher sets,
+    it starts a process for every bucket of ZeRO-3, to count the NUMA nodes.
 
-    Source: transformers 5.23, training_args.py (_setup_devices); deepspeed 0.19.8, comm/torch.py (TorchBackend).
+    Source: transformers 5.23, training_args.py (_setup_devices); deepspeed 0.19.8, comm/torch.py (TorchBackend),
+    launcher/launch.py:182, accelerator/cpu_accelerator.py:71 (device_count).
     """
     if kind == "cpu":
+        os.environ["LOCAL_SIZE"] = str(place.local_world_size)
         deepspeed.ops.__dict__["__compatible_ops__"] = {}
         torch.set_num_threads(num_threads(place))
     elif not torch.cuda.is_available():

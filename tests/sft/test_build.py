@@ -14,7 +14,9 @@ import deepspeed
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
+from deepspeed.utils import numa
 from transformers.integrations import deepspeed as integration
 
 from sft import build, partitioned_weights
@@ -31,6 +33,7 @@ def world() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in rank_variables(rank=0, world_size=1, port=free_port()).items():
             patch.setenv(name, value)
+        patch.setenv("LOCAL_SIZE", "")  # what a rank sets goes with the world
         threads = torch.get_num_threads()
         build.init_process_group("cpu", Rank(), timeout_seconds=60)
         yield
@@ -46,6 +49,13 @@ def config(plan: Plan, out: Path, **run: Any) -> Any:
 
 def test_a_rank_that_is_alone_computes_with_all_cores() -> None:
     assert torch.get_num_threads() == len(os.sched_getaffinity(0))
+
+
+def test_deepspeed_knows_the_ranks_of_a_node_without_asking_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(numa.subprocess, "check_output", lambda *args, **kwargs: asked.append(args))
+    assert get_accelerator().device_count() == Rank().local_world_size
+    assert not asked
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
