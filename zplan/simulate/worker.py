@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -176,6 +177,7 @@ def in_fork(respond: Callable[[], dict[str, Any]], answers: IO[str]) -> list[byt
     from zplan.simulate.learned import LEARNED
 
     read, write = os.pipe()
+    printed = _Printed()
     child = os.fork()
     if child == 0:
         code = 1
@@ -199,9 +201,27 @@ def in_fork(respond: Callable[[], dict[str, Any]], answers: IO[str]) -> list[byt
         LEARNED.absorb(news)
         return [news]
     how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-    answers.write(json.dumps({"error": {"what": f"the simulation ended with {how}", "cause": "broken"}}) + "\n")
+    what = f"the simulation ended with {how}{printed.reason()}"
+    answers.write(json.dumps({"error": {"what": what, "cause": "broken"}}) + "\n")
     answers.flush()
     return []
+
+
+class _Printed:
+    """What goes to stderr from now on, where that is a file, as the client has it."""
+
+    def __init__(self) -> None:
+        self._is_file = stat.S_ISREG(os.fstat(2).st_mode)
+        self._start = os.lseek(2, 0, os.SEEK_END) if self._is_file else 0
+
+    def reason(self) -> str:
+        """The last line, or the one in which C++ says what was thrown, for the end of a sentence."""
+        if not self._is_file:
+            return ""
+        text = os.pread(2, 1 << 20, self._start).decode(errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        thrown = [line.removeprefix("what():").strip() for line in lines if line.startswith("what():")]
+        return f": {(thrown or lines)[-1]}" if lines else ""
 
 
 def answer(data: dict[str, Any]) -> dict[str, Any]:
