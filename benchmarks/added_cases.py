@@ -28,6 +28,7 @@ def added_cases() -> list[Case]:
         *_of_parallel_ranks(),
         *_of_super_offload(),
         *_of_wide_draws(),
+        *_of_parameters_on_nvme(),
     ]
 
 
@@ -328,4 +329,33 @@ def _of_wide_draws() -> list[Case]:
                reduce_bucket_size=200_000_000, overlap_comm=True),
         _added("deepseek-v2-lite", "full", 3, world_size=7, micro_batch=3, max_length=8192, adapter={"dtype": "fp32"},
                reduce_bucket_size=1_000_000, stage3_param_persistence_threshold=0),
+    ]  # fmt: skip
+
+
+def _of_parameters_on_nvme() -> list[Case]:
+    """Trained parameters that are kept on the host or not, frozen ones, and states beside them."""
+    states = OffloadOptimizer(device="nvme", nvme_path="/nvme")
+
+    def on_nvme(room: int) -> OffloadParam:
+        return OffloadParam(
+            device="nvme", nvme_path="/nvme", buffer_count=60, buffer_size=700_000_000, max_in_cpu=room
+        )  # fmt: skip
+
+    return [
+        _added("mistral-7b", "full", 3, offload_param=on_nvme(0), offload_optimizer=states,
+               stage3_prefetch_bucket_size=0),
+        _added("mistral-7b", "full", 3, world_size=2, max_length=4096, offload_param=on_nvme(100_000_000),
+               offload_optimizer=CPU, sub_group_size=50_000_000, accumulation=2),
+        _added("llama-3.2-1b", "full", 3, world_size=1, checkpointing=False, offload_param=on_nvme(0),
+               offload_optimizer=CPU, sub_group_size=10_000_000),
+        _added("llama-3.2-1b", "full", 3, world_size=2, micro_batch=4, offload_param=on_nvme(1_000_000_000)),
+        _added("qwen3-8b", "lora", 3, world_size=1, max_length=2048, offload_param=on_nvme(1_000_000_000),
+               offload_optimizer=states, stage3_prefetch_bucket_size=0),
+        _added("llama-3.1-8b", "lora", 3, world_size=2, offload_param=on_nvme(1_000_000_000),
+               stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0),
+        _added("qwen2.5-0.5b", "full", 3, world_size=64, accumulation=2, offload_param=on_nvme(1_000_000)),
+        _added("gpt2", "full", 3, world_size=1, max_length=512, checkpointing=False, offload_param=on_nvme(0),
+               offload_optimizer=states),
+        _added("pythia-410m", "lora", 3, world_size=1, checkpointing=False, offload_param=on_nvme(0),
+               offload_optimizer=states, stage3_max_reuse_distance=30_000_000, sub_group_size=10_000_000),
     ]  # fmt: skip

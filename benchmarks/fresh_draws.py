@@ -57,7 +57,10 @@ def one_rank_case(seed: int, number: int) -> Case:
 def _param(chance: random.Random) -> OffloadParam:
     if chance.random() < 0.5:
         return OffloadParam(device="cpu")
-    return OffloadParam(device="nvme", nvme_path="/nvme", buffer_size=300_000_000)
+    count, room = chance.choice((5, 40)), chance.choice((0, 10_000_000, 1_000_000_000))
+    return OffloadParam(
+        device="nvme", nvme_path="/nvme", buffer_size=300_000_000, buffer_count=count, max_in_cpu=room
+    )  # fmt: skip
 
 
 def _states(chance: random.Random) -> OffloadOptimizer:

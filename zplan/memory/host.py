@@ -13,6 +13,7 @@ from zplan.memory.exchange import Exchange
 from zplan.memory.host_limits import host_limits, verdict_of
 from zplan.memory.instances import instances
 from zplan.memory.muon import ADAM_STATES
+from zplan.memory.on_drive import aligned, on_host
 from zplan.memory.shards import second_copies_bytes, secondary_group
 from zplan.memory.stage12 import partition
 from zplan.memory.states import offloaded_state_bytes
@@ -31,7 +32,8 @@ PROCESS_CUDA = 1800 * MIB
 it the CUDA libraries."""
 PROCESS_CPU = 700 * MIB
 """RSS of a rank with the same imports on a CPU build of torch."""
-LOCKED = ("NVMe swap buffers", "parameter swap buffers")
+SWAP_BUFFERS, WRITE_BUFFERS = "parameter swap buffers", "buffers of updated parameters"
+LOCKED = ("NVMe swap buffers", SWAP_BUFFERS, WRITE_BUFFERS)
 """Terms that are allocated with mlock (swap_tensor/utils.py, partitioned_param_swapper.py: new_cpu_locked_tensor)."""
 ZERO_GRADIENTS = "offloaded gradients of zeros at initialize"
 STEPS: tuple[Phase, ...] = ("forward", "backward", "step", "save")
@@ -316,7 +318,7 @@ def _parameters(
     shard = ceil(layout.stored_bytes / world)
     source = "deepspeed 0.19.8, partition_parameters.py"
     if config.device == "nvme":
-        return _parameters_on_nvme(choice, ranks, shard, recipe.weight_bytes)
+        return _parameters_on_nvme(layout, choice, ranks, recipe.weight_bytes)
     total, flat = ranks * shard, ranks * recipe.weight_bytes * numel
     phases = STEADY if recipe.method == "qlora" else ("load", *STEADY)  # which is cut when it is loaded
     copies = second_copies_bytes(instances(layout), world, secondary_group(choice.zero, world))
@@ -344,18 +346,31 @@ def _flattening(flat: int, made: int) -> Term:
     return _term("copies while parameters are flattened", max(0, 2 * flat - made), ("init",), formula, source)
 
 
-def _parameters_on_nvme(choice: Choice, ranks: int, shard: int, b: int) -> tuple[list[Term], int, int]:
-    """Source: deepspeed 0.19.8, swap_tensor/partitioned_param_swapper.py."""
+def _parameters_on_nvme(layout: Layout, choice: Choice, ranks: int, b: int) -> tuple[list[Term], int, int]:
+    """What stays in host memory of parameters on the NVMe.
+
+        buffers:    ranks * buffer_count * buffer_size * b
+        kept:       ranks * min(trained, max_in_cpu) * b; frozen ones are never moved back
+        small:      ranks * partitions below 1 MiB
+        written:    ranks * whole parameters of the largest sub-group * b, unless all that trains is kept
+
+    Source: deepspeed 0.19.8, swap_tensor/partitioned_param_swapper.py:131 (buffers), :393
+    (reserve_partitioned_swap_space), and as on_drive.py.
+    """
     config, source = choice.zero.offload_param, "deepspeed 0.19.8, swap_tensor/partitioned_param_swapper.py"
-    swap = ranks * config.buffer_count * config.buffer_size * b
-    kept = ranks * min(shard, config.max_in_cpu * b)
-    made = f"{ranks} x {config.buffer_count} x {config.buffer_size} x {b}"
+    there, buffer = on_host(instances(layout), choice), aligned(config.buffer_size, b)
+    swap, update = ranks * config.buffer_count * buffer * b, ranks * there.update_numel * b
+    kept, small = ranks * there.moved_numel * b, ranks * there.small_bytes
+    made = f"{ranks} x {config.buffer_count} x {buffer} x {b}"
+    of_engine = "deepspeed 0.19.8, runtime/zero/stage3.py"
     terms = [
-        _term("parameter swap buffers", swap, STEADY, made, source),
-        _term("parameters kept on the host", kept, STEADY, "max_in_cpu", source),
+        _term(SWAP_BUFFERS, swap, STEADY, made, source),
+        _term(WRITE_BUFFERS, update, STEADY, f"{ranks} x {there.update_numel} x {b} (a whole sub-group)", of_engine),
+        _term("trained parameters kept on the host", kept, STEADY, "at most max_in_cpu elements a rank", of_engine),
+        _term("partitions below 1 MiB", small, ("load", *STEADY), f"{ranks} x {there.small_bytes}", source),
         _term("second copy while pinning", swap, ("load",), "partitioned_param_swapper.py:131", source),
     ]
-    return terms, swap + (kept if config.pin_memory else 0), ranks * shard
+    return terms, swap + update + kept + (small if config.pin_memory else 0), ranks * there.written_bytes
 
 
 def _saving(layout: Layout, recipe: Recipe, choice: Choice, ranks: int, numel: int, on_cpu: bool) -> Term:

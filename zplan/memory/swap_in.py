@@ -11,9 +11,9 @@ from zplan.errors import ConfigError
 from zplan.memory.estimate import course_of
 from zplan.memory.fetch_limits import Limits
 from zplan.memory.instances import Instances, instances
+from zplan.memory.on_drive import moved_to_host, parts_on_drive
 from zplan.memory.script import Script
 from zplan.memory.shards import shard
-from zplan.memory.sub_groups import MIN_SWAPPED_BYTES, sub_groups
 from zplan.memory.swapping import Asked, buffers_used
 from zplan.memory.trainable import Layout, layout
 from zplan.model_shape import ModelShape
@@ -137,12 +137,6 @@ def _mends(swap: _Swap, choice: Choice) -> Iterator[str]:
     yield "--offload-param cpu"
 
 
-def parts_on_drive(items: Instances, choice: Choice) -> dict[int, int]:
-    """Elements of each partition that is written: a megabyte or more."""
-    parts = shard(items, choice.zero, choice.batch.zero_ranks).partition
-    return {n: part for n, part in enumerate(parts) if part * items.itemsize[n] >= MIN_SWAPPED_BYTES}
-
-
 def read_while_loading(laid: Layout, items: Instances, on_drive: Iterable[int]) -> int:
     """Most that are gathered at once when weights are initialised: those of a module and of the modules in it.
 
@@ -163,23 +157,6 @@ def asked_of(items: Instances, choice: Choice) -> Asked:
     on_drive = parts_on_drive(items, choice)
     return Asked(
         limits=Limits.of(choice.zero), persistent=shard(items, choice.zero, choice.batch.zero_ranks).persistent,
-        swapped=frozenset(on_drive) - _moved_to_host(items, choice),
+        swapped=frozenset(on_drive) - moved_to_host(items, choice),
         accumulates=choice.batch.gradient_accumulation_steps > 1,
     )  # fmt: skip
-
-
-def _moved_to_host(items: Instances, choice: Choice) -> frozenset[int]:
-    """Trained parameters of the first sub-groups, up to max_in_cpu elements: they stay in host memory.
-
-    Source: deepspeed 0.19.8, runtime/zero/stage3.py:888 (_create_param_groups_fp16_flat_cpu_memory), :978.
-    """
-    ranks, room, moved = choice.batch.zero_ranks, choice.zero.offload_param.max_in_cpu, list[int]()
-    counts = list(sub_groups(items, ranks, choice.zero.sub_group_size).counts)
-    for group in map(sorted, items.groups):
-        flat, done = min(room, sum(-(-items.numel[number] // ranks) for number in group)), 0
-        room, left = room - flat, list(group)
-        while left:
-            sub_group, left = left[: counts[0]], left[counts.pop(0) :]
-            done += sum(-(-items.numel[number] // ranks) for number in sub_group)
-            moved += sub_group if done <= flat else []
-    return frozenset(moved)

@@ -112,15 +112,34 @@ def cpu_adam_seconds(work: Work, recipe: Recipe, choice: Choice, cluster: Cluste
 
 
 def nvme_seconds(work: Work, recipe: Recipe, choice: Choice, cluster: Cluster) -> float | None:
-    """Optimizer states (fp32 weight, momentum, variance) read and written once a step, parameters read twice a
-    micro-batch beyond `max_in_cpu`; one drive for all ranks of a node."""
-    zero, ranks = choice.zero, ranks_on_a_node(choice, cluster)
-    states = 3 * 4 if zero.stage == 3 and zero.offload_optimizer.device == "nvme" else 0
-    moved = 2.0 * states * _partition(work.trainable_numel, choice) * ranks
-    if zero.offloads_param and zero.offload_param.device == "nvme":
-        beyond = max(_partition(work.total_numel, choice) - zero.offload_param.max_in_cpu, 0.0)
-        moved += 2 * choice.batch.gradient_accumulation_steps * beyond * recipe.weight_bytes * ranks
-    if not moved:
+    """What all ranks of a node read from and write to its one drive in an optimizer step."""
+    num_bytes = nvme_bytes(work, recipe, choice) * ranks_on_a_node(choice, cluster)
+    if not num_bytes:
         return 0.0
     speed = cluster.host.nvme_bytes_per_second
-    return None if speed is None else moved / speed
+    return None if speed is None else num_bytes / speed
+
+
+def nvme_bytes(work: Work, recipe: Recipe, choice: Choice) -> float:
+    """One rank's part of it.
+
+        optimizer     read and written once: fp32 weights, fp32 gradients and states
+        parameters    read for forward and for backward of each micro-batch: frozen ones, and those trained ones beyond
+                      max_in_cpu, which are written after the update, too
+
+    Limits: partitions below 1 MiB, which are not on the drive, count; what a recomputation reads a second time under a
+    small stage3_max_reuse_distance does not. A sub-group that does not fit into max_in_cpu is on the drive as a whole.
+
+    Source: deepspeed 0.19.8, stage3.py:1463 (swap_out_gradients), :1271 (_partitioned_params_swap_out);
+    bytes of a simulated step: tests/simulate/test_nvme_traffic.py.
+    """
+    zero, b = choice.zero, recipe.weight_bytes
+    trained, num_bytes = _partition(work.trainable_numel, choice), 0.0
+    if zero.stage == 3 and zero.offload_optimizer.device == "nvme":
+        states = (STATE_BYTES_PER_ELEMENT[recipe.optimizer] - STATE_BYTES_PER_ELEMENT["sgd"]) / 2
+        num_bytes += 2 * (4 + 4 + states) * trained
+    if zero.offloads_param and zero.offload_param.device == "nvme":
+        frozen = _partition(work.total_numel - work.trainable_numel, choice)
+        beyond = max(trained - zero.offload_param.max_in_cpu, 0.0)
+        num_bytes += b * (2 * choice.batch.gradient_accumulation_steps * (frozen + beyond) + beyond)
+    return num_bytes
