@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.formula_case import Case
+from benchmarks.formula_case import GIB, Case
 from zplan.zero_config import OffloadOptimizer, OffloadParam, ZeroConfig
 
 CPU = OffloadOptimizer(device="cpu")
@@ -29,6 +29,7 @@ def added_cases() -> list[Case]:
         *_of_super_offload(),
         *_of_wide_draws(),
         *_of_parameters_on_nvme(),
+        *_of_small_cards(),
     ]
 
 
@@ -37,6 +38,7 @@ def _added(model: str, method: str, stage: int, **other: Any) -> Case:
     of_case = {
         "world_size": 8, "micro_batch": 1, "accumulation": 1, "max_length": 1024, "checkpointing": True, "loss": "nll",
         "attention": "sdpa", "adapter": {}, "sequence_parallel_size": 1, "autotp_size": 1,
+        "card_bytes": 141 * GIB,
     }  # fmt: skip
     of_case = {name: other.pop(name, value) for name, value in of_case.items()}
     zero = ZeroConfig(stage=stage, **other)  # type: ignore[arg-type]
@@ -359,3 +361,13 @@ def _of_parameters_on_nvme() -> list[Case]:
         _added("pythia-410m", "lora", 3, world_size=1, checkpointing=False, offload_param=on_nvme(0),
                offload_optimizer=states, stage3_max_reuse_distance=30_000_000, sub_group_size=10_000_000),
     ]  # fmt: skip
+
+
+def _of_small_cards() -> list[Case]:
+    """Without room for two copies of the weights, which are then flattened on the host."""
+    return [
+        _added("mistral-7b", "full", 2, world_size=4, offload_optimizer=CPU, card_bytes=3 * GIB),
+        _added("mistral-7b", "full", 1, offload_optimizer=CPU, accumulation=2, card_bytes=3 * GIB),
+        _added("qwen2.5-7b", "full", 2, world_size=2, card_bytes=6 * GIB),
+        _added("llama-3.2-1b", "full", 2, offload_optimizer=CPU, checkpointing=False, card_bytes=2 * GIB),
+    ]

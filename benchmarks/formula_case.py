@@ -33,6 +33,7 @@ class Case:
     attention: str
     sequence_parallel_size: int = 1
     autotp_size: int = 1
+    card_bytes: int = 141 * GIB
     adapter: Mapping[str, Any] = field(default_factory=dict)
     """Fields of Recipe that describe it, where they are not the default ones."""
 
@@ -73,7 +74,7 @@ def request_of(case: Case) -> SimulationRequest:
         ),
         choice=Choice(zero=case.zero, batch=batch, gradient_checkpointing=case.checkpointing),
         cluster=Cluster(
-            gpu=Gpu(name="card", total_bytes=141 * GIB, free_bytes=140 * GIB),
+            gpu=Gpu(name="card", total_bytes=case.card_bytes, free_bytes=case.card_bytes - GIB),
             host=Host(total_bytes=1024 * GIB, available_bytes=1024 * GIB),
             gpus_per_node=min(8, case.world_size),
             nodes=max(1, case.world_size // 8),

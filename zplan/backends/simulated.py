@@ -11,7 +11,8 @@ from typing import Any, Literal
 from zplan.backends.formula import FormulaBackend
 from zplan.errors import ConfigError
 from zplan.hardware import Cluster
-from zplan.memory.host import PROCESS_CPU, PROCESS_CUDA, ranks_of_node
+from zplan.memory.host import PROCESS_CPU, PROCESS_CUDA
+from zplan.memory.outside import ranks_of_node
 from zplan.model_shape import ModelShape
 from zplan.recipe import Recipe
 from zplan.simulate.client import SimulationTimeoutError, WorkerClient, shared_worker

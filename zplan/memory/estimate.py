@@ -14,14 +14,14 @@ from zplan.memory.bf16_optimizer import is_dealt, takes_bf16_optimizer
 from zplan.memory.course import course
 from zplan.memory.documented import documented_bucket_bytes
 from zplan.memory.exchange import Exchange
-from zplan.memory.host import ZERO_GRADIENTS, estimate_host, host_bytes, ranks_of_node
+from zplan.memory.host import ZERO_GRADIENTS, estimate_host, host_bytes
 from zplan.memory.host_limits import limit_notes
 from zplan.memory.instances import instances
 from zplan.memory.limits import not_modelled, unchecked
 from zplan.memory.loss import FP32, TOKEN_TILE, VOCAB_TILE
 from zplan.memory.memo import Kept
 from zplan.memory.meter import KIND_NAMES, Kind
-from zplan.memory.outside import outside_allocator
+from zplan.memory.outside import outside_allocator, ranks_of_node
 from zplan.memory.replay import replay_of
 from zplan.memory.resident import Resident, resident
 from zplan.memory.script import STEP_PHASES, Course, Kinds, StepPhase
@@ -104,7 +104,7 @@ def standing(laid: Layout, recipe: Recipe, choice: Choice, cluster: Cluster, ran
         dealt = is_dealt(zero, Exchange.of(recipe), recipe.weight_bytes)
         cut = partition(items, world, rank, dealt=dealt)
     shards, on_cpu = shard(items, zero, world) if zero.stage == 3 else None, cluster.gpu.kind == "cpu"
-    still = resident(laid, recipe, choice, cut, shards, on_cpu=on_cpu)
+    still = resident(laid, recipe, choice, cluster, cut, shards)
     if cut is not None:
         ranks = ranks_of_node(choice, cluster)
         touched = sum(cut.touched_by_rank[:ranks]) if rank is None else ranks * cut.touched_numel

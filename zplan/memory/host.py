@@ -6,18 +6,21 @@ the whole model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil
 
 from zplan.hardware import Cluster
 from zplan.memory.exchange import Exchange
+from zplan.memory.flatten import on_host_bytes
 from zplan.memory.host_limits import host_limits, verdict_of
+from zplan.memory.host_nvme import LOCKED, STEADY, STEPS, host_term, optimizer_on_nvme, parameters_on_nvme
 from zplan.memory.instances import instances
 from zplan.memory.muon import ADAM_STATES
-from zplan.memory.on_drive import aligned, on_host
+from zplan.memory.outside import ranks_of_node
 from zplan.memory.shards import second_copies_bytes, secondary_group
 from zplan.memory.stage12 import partition
 from zplan.memory.states import offloaded_state_bytes
-from zplan.memory.sub_groups import is_swapped, left_on_gpu, sub_groups
+from zplan.memory.sub_groups import left_on_gpu, sub_groups
 from zplan.memory.super_offload import shared_memory_bytes, super_offload_terms
 from zplan.memory.terms import PHASES, HostEstimate, NvmeEstimate, Phase, Term
 from zplan.memory.trainable import Layout
@@ -32,12 +35,7 @@ PROCESS_CUDA = 1800 * MIB
 it the CUDA libraries."""
 PROCESS_CPU = 700 * MIB
 """RSS of a rank with the same imports on a CPU build of torch."""
-SWAP_BUFFERS, WRITE_BUFFERS = "parameter swap buffers", "buffers of updated parameters"
-LOCKED = ("NVMe swap buffers", SWAP_BUFFERS, WRITE_BUFFERS)
-"""Terms that are allocated with mlock (swap_tensor/utils.py, partitioned_param_swapper.py: new_cpu_locked_tensor)."""
 ZERO_GRADIENTS = "offloaded gradients of zeros at initialize"
-STEPS: tuple[Phase, ...] = ("forward", "backward", "step", "save")
-STEADY: tuple[Phase, ...] = ("init", "forward", "backward", "step", "save")
 UPDATED: tuple[Phase, ...] = ("init", "forward", "backward", "step")
 
 
@@ -96,11 +94,6 @@ def offloaded_numel(layout: Layout, choice: Choice, partition_numel: int) -> int
     return partition_numel - sum(left_on_gpu(instances(layout), choice.zero, choice.batch.zero_ranks))
 
 
-def ranks_of_node(choice: Choice, cluster: Cluster) -> int:
-    """Ranks that one node runs; fewer than its GPUs when the run uses fewer."""
-    return min(cluster.gpus_per_node, choice.batch.world_size)
-
-
 def host_bytes(
     layout: Layout,
     recipe: Recipe,
@@ -118,7 +111,7 @@ def host_bytes(
     pinned = nvme = 0
     if rank_bytes:
         terms.append(
-            _term("tensors of all ranks", ranks * rank_bytes, STEADY, f"{ranks} ranks x {rank_bytes}", "CPU ranks")
+            host_term("tensors of all ranks", ranks * rank_bytes, STEADY, f"{ranks} ranks x {rank_bytes}", "CPU ranks")
         )
     terms.append(_loading(layout, recipe, choice, ranks))
     if zero.offloads_optimizer and not rank_bytes:
@@ -134,19 +127,17 @@ def host_bytes(
         states, pins, disk = _parameters(layout, recipe, choice, ranks, partition_numel, made)
         terms.extend(states)
         pinned, nvme = pinned + pins, nvme + disk
+    if not rank_bytes:
+        terms.append(_on_their_way(terms, ranks * on_host_bytes(layout, recipe, choice, cluster)))
     terms.append(_saving(layout, recipe, choice, ranks, partition_numel, on_cpu))
     return HostBytes(
         terms=tuple(term for term in terms if term.bytes), pinned_bytes=0 if on_cpu else pinned, nvme_bytes=nvme
     )
 
 
-def _term(name: str, num_bytes: int, phases: tuple[Phase, ...], formula: str, source: str) -> Term:
-    return Term(name=name, bytes=num_bytes, phases=phases, formula=formula, source=source)
-
-
 def _processes(ranks: int, on_cpu: bool) -> Term:
     each = PROCESS_CPU if on_cpu else PROCESS_CUDA
-    return _term(
+    return host_term(
         "processes",
         ranks * each,
         PHASES,
@@ -156,17 +147,28 @@ def _processes(ranks: int, on_cpu: bool) -> Term:
 
 
 def _loading(layout: Layout, recipe: Recipe, choice: Choice, ranks: int) -> Term:
-    """Every rank holds its own copy until the engine moves it; under ZeRO-3's zero.Init only one shard of the file.
+    """Every rank holds its own copy until the engine moves it to the GPU, before it makes anything of its own; under
+    ZeRO-3's zero.Init only one shard of the file.
 
-    Source: transformers 5.23.0, modeling_utils.py (from_pretrained on the CPU; _load_state_dict_into_zero3_model).
+    Source: transformers 5.23.0, modeling_utils.py (from_pretrained on the CPU; _load_state_dict_into_zero3_model);
+    deepspeed 0.19.8, runtime/engine.py (_configure_distributed_model, then _configure_optimizer).
     """
     whole = layout.stored_bytes
     if choice.zero.stage == 3:
         shard = min(whole, 5 * 10**9)
-        return _term(
+        return host_term(
             "loading", ranks * shard, ("load",), f"{ranks} ranks x one checkpoint shard", "transformers 5.23.0"
         )
-    return _term("loading", ranks * whole, ("load", "init"), f"{ranks} ranks x {whole}", "transformers 5.23.0")
+    return host_term("loading", ranks * whole, ("load",), f"{ranks} ranks x {whole}", "transformers 5.23.0")
+
+
+def _on_their_way(terms: Sequence[Term], most: int) -> Term:
+    """Weights that the engine moves to the GPU or flattens here, as far as they are more than what it makes later."""
+    made = sum(term.bytes for term in terms if term.name != "processes" and "init" in term.phases)
+    source = "deepspeed 0.19.8, runtime/engine.py, runtime/zero/stage_1_and_2.py"
+    return host_term(
+        "weights on their way to the GPU", max(0, most - made), ("init",), f"max(0, {most} - {made} made later)", source
+    )
 
 
 def _optimizer(
@@ -188,44 +190,51 @@ def _optimizer(
     extra = b * layout.largest_trainable if zero.stage < 3 else 0
     source = "deepspeed 0.19.8, stage_1_and_2.py, stage3.py"
     if zero.offload_optimizer.device == "nvme" and zero.stage == 3:
-        return _optimizer_on_nvme(layout, recipe, choice, ranks, numel, low, master + states + gradients)
+        return optimizer_on_nvme(layout, recipe, choice, ranks, numel, low, master + states + gradients)
     total = ranks * (master + gradients + low + extra)
     formula = f"{ranks} ranks x (4 S + 4 S + {b} S), S = {numel}" + (f", {there} of it here" if there < numel else "")
     made = f"{recipe.optimizer} on {there} elements, from the first step"
     terms = [
-        _term("offloaded optimizer", total, STEADY, formula, source),
-        _term("offloaded optimizer states", ranks * states, STEPS, made, source),
+        host_term("offloaded optimizer", total, STEADY, formula, source),
+        host_term("offloaded optimizer states", ranks * states, STEPS, made, source),
         _overflow_check(layout, choice, ranks, numel),
     ]
     pins = zero.offload_optimizer.pin_memory and not on_cpu
     if zero.stage < 3:
         source = "deepspeed 0.19.8, pin_memory(torch.zeros())"
         doubled = ranks * FP32 * there if pins else 0
-        terms.append(_term("second copy while pinning", doubled, ("init",), f"{ranks} ranks x 4 S", source))
+        terms.append(host_term("second copy while pinning", doubled, ("init",), f"{ranks} ranks x 4 S", source))
         return terms, total if pins else 0, 0
     largest = max(sub_groups(instances(layout), choice.batch.zero_ranks, zero.sub_group_size).numel)
-    terms.append(_zero_gradients(ranks, low, FP32 * largest, pins=pins))
+    on_gpu = left_on_gpu(instances(layout), zero, choice.batch.zero_ranks)
+    terms.append(_zero_gradients(ranks, low, master, FP32 * largest, FP32 * max(on_gpu, default=0), pins=pins))
     more, pinned = super_offload_terms(
         zero, ranks=ranks, there=there, largest_group=largest, process_bytes=PROCESS_CUDA
     )
     return [*terms, *more], pinned + (ranks * (gradients + low) if pins else 0), 0
 
 
-def _zero_gradients(ranks: int, low: int, largest: int, *, pins: bool) -> Term:
+def _zero_gradients(ranks: int, low: int, master: int, largest: int, on_gpu: int, *, pins: bool) -> Term:
     """What ZeRO-3 holds at initialize beside all that stays: a buffer of zeros of its largest sub-group and, with
     pin_memory, zeros that are about to be pinned, both before the flat gradients are made; or these before they are.
+    What partial offload leaves on the GPU comes first, and is made on the host all the same.
 
-        max(4 * largest sub-group * (2 if pinned else 1) - b S, b S if pinned)
+        c = 2 if pinned else 1
+        max(c * largest - b S, b S if pinned, largest + c * largest of the GPU - 4 S offloaded - b S)
 
     Args:
         low: b S.
+        master: bytes of the offloaded master weights, as many as of their gradients.
         largest: bytes of the largest sub-group's gradients.
+        on_gpu: of the largest one that stays on the GPU.
 
     Source: deepspeed 0.19.8, stage3.py:1300 (initialize_optimizer_states), :791 (grad_partitions_flat_buffer).
     """
-    num_bytes = ranks * max(largest * (1 + pins) - low, low if pins else 0)
-    formula = f"{ranks} ranks x max({largest} x {1 + pins} - {low}, {low if pins else 0})"
-    return _term(ZERO_GRADIENTS, num_bytes, ("init",), formula, "deepspeed 0.19.8, runtime/zero/stage3.py")
+    each = 1 + pins
+    left = largest + each * on_gpu - master - low if on_gpu else 0
+    num_bytes = ranks * max(largest * each - low, low if pins else 0, left)
+    formula = f"{ranks} ranks x max({largest} x {each} - {low}, {low if pins else 0}, {left})"
+    return host_term(ZERO_GRADIENTS, num_bytes, ("init",), formula, "deepspeed 0.19.8, runtime/zero/stage3.py")
 
 
 def _overflow_check(layout: Layout, choice: Choice, ranks: int, numel: int) -> Term:
@@ -235,7 +244,7 @@ def _overflow_check(layout: Layout, choice: Choice, ranks: int, numel: int) -> T
     """
     num_bytes = ranks * numel if layout.in_fp16 and choice.zero.stage == 3 else 0
     source = "deepspeed 0.19.8, runtime/zero/stage3.py"
-    return _term("offloaded gradients' overflow check", num_bytes, ("step",), f"{ranks} ranks x S", source)
+    return host_term("offloaded gradients' overflow check", num_bytes, ("step",), f"{ranks} ranks x S", source)
 
 
 def _muon_states(layout: Layout, choice: Choice, there: int, b: int) -> int:
@@ -264,43 +273,7 @@ def _accumulation(b: int, touched_numel: int) -> Term:
     """
     formula = f"{b} x {touched_numel} elements of whole parameters, of all ranks"
     source = "deepspeed 0.19.8, stage_1_and_2.py (async_accumulate_grad_in_cpu_via_gpu)"
-    return _term("offloaded gradient accumulation", b * touched_numel, STEPS, formula, source)
-
-
-def _optimizer_on_nvme(
-    layout: Layout, recipe: Recipe, choice: Choice, ranks: int, numel: int, low: int, disk: int
-) -> tuple[list[Term], int, int]:
-    """What stays in host memory when master weights, states and fp32 gradients are on the NVMe.
-
-        buffers:    ranks * buffer_count * 4 * largest sub-group
-        gradients:  ranks * b S
-        small sub-groups, below 1 MiB: masters and gradients, and their states from the first step
-        first step: ranks * states of the largest swapped sub-group, made by the optimizer before they are swapped out
-
-    The buffers hold a whole sub-group, of one parameter at least: they can be larger than the states they replace.
-
-    Source: deepspeed 0.19.8, stage3.py:791 (grad_partitions_flat_buffer), :847 (largest_numel), :1118
-    (_swappable_optimizer_subgroup); swap_tensor/optimizer_utils.py (SwapBufferManager, is_swappable_tensor).
-    """
-    config, world = choice.zero.offload_optimizer, choice.batch.zero_ranks
-    groups = sub_groups(instances(layout), world, choice.zero.sub_group_size).numel
-    largest, small = max(groups), sum(size for size in groups if not is_swapped(size))
-    swap = ranks * config.buffer_count * FP32 * largest
-    source = "deepspeed 0.19.8, runtime/zero/stage3.py, swap_tensor/optimizer_utils.py"
-    formula = f"{ranks} ranks x {config.buffer_count} buffers x 4 x {largest} (the largest sub-group)"
-    swapped = largest if is_swapped(largest) else 0
-    states = ranks * offloaded_state_bytes(recipe.optimizer, small)
-    firsts = ranks * offloaded_state_bytes(recipe.optimizer, swapped) if swapped else 0
-    on_largest = f"{recipe.optimizer} on {swapped} elements a rank, first step"
-    terms = [
-        _term("NVMe swap buffers", swap, STEADY, formula, source),
-        _term("offloaded gradients", ranks * low, STEADY, f"{ranks} ranks x b S", source),
-        _term("small sub-groups", ranks * 2 * FP32 * small, STEADY, f"{ranks} ranks x (4 + 4) x {small}", source),
-        _term("states of small sub-groups", states, STEPS, f"{recipe.optimizer} on {small} elements a rank", source),
-        _term("master weights before they are swapped out", ranks * FP32 * largest, ("init",), "4 bytes each", source),
-        _term("states before they are swapped out", firsts, ("step",), on_largest, source),
-    ]
-    return terms, swap + (ranks * low if config.pin_memory else 0), ranks * disk
+    return host_term("offloaded gradient accumulation", b * touched_numel, STEPS, formula, source)
 
 
 def _parameters(
@@ -318,16 +291,16 @@ def _parameters(
     shard = ceil(layout.stored_bytes / world)
     source = "deepspeed 0.19.8, partition_parameters.py"
     if config.device == "nvme":
-        return _parameters_on_nvme(layout, choice, ranks, recipe.weight_bytes)
+        return parameters_on_nvme(layout, choice, ranks, recipe.weight_bytes)
     total, flat = ranks * shard, ranks * recipe.weight_bytes * numel
     phases = STEADY if recipe.method == "qlora" else ("load", *STEADY)  # which is cut when it is loaded
     copies = second_copies_bytes(instances(layout), world, secondary_group(choice.zero, world))
     of_trained, of_frozen = (ranks * copy for copy in copies)
     formula = f"a second copy cut over {choice.zero.zero_hpz_partition_size} ranks"
     terms = [
-        _term("offloaded parameters", total, phases, f"{ranks} ranks x {shard}", source),
-        _term("secondary partitions (hpZ)", of_frozen, phases, f"{formula}, of frozen parameters", source),
-        _term("secondary partitions (hpZ)", of_trained, ("load", *UPDATED), f"{formula}, of trained", source),
+        host_term("offloaded parameters", total, phases, f"{ranks} ranks x {shard}", source),
+        host_term("secondary partitions (hpZ)", of_frozen, phases, f"{formula}, of frozen parameters", source),
+        host_term("secondary partitions (hpZ)", of_trained, ("load", *UPDATED), f"{formula}, of trained", source),
         _flattening(flat, made),
     ]
     return terms, total + of_trained + of_frozen if config.pin_memory else flat, 0
@@ -343,34 +316,7 @@ def _flattening(flat: int, made: int) -> Term:
     (_move_to_flat_buffer).
     """
     formula, source = f"max(0, 2 x {flat} - {made})", "deepspeed 0.19.8, runtime/zero/stage3.py"
-    return _term("copies while parameters are flattened", max(0, 2 * flat - made), ("init",), formula, source)
-
-
-def _parameters_on_nvme(layout: Layout, choice: Choice, ranks: int, b: int) -> tuple[list[Term], int, int]:
-    """What stays in host memory of parameters on the NVMe.
-
-        buffers:    ranks * buffer_count * buffer_size * b
-        kept:       ranks * min(trained, max_in_cpu) * b; frozen ones are never moved back
-        small:      ranks * partitions below 1 MiB
-        written:    ranks * whole parameters of the largest sub-group * b, unless all that trains is kept
-
-    Source: deepspeed 0.19.8, swap_tensor/partitioned_param_swapper.py:131 (buffers), :393
-    (reserve_partitioned_swap_space), and as on_drive.py.
-    """
-    config, source = choice.zero.offload_param, "deepspeed 0.19.8, swap_tensor/partitioned_param_swapper.py"
-    there, buffer = on_host(instances(layout), choice), aligned(config.buffer_size, b)
-    swap, update = ranks * config.buffer_count * buffer * b, ranks * there.update_numel * b
-    kept, small = ranks * there.moved_numel * b, ranks * there.small_bytes
-    made = f"{ranks} x {config.buffer_count} x {buffer} x {b}"
-    of_engine = "deepspeed 0.19.8, runtime/zero/stage3.py"
-    terms = [
-        _term(SWAP_BUFFERS, swap, STEADY, made, source),
-        _term(WRITE_BUFFERS, update, STEADY, f"{ranks} x {there.update_numel} x {b} (a whole sub-group)", of_engine),
-        _term("trained parameters kept on the host", kept, STEADY, "at most max_in_cpu elements a rank", of_engine),
-        _term("partitions below 1 MiB", small, ("load", *STEADY), f"{ranks} x {there.small_bytes}", source),
-        _term("second copy while pinning", swap, ("load",), "partitioned_param_swapper.py:131", source),
-    ]
-    return terms, swap + update + kept + (small if config.pin_memory else 0), ranks * there.written_bytes
+    return host_term("copies while parameters are flattened", max(0, 2 * flat - made), ("init",), formula, source)
 
 
 def _saving(layout: Layout, recipe: Recipe, choice: Choice, ranks: int, numel: int, on_cpu: bool) -> Term:
@@ -396,4 +342,6 @@ def _saving(layout: Layout, recipe: Recipe, choice: Choice, ranks: int, numel: i
     writers = ranks if zero.stage else 1
     states = 0 if on_cpu or zero.offloads_optimizer else writers * FP32 * flat
     formula = f"max(weights of rank 0 {weights}, {writers} ranks x 4 x {flat} = {states})"
-    return _term("copies while saving", max(weights, states), ("save",), formula, "deepspeed 0.19.8, runtime/engine.py")
+    return host_term(
+        "copies while saving", max(weights, states), ("save",), formula, "deepspeed 0.19.8, runtime/engine.py"
+    )

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from zplan.hardware import Cluster
 from zplan.memory import runtime
-from zplan.memory.host import ranks_of_node
 from zplan.memory.super_offload import contexts_on_first_gpu
 from zplan.memory.terms import ByteRange
 from zplan.zero_config import Choice
+
+
+def ranks_of_node(choice: Choice, cluster: Cluster) -> int:
+    """Ranks that one node runs; fewer than its GPUs when the run uses fewer."""
+    return min(cluster.gpus_per_node, choice.batch.world_size)
 
 
 def outside_allocator(choice: Choice, cluster: Cluster) -> ByteRange:

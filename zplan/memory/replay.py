@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import field
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import chain, pairwise
 from operator import add, itemgetter
 from typing import Protocol
@@ -40,7 +40,7 @@ from zplan.memory.script import (
 from zplan.memory.shards import shard
 from zplan.memory.stage0 import Stage0Engine
 from zplan.memory.stage3 import Stage3Engine
-from zplan.memory.stage12 import Stage12Engine, partition
+from zplan.memory.stage12 import Stage12Engine, partition, worst_ranks
 from zplan.memory.stage12_fp32 import Stage1InFp32, Stage2InFp32
 from zplan.memory.sub_groups import swapped_parameters
 from zplan.values import dataclass
@@ -241,13 +241,25 @@ class Gradients:
         return Held(before.moments + update.moments, before.kinds + update.kinds)
 
     def _below_3(self, choice: Choice) -> Held:
+        """Of the rank, or of those one of which holds most; the most at each moment."""
+        held = [self._below_3_of(rank, choice) for rank in self._ranks(choice)]
+        return reduce(_larger, held)
+
+    def _ranks(self, choice: Choice) -> tuple[int | None, ...]:
+        if self.rank is not None or choice.zero.stage == 0:
+            return (self.rank,)
+        exchange, _ = self._exchanged(choice)
+        dealt = is_dealt(choice.zero, exchange, self._of_muon.gradient)
+        return worst_ranks(self.items, choice.batch.zero_ranks, dealt=dealt)
+
+    def _below_3_of(self, rank: int | None, choice: Choice) -> Held:
         """Of the last micro-step, or of one before it where that holds more."""
         meter, calls = self.meter(), self.reduction.calls
-        held = _follow(meter, self._engine(meter, choice), calls)
+        held = _follow(meter, self._engine(meter, choice, rank), calls)
         if choice.batch.gradient_accumulation_steps == 1 or not can_hold_more(choice.zero):
             return held
         meter = self.meter()
-        engine = self._engine(meter, choice, is_last=False)
+        engine = self._engine(meter, choice, rank, is_last=False)
         return _larger(held, _follow(meter, Earlier(engine), calls)) if isinstance(engine, Stage12Engine) else held
 
     @property
@@ -280,7 +292,7 @@ class Gradients:
             exchange=exchange, of_muon=self._of_muon, swapped=swapped,
         )  # fmt: skip
 
-    def _engine(self, meter: Meter, choice: Choice, *, is_last: bool = True) -> Engine:
+    def _engine(self, meter: Meter, choice: Choice, rank: int | None, *, is_last: bool = True) -> Engine:
         """The engine of the configured stage below 3.
 
         Args:
@@ -290,7 +302,7 @@ class Gradients:
         itemsize, (exchange, reduced) = of_muon.gradient, self._exchanged(choice)
         partial = choice.batch.gradient_accumulation_steps > 1 + (not is_last)
         if zero.stage:
-            cut = partition(items, ranks, self.rank, dealt=is_dealt(zero, exchange, itemsize))
+            cut = partition(items, ranks, rank, dealt=is_dealt(zero, exchange, itemsize))
             if takes_bf16_optimizer(zero, exchange, itemsize):
                 return Bf16Engine(meter, items, cut, itemsize=itemsize, reduced=reduced, partial=partial)
             in_fp32 = Stage1InFp32 if zero.stage == 1 else Stage2InFp32

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
 from math import prod
 
+from zplan.hardware import Cluster
 from zplan.memory.bf16_optimizer import accumulated_bytes, takes_bf16_optimizer
 from zplan.memory.exchange import Exchange
+from zplan.memory.flatten import Flattened, flattened
 from zplan.memory.instances import Instances, instances
 from zplan.memory.loading import (
     beside_adapters_bytes,
@@ -46,13 +48,14 @@ class Resident:
 
 
 def resident(
-    laid: Layout, recipe: Recipe, choice: Choice, cut: Partitions | None, shards: Shards | None, *, on_cpu: bool = False
+    laid: Layout, recipe: Recipe, choice: Choice, cluster: Cluster, cut: Partitions | None, shards: Shards | None
 ) -> Resident:
     """The permanent terms of the configured stage."""
+    on_cpu = cluster.gpu.kind == "cpu"
     if shards is not None:
         found = _stage3(laid, recipe, choice, shards, on_cpu=on_cpu)
     elif cut is not None:
-        found = _stage12(laid, recipe, choice, cut)
+        found = _stage12(laid, recipe, choice, cluster, cut)
     else:
         found = _stage0(laid, recipe, on_cpu=on_cpu)
     return replace(found, terms=(*found.terms, _batches(recipe, choice), _norms(laid, choice)))
@@ -123,7 +126,7 @@ def _stage0(laid: Layout, recipe: Recipe, *, on_cpu: bool) -> Resident:
     return Resident(terms=tuple(terms), partition_numel=numel)
 
 
-def _stage12(laid: Layout, recipe: Recipe, choice: Choice, cut: Partitions) -> Resident:
+def _stage12(laid: Layout, recipe: Recipe, choice: Choice, cluster: Cluster, cut: Partitions) -> Resident:
     """b PAD + frozen + 4 S + states(S); with optimizer offload b PAD + frozen + b largest parameter.
 
     Source: deepspeed 0.19.8, stage_1_and_2.py (__init__: flatten, clone().float(), temp_grad_buffer_for_gpu_offload).
@@ -157,35 +160,30 @@ def _stage12(laid: Layout, recipe: Recipe, choice: Choice, cut: Partitions) -> R
         whole = _term("fp32 gradients", accumulated_bytes(cut), AFTER_LOAD, f"4 x {padded}, on every rank", BF16_SOURCE)
         return Resident(terms=(*terms, *after, whole), partition_numel=numel)
     made = sum(term.bytes for term in after if "init" in term.phases)
-    return Resident(terms=(*terms, *after, _flattening(instances(laid), choice, cut, b, made)), partition_numel=numel)
+    groups = flattened(laid, recipe, choice, cluster, cut)
+    return Resident(terms=(*terms, *after, _flattening(groups, made)), partition_numel=numel)
 
 
-def _flattening(items: Instances, choice: Choice, cut: Partitions, b: int, made: int) -> Term:
+def _flattening(groups: Sequence[Flattened], made: int) -> Term:
     """What comes and goes beside all masters: the gradients of zeros at the end, or earlier a group that is flattened
     while its old copy lives, beside the masters of the groups before it.
 
         max(4 S, max over groups of   b PAD_g + 4 (S_1 + ... + S_g-1) - made)
 
-    A group of one parameter that needs no padding is flat already, and is not copied.
+    A GPU without room for b PAD_g gets the flat copy from its host, and holds b S_g while the group's masters are made.
 
     Args:
         made: bytes that are there in the end.
 
-    Source: deepspeed 0.19.8, stage_1_and_2.py (__init__: flatten_dense_tensors_aligned, initialize_optimizer_states);
-    torch 2.13.0, csrc/utils/tensor_flatten.h (flatten_dense_tensors: one tensor is viewed).
+    Source: deepspeed 0.19.8, stage_1_and_2.py (__init__: flatten_dense_tensors_aligned, initialize_optimizer_states).
     """
-    master = 0 if choice.zero.offloads_optimizer else FP32
-    zeros = master * sum(cut.sizes)
-    earlier = accumulate((master * size for size in cut.sizes), initial=0)
-    copied = (
-        0 if len(group) == 1 and items.numel[group[0]] == size else size
-        for size, group in zip(cut.padded, items.groups, strict=True)
-    )
-    flattening = max(b * size + masters for size, masters in zip(copied, earlier, strict=False)) - made
-    name = "flattening" if flattening > zeros else "zero gradients at initialize"
-    formula = f"max({zeros}, {b} x a group of {max(cut.padded)} flattened while the old copy lives, less later masters)"
+    zeros, flattening = groups[-1].masters, max(group.beside for group in groups) - made
     source = "deepspeed 0.19.8, runtime/zero/stage_1_and_2.py"
-    return _term(name, max(zeros, flattening), ("init",), formula, source)
+    if flattening <= zeros:
+        return _term("zero gradients at initialize", max(zeros, 0), ("init",), f"{zeros} of masters", source)
+    where = "on the host" if any(group.on_host for group in groups) else "while the old copy lives"
+    formula = f"a group of {max(group.padded for group in groups)} flattened {where}, less later masters"
+    return _term("flattening", flattening, ("init",), formula, source)
 
 
 def _muon_states_of_stage12(items: Instances, cut: Partitions, b: int) -> int:

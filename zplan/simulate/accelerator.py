@@ -29,7 +29,7 @@ class TrackedCpuAccelerator(CPU_Accelerator):  # type: ignore[misc]
         self.tracker = tracker
         self.asynchronous = asynchronous
         self._communication_backend_name = communication
-        self.total = total_bytes
+        self.total = self.free = total_bytes
         self.peak = 0
 
     def is_synchronized_device(self) -> bool:
@@ -100,7 +100,8 @@ class TrackedCpuAccelerator(CPU_Accelerator):  # type: ignore[misc]
         return self.total
 
     def available_memory(self, device_index: Any = None) -> int:
-        return self.total - self.memory_allocated()
+        """What NVML calls free: DeepSpeed looks whether a copy has room."""
+        return self.free - self.memory_allocated()
 
 
 class SimulatedCpuAccelerator(TrackedCpuAccelerator):

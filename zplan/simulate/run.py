@@ -105,6 +105,8 @@ class DryRun:
         if ranks != self.request.choice.batch.world_size:
             leave_group()
             join_fake_group(world_size=ranks, local_size=min(request.cluster.gpus_per_node, ranks))
+        if self.device == DEVICE:
+            get_accelerator().free = request.cluster.gpu.free_bytes - bytes_beside_tensors(request)
         with self._simulated():
             key = tape_key(request)
             tapes = Tapes(key, self.tracker) if key is not None else None
